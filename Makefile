@@ -1,0 +1,28 @@
+# The verbs: install, demo, test, check, bench, docs. Each sets up what it needs; only Python 3.11 and make must be there.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+BIN := .venv/bin
+
+.PHONY: install demo test check bench docs clean
+
+install:
+	@$(PYTHON) bootstrap.py
+
+demo: install  ## the iris recipe from a CSV to an endpoint; STAY=1 leaves it running
+	@$(BIN)/modelworks demo $(if $(STAY),--stay)
+
+test: check  ## the whole suite
+	@$(BIN)/pytest -n 2 $(ARGS)
+
+check: install  ## style, types and the layers
+	@$(BIN)/ruff check modelworks tests bench bootstrap.py
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports --no-cache
+
+bench: install
+	@$(BIN)/python -m bench.predict
+
+docs: install  ## the references that are generated from the code
+	@$(BIN)/python -m modelworks.cli.reference
+
+clean:
+	rm -rf .venv .demo build dist *.egg-info

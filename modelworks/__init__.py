@@ -1,0 +1,1 @@
+"""Modelworks: make models and put them to work. `from modelworks import Client`."""

@@ -1,0 +1,1 @@
+"""Use cases, and making what is observed equal what is desired."""

@@ -1,0 +1,170 @@
+"""Use cases on deployments: they only write what is desired; the reconcile loop makes it so."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from modelworks.control.idempotency import create_once
+from modelworks.core.errors import InvalidInput, NotFound
+from modelworks.core.specs import DeploymentSpec, Ref
+from modelworks.core.types import Alias, Caller, Deployment, DeploymentRevision, ModelVersion, Page, Replica
+from modelworks.security import audit
+from modelworks.store.catalog import Catalog, Tx
+
+
+def resolve_model(tx: Tx, project_id: str, text: str) -> ModelVersion:
+    """The model version that `name`, `name:version` or `name@alias` means at this moment; NotFound names what there is."""
+    ref = Ref.parse(text)
+    version = ref.version
+    if ref.alias:
+        alias = tx.find(Alias, project_id=project_id, model=ref.name, alias=ref.alias)
+        if alias is None:
+            known = [row.alias for row in tx.list(Alias, project_id=project_id, model=ref.name)]
+            there = f"its aliases are: {', '.join(known)}" if known else "it has no aliases"
+            raise NotFound(f"model {ref.name!r} has no alias {ref.alias!r}; {there}", code="alias_not_found", param="model")
+        version = alias.version
+    table = tx.table(ModelVersion)
+    clauses = [] if version is None else [table.c.version == version]
+    found = tx.find(
+        ModelVersion, *clauses, project_id=project_id, name=ref.name, order_by=table.c.version.desc()
+    )
+    if found is None:
+        raise NotFound(
+            f"there is no model {text!r} in this project; `modelworks models list` shows what there is",
+            code="model_not_found",
+            param="model",
+        )
+    return found
+
+
+class Deployments:
+    """`logs` is the folder where replicas write their logs."""
+
+    def __init__(self, catalog: Catalog, logs: Path) -> None:
+        self._catalog = catalog
+        self._logs = logs
+
+    def put(self, caller: Caller, name: str, spec: DeploymentSpec) -> Deployment:
+        """Write what should be serving under `name`. The same again changes nothing; anything else is a new revision."""
+        _check_name(name)
+        body = {"name": name, "spec": spec.model_dump(mode="json")}
+        with self._catalog.write() as tx:
+            return create_once(
+                tx, caller, "deployments.put", body, Deployment, lambda: self._write(tx, caller, name, spec)
+            )
+
+    def _write(self, tx: Tx, caller: Caller, name: str, spec: DeploymentSpec, status: str = "updating") -> Deployment:
+        model = resolve_model(tx, caller.project_id, spec.model)
+        known = tx.find(Deployment, project_id=caller.project_id, name=name)
+        resolved: dict[str, Any] = {
+            "spec": spec.model_dump(mode="json"),
+            "model_version": model.ref,
+            "model_version_id": model.id,
+            "digest": model.digest,
+            "task": model.task,
+            "signature": model.signature,
+        }
+        if known is None:
+            deployment = tx.add(
+                Deployment(
+                    project_id=caller.project_id, name=name, created_by=caller.principal.key_id, **resolved
+                )
+            )
+        elif known.status == "deleting":
+            raise InvalidInput(f"deployment {name!r} is being deleted; try again in a moment", code="deleting", param="name")
+        elif known.model_version_id == model.id and known.spec == resolved["spec"] and known.status != "failed":
+            return known
+        else:
+            deployment = tx.update(
+                known, status=status, message="", spec_revision=known.spec_revision + 1, **resolved
+            )
+        tx.add(
+            DeploymentRevision(
+                project_id=caller.project_id,
+                deployment_id=deployment.id,
+                number=deployment.spec_revision,
+                spec=resolved["spec"],
+                model_version=model.ref,
+                created_by=caller.principal.key_id,
+            )
+        )
+        audit.record(
+            tx, caller, "deployments.put", name, revision=deployment.spec_revision, model_version=model.ref
+        )
+        return deployment
+
+    def get(self, caller: Caller, name: str) -> Deployment:
+        with self._catalog.read() as tx:
+            return self._find(tx, caller, name)
+
+    def list(self, caller: Caller, *, limit: int = 20, after: str | None = None) -> Page[Deployment]:
+        with self._catalog.read() as tx:
+            return tx.page(Deployment, limit=limit, after=after, project_id=caller.project_id)
+
+    def delete(self, caller: Caller, name: str) -> Deployment:
+        """Its replicas finish what they are doing and stop; then the name is free again."""
+        with self._catalog.write() as tx:
+            deployment = self._find(tx, caller, name)
+            if deployment.status == "deleting":
+                return deployment
+            audit.record(tx, caller, "deployments.delete", name)
+            return tx.update(deployment, status="deleting", message="")
+
+    def rollback(self, caller: Caller, name: str, number: int | None = None) -> Deployment:
+        """Write the spec of revision `number` (by default the one before) as a new revision, with its model version."""
+        with self._catalog.write() as tx:
+            deployment = self._find(tx, caller, name)
+            number = deployment.spec_revision - 1 if number is None else number
+            old = tx.find(DeploymentRevision, deployment_id=deployment.id, number=number)
+            if old is None or number == deployment.spec_revision:
+                raise InvalidInput(
+                    f"deployment {name!r} has no earlier revision {number}; it is at revision {deployment.spec_revision}",
+                    code="revision_not_found",
+                    param="revision",
+                )
+            spec = DeploymentSpec.model_validate({**old.spec, "model": old.model_version})
+            return self._write(tx, caller, name, spec, status="rolling_back")
+
+    def revisions(self, caller: Caller, name: str) -> list[DeploymentRevision]:
+        with self._catalog.read() as tx:
+            deployment = self._find(tx, caller, name)
+            return tx.list(DeploymentRevision, deployment_id=deployment.id)
+
+    def replicas(self, caller: Caller, name: str) -> list[Replica]:
+        with self._catalog.read() as tx:
+            return tx.list(Replica, deployment_id=self._find(tx, caller, name).id)
+
+    def logs(self, caller: Caller, name: str, *, limit: int = 64 * 1024) -> str:
+        """The last `limit` bytes of the newest replicas' logs."""
+        parts = []
+        with self._catalog.read() as tx:
+            deployment = self._find(tx, caller, name)
+        folder = self._logs / deployment.id
+        newest = sorted(folder.glob("*.log"), key=lambda path: path.stat().st_mtime)[-4:] if folder.is_dir() else []
+        for path in newest:
+            with path.open("rb") as file:
+                file.seek(max(0, path.stat().st_size - limit // len(newest)))
+                parts.append(f"== {path.stem}\n" + file.read().decode(errors="replace"))
+        return "\n".join(parts)
+
+    def _find(self, tx: Tx, caller: Caller, name: str) -> Deployment:
+        found = tx.find(Deployment, project_id=caller.project_id, name=name)
+        if found is None:
+            raise NotFound(
+                f"there is no deployment {name[:100]!r} in this project; `modelworks deploy` makes one",
+                code="deployment_not_found",
+                param="name",
+            )
+        return found
+
+
+def _check_name(name: str) -> None:
+    import re
+
+    from modelworks.core.specs import NAME_PATTERN
+
+    if not re.match(NAME_PATTERN, name):
+        raise InvalidInput(
+            f"{name[:100]!r} cannot be a deployment's name: use 1 to 100 letters, digits, '.', '_' or '-'", param="name"
+        )

@@ -1,0 +1,59 @@
+"""Settings: the only place that reads environment variables. Each has a flag of the same name on `modelworks up`."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from pydantic import Field
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+MIB = 1024 * 1024
+
+
+class Settings(BaseSettings):
+    """Read from flags, then `MODELWORKS_*` environment variables, then these defaults. Sizes in bytes, times in seconds."""
+
+    model_config = SettingsConfigDict(env_prefix="MODELWORKS_", frozen=True, extra="ignore")
+
+    home: Path = Field(Path("~/.modelworks"), description="the folder that holds the catalog, the blobs and the logs")
+    host: str = Field("127.0.0.1", description="the address to listen on")
+    port: int = Field(8000, ge=0, le=65535, description="the HTTP port; 0 picks a free one")
+    grpc_port: int = Field(8001, ge=0, le=65535, description="the gRPC port; 0 picks a free one")
+    tls_cert: Path | None = Field(None, description="PEM certificate chain for HTTP and gRPC")
+    tls_key: Path | None = Field(None, description="PEM private key of tls_cert")
+    insecure: bool = Field(False, description="allow listening beyond loopback without TLS")
+    offline: bool = Field(False, description="never make an outgoing connection")
+    workers: int = Field(2, ge=1, le=256, description="jobs that run at the same time on this machine")
+    log_level: str = Field("info", description="debug, info, warning or error")
+
+    max_body: int = Field(64 * MIB, description="largest request body, uploads aside")
+    max_upload: int = Field(64 * 1024 * MIB, description="largest upload")
+    max_headers: int = Field(64 * 1024, description="largest sum of a request's header bytes")
+    header_timeout: float = Field(10.0, description="seconds within which a request's headers must be complete")
+    body_timeout: float = Field(30.0, description="seconds without a byte of an announced body until the call is refused")
+    predict_timeout: float = Field(30.0, description="deadline of a prediction that names none")
+    shutdown_grace: float = Field(10.0, description="seconds that running calls get to finish when the server stops")
+    lease_seconds: float = Field(10.0, description="how long a job's lease lasts without a heartbeat")
+    queue_limit: int = Field(1024, description="calls that may wait for one deployment before 429")
+    requests_per_minute: int | None = Field(None, description="rate limit of a key that names none; unset: unlimited")
+
+    # clients
+    url: str | None = Field(None, description="server address for the CLI and the SDK")
+    api_key: str | None = Field(None, description="API key for the CLI and the SDK", repr=False)
+
+    @property
+    def home_path(self) -> Path:
+        return self.home.expanduser().absolute()
+
+
+_PASSED_ON = frozenset({"PATH", "HOME", "LANG", "LANGUAGE", "TZ", "TMPDIR", "PYTHONPATH", "VIRTUAL_ENV", "LD_LIBRARY_PATH"})
+
+
+def child_environment(threads: int = 1) -> dict[str, str]:
+    """The environment of a child process: what it needs to start, and `threads` for its numeric libraries. No key, no secret."""
+    passed = {
+        name: value for name, value in os.environ.items() if name in _PASSED_ON or name.startswith(("LC_", "OPENBLAS_"))
+    }
+    # a waiting thread sleeps: spinning ones starve the other processes of a small machine
+    return {"OPENBLAS_NUM_THREADS": str(threads)} | passed | {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE"}

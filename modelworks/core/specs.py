@@ -1,0 +1,238 @@
+"""What users declare: the bodies of requests and the parts of a recipe, checked in one place before anything runs."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, model_validator
+
+from modelworks.core.errors import InvalidInput
+from modelworks.core.types import ColumnType, Role
+
+NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"
+ALIAS_PATTERN = r"^[A-Za-z][A-Za-z0-9._-]{0,99}$"
+Name = Annotated[
+    str,
+    StringConstraints(pattern=NAME_PATTERN),
+    Field(description="1 to 100 letters, digits, `.`, `_` or `-`, starting with a letter or digit", examples=["iris"]),
+]
+_REF = re.compile(r"^(?P<name>[A-Za-z0-9][A-Za-z0-9._-]{0,99})(?::(?P<version>[1-9][0-9]{0,8})|@(?P<alias>[A-Za-z][A-Za-z0-9._-]{0,99}))?$")
+
+
+class Spec(BaseModel):
+    """Unknown fields are refused, so that a typing error is not silently ignored."""
+
+    model_config = ConfigDict(extra="forbid", protected_namespaces=())
+
+
+class Ref(Spec):
+    """`iris`, `iris:3` or `iris@champion`."""
+
+    name: str
+    version: int | None = None
+    alias: str | None = None
+
+    @classmethod
+    def parse(cls, text: str, what: str = "model") -> Ref:
+        match = _REF.match(text)
+        if not match:
+            raise InvalidInput(
+                f"{text[:120]!r} does not name a {what}; write name, name:version or name@alias", param=what, code="bad_reference"
+            )
+        version = match["version"]
+        return cls(name=match["name"], version=int(version) if version else None, alias=match["alias"])
+
+    def __str__(self) -> str:
+        return self.name + (f":{self.version}" if self.version else f"@{self.alias}" if self.alias else "")
+
+
+RefText = Annotated[str, StringConstraints(max_length=220), Field(examples=["iris:1", "iris@champion"])]
+
+
+class TableSchema(Spec):
+    """Corrections to what ingest would infer."""
+
+    columns: dict[str, ColumnType] = Field({}, description="type by column name; columns not named are inferred")
+    header: list[str] | None = Field(None, description="column names, for a file that has no header row")
+    delimiter: str | None = Field(None, min_length=1, max_length=1, description="for CSV; otherwise told from the file")
+    encoding: str | None = Field(None, description="for text files; UTF-8 when not given", examples=["latin-1"])
+    missing: list[str] | None = Field(
+        None, description="texts that mean a missing value; by default '', NA, N/A, NaN, nan, null, NULL, None, ?"
+    )
+
+
+def _transform(value: Any) -> Any:
+    return {"op": value} if isinstance(value, str) else value
+
+
+class TransformSpec(BaseModel):
+    """One step of cleaning or transformation: its `op`, the columns it applies to, and its own parameters beside them.
+
+    `columns` is a list of names, or one of "all", "number", "integer", "numeric", "category", "boolean", "text", "time" for all features
+    of that type as they are at that step. Each op's parameters are listed by `GET /api/v1/transforms`.
+    """
+
+    model_config = ConfigDict(extra="allow")
+    op: str
+    columns: list[str] | str | None = None
+
+    @property
+    def params(self) -> dict[str, Any]:
+        return dict(self.model_extra or {})
+
+
+Transforms = list[Annotated[TransformSpec, BeforeValidator(_transform)]]
+
+
+class Method(Spec):
+    """How to evaluate: exactly one of `holdout`, `kfold`, `test`."""
+
+    holdout: float | None = Field(None, gt=0, lt=1, description="the share of rows held out")
+    kfold: int | None = Field(None, ge=2, le=100, description="number of folds")
+    repeats: int = Field(1, ge=1, le=100, description="with kfold: how many times, each shuffled differently")
+    test: RefText | None = Field(None, description="another dataset whose rows are the test set")
+    stratify: bool | None = Field(None, description="keep class shares in each part; by default wherever it is possible")
+    group: str | None = Field(None, description="rows that share this column's value stay together")
+    time: str | None = Field(None, description="split along this column: train on the past, test on what follows")
+    shuffle: bool = True
+
+    @model_validator(mode="after")
+    def _one(self) -> Method:
+        chosen = [name for name in ("holdout", "kfold", "test") if getattr(self, name) is not None]
+        if len(chosen) != 1:
+            raise ValueError("give exactly one of holdout, kfold and test")
+        if self.group and self.time:
+            raise ValueError("give group or time, not both")
+        if self.repeats > 1 and (self.kfold is None or self.time):
+            raise ValueError("repeats goes with kfold, without time")
+        return self
+
+
+class Gate(Spec):
+    """A condition on a metric's mean; registration is blocked when it fails."""
+
+    metric: str = Field(examples=["accuracy"])
+    at_least: float | None = None
+    at_most: float | None = None
+
+    @model_validator(mode="after")
+    def _bounded(self) -> Gate:
+        if self.at_least is None and self.at_most is None:
+            raise ValueError("give at_least or at_most")
+        return self
+
+
+class Resources(Spec):
+    threads: int = Field(1, ge=1, le=256, description="compute threads of one process")
+    memory_mb: int | None = Field(None, ge=64, description="limit of the process's memory in MiB")
+
+
+class TrainingSpec(Spec):
+    """A training job: data, target, algorithm, preparation, evaluation, and when to refuse the result."""
+
+    model: Name
+    dataset: RefText
+    target: str = Field(min_length=1, max_length=1000)
+    algorithm: str = Field(examples=["logistic-regression"])
+    task: Literal["tabular-classification", "tabular-regression"] | None = Field(
+        None, description="by default told from the algorithm and the target's type"
+    )
+    hyperparameters: dict[str, Any] = {}
+    features: list[str] | None = Field(None, description="the columns to learn from; by default all but target, group and time")
+    transforms: Transforms | None = Field(
+        None, description="run in this order; by default: fill missing, standardise numbers, one-hot categories"
+    )
+    validation: Method | None = Field(None, description="how the model is evaluated; by default a hold-out of 0.2")
+    metrics: list[str] | None = None
+    gates: list[Gate] = []
+    licence: str | None = Field(None, max_length=200, description="licence of the resulting model, kept in its package")
+    description: str | None = Field(None, max_length=4000)
+    alias: Annotated[str, StringConstraints(pattern=ALIAS_PATTERN)] | None = Field(
+        None, description="an alias to move to the new version when it is registered"
+    )
+    resources: Resources = Resources()
+    seed: int = Field(0, ge=0, lt=2**32)
+
+
+class EvaluationSpec(Spec):
+    model: RefText
+    dataset: RefText | None = Field(None, description="by default the dataset the model was trained on")
+    method: Method
+    metrics: list[str] | None = None
+    compare: RefText | None = Field(None, description="another model version, evaluated on the same rows")
+    gates: list[Gate] = []
+    resources: Resources = Resources()
+    seed: int = Field(0, ge=0, lt=2**32)
+
+
+class Replicas(Spec):
+    min: int = Field(1, ge=1, le=64)
+    max: int | None = Field(None, ge=1, le=64)
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Replicas:
+        if self.max is not None and self.max < self.min:
+            raise ValueError("max must not be below min")
+        return self
+
+
+class Batching(Spec):
+    max_batch: int = Field(64, ge=1, le=65536, description="calls that run together at most")
+    max_rows: int = Field(4096, ge=1, description="rows that run together at most")
+    wait_ms: float = Field(0.0, ge=0, le=10_000, description="how long an idle replica waits for more; 0 never waits")
+
+
+class DeploymentSpec(Spec):
+    """What should be serving under a name. The model reference is resolved once, when the spec is written."""
+
+    model: RefText
+    replicas: Replicas = Replicas()
+    batching: Batching = Batching()
+    resources: Resources = Resources()
+
+
+class KeySpec(Spec):
+    name: Name
+    role: Role = "developer"
+    scopes: list[str] | None = None
+    models: list[Name] | None = Field(None, description="the deployments it may call; by default all of the project")
+    expires_in: float | None = Field(None, gt=0, le=10 * 365 * 86400, description="seconds from now")
+    requests_per_minute: int | None = Field(None, ge=1)
+    user: str | None = Field(None, description="id of the user it acts for; its role then never exceeds the user's")
+
+
+class ProjectSpec(Spec):
+    name: Name
+
+
+class UserSpec(Spec):
+    name: Annotated[str, StringConstraints(min_length=1, max_length=200)]
+
+
+class MembershipSpec(Spec):
+    role: Role
+
+
+class AliasSpec(Spec):
+    version: int = Field(ge=1)
+
+
+class DataSource(Spec):
+    """Where a recipe's data comes from: `source` is a file, a folder's file, `sklearn:NAME`, `package:DIST/PATH` or an https URL."""
+
+    name: Name
+    source: str
+    table: TableSchema | None = Field(None, alias="schema")
+
+
+class Recipe(Spec):
+    """A whole lifecycle in one TOML file: data, training with its evaluation, deployment, and a sample prediction."""
+
+    name: Name
+    description: str = ""
+    seed: int = Field(0, ge=0, lt=2**32)
+    data: DataSource
+    train: dict[str, Any] = Field(description="a training job without model, dataset and seed, which the recipe fills in")
+    deploy: dict[str, Any] | None = Field(None, description="a deployment without model; its `name` is the recipe's by default")
+    predict: dict[str, Any] | None = Field(None, description="`inputs`: rows to predict once it is deployed")

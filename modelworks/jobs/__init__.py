@@ -1,0 +1,1 @@
+"""The work plane: take one leased job, produce artifacts, commit once."""

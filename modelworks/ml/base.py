@@ -1,0 +1,83 @@
+"""The shapes of the plugs on one page. Light: numpy and onnx are only named here, never imported.
+
+A *batch* is the raw columns in wire form, one 1-d array of n rows a column:
+    number   float32, NaN = missing            integer  int64, INT64_MISSING = missing (float32 when the data has gaps)
+    boolean  uint8 0/1, BOOL_MISSING = missing  category, text, time  object array of str, "" = missing (time: ISO 8601)
+The same arrays enter training, evaluation and the replica, so there is one implementation of everything.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+
+from pydantic import BaseModel
+
+from modelworks.core.types import Signature
+
+if TYPE_CHECKING:
+    import numpy as np
+    import onnx
+
+    from modelworks.ml.package import Package
+
+    Batch = dict[str, np.ndarray]
+
+
+class JobContext(Protocol):
+    """What a running job gives to compute: its seed, its threads, a scratch folder, and a way to report and to resume."""
+
+    seed: int
+    threads: int
+    workdir: Path
+
+    def progress(self, fraction: float, stage: str, **metrics: Any) -> None:
+        """Report `fraction` (0 to 1) of the whole job; raises Cancelled when the job was cancelled."""
+
+    def event(self, kind: str, message: str, **data: Any) -> None:
+        """Add a row to the job's events: kind is "log", "warning", "fold" or "progress"."""
+
+    def checkpoint(self, name: str, data: bytes) -> None:
+        """Keep `data` under `name`: after a crash the retried job finds it with `restore`."""
+
+    def restore(self, name: str) -> bytes | None: ...
+
+
+class Cancelled(Exception):
+    """Raised inside a job by `ctx.progress` once the job was cancelled; the worker ends the job as cancelled."""
+
+
+class Fitted(Protocol):
+    """A trained estimator over a float32 feature matrix."""
+
+    def predict(self, features: np.ndarray) -> dict[str, np.ndarray]:
+        """features [n, f] float32 -> {"probabilities": [n, classes] float64} or {"value": [n] float64}."""
+
+    def to_onnx(self, n_features: int) -> onnx.ModelProto:
+        """A graph with input "features" FP32 [-1, f] and output "probabilities" FP32 [-1, classes] or "value" FP32 [-1]."""
+
+
+class Trainer(Protocol):
+    """An algorithm. `Params` declares the hyperparameters with constraints; they are checked before a job is queued."""
+
+    tasks: ClassVar[tuple[str, ...]]
+    accepts_missing: ClassVar[bool]
+    Params: ClassVar[type[BaseModel]]
+
+    def train(self, features: np.ndarray, target: np.ndarray, params: BaseModel, ctx: JobContext) -> Fitted:
+        """features [n, f] float32; target [n]: class indices int64, or values float64."""
+
+
+class Transform(Protocol):
+    """One op of the preparation; see `ml/data/transforms`."""
+
+
+class Runtime(Protocol):
+    """Runs a package. One instance a replica; `predict` is never called by two threads at once."""
+
+    def load(self, package: Package, threads: int) -> Signature: ...
+
+    def predict(self, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """inputs by name as in the signature, first axis = rows -> outputs by name. Object arrays of str or bytes for BYTES."""
+
+    def close(self) -> None: ...

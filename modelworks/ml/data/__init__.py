@@ -1,0 +1,1 @@
+"""Tables in: read, check, type, profile, and turn into batches."""

@@ -1,0 +1,395 @@
+"""The wire form of a table: from canonical Arrow tables and JSON rows to batches and back (batch: see ml/base.py).
+
+Light at import: numpy only. Every refusal names the feature, the row, what was expected and what came.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from modelworks.core.errors import InvalidInput
+from modelworks.core.tensors import BOOL_MISSING, INT64_MISSING
+from modelworks.core.types import Column, TensorSpec
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+    from modelworks.ml.base import Batch
+
+_OIP = {"number": "FP32", "boolean": "BOOL", "category": "BYTES", "text": "BYTES", "time": "BYTES"}
+_EXPECTED = {
+    "number": "a number",
+    "integer": "an integer",
+    "boolean": "true or false",
+    "category": "a text",
+    "text": "a text",
+    "time": "an ISO 8601 time as a text",
+}
+_INTEGERS: dict[str, np.dtype[Any]] = {
+    f"{sign}INT{bits}": np.dtype(f"{sign.lower()}int{bits}") for sign in ("", "U") for bits in (8, 16, 32, 64)
+}
+_FLOATS: dict[str, np.dtype[Any]] = {
+    "FP16": np.dtype("float16"),
+    "FP32": np.dtype("float32"),
+    "FP64": np.dtype("float64"),
+}
+_DTYPES: dict[str, np.dtype[Any]] = {**_INTEGERS, **_FLOATS}
+_SHOWN = 80  # characters of a value that an error quotes
+
+
+def signature_inputs(columns: Sequence[Column]) -> list[TensorSpec]:
+    """One input of shape [-1, 1] for each column. Integers with gaps are FP32, as NaN is their missing value."""
+    return [
+        TensorSpec(
+            name=column.name,
+            datatype=("FP32" if column.nullable else "INT64") if column.type == "integer" else _OIP[column.type],
+            shape=[-1, 1],
+            column=column.type,
+            nullable=column.nullable,
+        )
+        for column in columns
+    ]
+
+
+# canonical tables -> batches
+
+
+def to_batch(table: pa.Table, columns: Sequence[Column]) -> Batch:
+    """The named `columns` of a canonical table in wire form, one 1-d array of `table.num_rows` each.
+
+    An integer column is float32 when `nullable`; else it is int64, and nulls are INT64_MISSING.
+    InvalidInput for a column the table lacks and for numbers beyond float32's range.
+    """
+    batch: Batch = {}
+    for column in columns:
+        index = table.schema.get_field_index(column.name)
+        if index < 0:
+            raise InvalidInput(f"the table has no column {column.name!r}", code="missing_column", param=column.name)
+        batch[column.name] = _wire(table.column(index), column)
+    return batch
+
+
+def _wire(values: pa.ChunkedArray, column: Column) -> np.ndarray:
+    import pyarrow as pa
+
+    if column.type == "number" or (column.type == "integer" and column.nullable):
+        wide = values.cast(pa.float64(), safe=False).to_numpy()  # nulls become NaN
+        with np.errstate(over="ignore"):
+            narrow = wide.astype(np.float32)
+        beyond = np.isinf(narrow)
+        if beyond.any():
+            row = int(beyond.argmax())
+            raise InvalidInput(
+                f"column {column.name!r}, row {row + 1}: {wide[row]!r} is beyond float32's range (3.4e38); "
+                "scale the column first",
+                code="out_of_range",
+                param=column.name,
+            )
+        return narrow
+    if column.type == "integer":
+        return values.cast(pa.int64()).fill_null(INT64_MISSING).to_numpy().astype(np.int64)
+    if column.type == "boolean":
+        return values.cast(pa.uint8()).fill_null(BOOL_MISSING).to_numpy().astype(np.uint8)
+    if column.type == "time":
+        return _iso(values)
+    out = np.empty(len(values), dtype=object)
+    out[:] = values.cast(pa.string()).fill_null("").to_pylist()
+    return out
+
+
+def _iso(values: pa.ChunkedArray) -> np.ndarray:
+    """ISO 8601 to the second, with microseconds where there are any; `Z` when the column has a zone."""
+    import pyarrow as pa
+
+    zone = "Z" if values.type.tz else ""
+    micros = values.cast(pa.timestamp("us")).to_numpy().astype("datetime64[us]")
+    text = np.datetime_as_string(micros, unit="s").astype(object)
+    fine = micros != micros.astype("datetime64[s]")
+    fine &= ~np.isnat(micros)
+    if fine.any():
+        text[fine] = np.datetime_as_string(micros[fine], unit="us").astype(object)
+    if zone:
+        text = text + zone
+    text[np.isnat(micros)] = ""
+    return text
+
+
+# JSON rows -> batches
+
+
+def rows_to_batch(rows: Sequence[dict[str, Any]], inputs: Sequence[TensorSpec]) -> Batch:
+    """JSON rows (None = missing) as a batch: one array of len(rows) for each input, 1-d for shapes [-1, 1] and [-1].
+
+    Other shapes take nested lists and give arrays [rows, *shape[1:]]. InvalidInput, with `param` the feature and
+    `detail` the row (from 0), for a row that is no object, and for missing, unknown and mistyped features.
+    """
+    names = {spec.name for spec in inputs}
+    for index, row in enumerate(rows):
+        if not isinstance(row, dict):
+            raise InvalidInput(
+                f"inputs[{index}] must be an object of feature names and values, not {_shown(row)}",
+                code="bad_row",
+                param=f"inputs[{index}]",
+            )
+        if row.keys() != names:
+            _refuse_names(index, row, [spec.name for spec in inputs])
+    return {spec.name: _column([row[spec.name] for row in rows], spec) for spec in inputs}
+
+
+def _refuse_names(index: int, row: dict[str, Any], names: list[str]) -> None:
+    for name in names:
+        if name not in row:
+            raise InvalidInput(
+                f"inputs[{index}] lacks the feature {name!r}; "
+                "give it a value, or null where a missing value is accepted",
+                code="missing_feature",
+                param=name,
+                detail={"row": index, "feature": name},
+            )
+    name = next(name for name in row if name not in set(names))
+    known = ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")
+    raise InvalidInput(
+        f"inputs[{index}] has the feature {str(name)[:_SHOWN]!r}, which the model does not know; "
+        f"its features are {known}",
+        code="unknown_feature",
+        param=str(name)[:_SHOWN],
+        detail={"row": index, "feature": str(name)[:_SHOWN]},
+    )
+
+
+def _column(values: list[Any], spec: TensorSpec) -> np.ndarray:
+    if len(spec.shape) > 2 or (len(spec.shape) == 2 and spec.shape[1] != 1):
+        return _nested(values, spec)
+    kind = _kind(spec)
+    if kind == "boolean":
+        return _booleans(values, spec)
+    if kind in ("category", "text", "time"):
+        return _texts(values, spec, kind)
+    return _numbers(values, spec, kind)
+
+
+def _kind(spec: TensorSpec) -> str:
+    """The column type to check against; told from the datatype for inputs that are not a table's columns."""
+    if spec.column:
+        return spec.column
+    if spec.datatype == "BOOL":
+        return "boolean"
+    if spec.datatype == "BYTES":
+        return "text"
+    return "integer" if spec.datatype in _INTEGERS else "number"
+
+
+def _numbers(values: list[Any], spec: TensorSpec, kind: str) -> np.ndarray:
+    """Numbers and integers. The common case needs no loop in Python; any doubt goes to `_number`, one by one."""
+    dtype = _DTYPES.get(spec.datatype, np.dtype("float32"))
+    types = set(map(type, values))
+    if types <= {float, int} and kind == "number" and dtype.kind == "f":
+        try:
+            wide = np.array(values, dtype=np.float64)
+        except OverflowError:
+            wide = np.array([np.inf])
+        with np.errstate(over="ignore"):
+            narrow = wide.astype(dtype)
+        if np.isfinite(narrow).all():
+            return narrow
+    out = np.empty(len(values), dtype=dtype)
+    for row, value in enumerate(values):
+        out[row] = _number(value, row, spec, kind, dtype)
+    return out
+
+
+def _number(value: Any, row: int, spec: TensorSpec, kind: str, dtype: np.dtype) -> Any:
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        _missing(row, spec, kind)
+        if dtype.kind == "f":
+            return np.nan
+        if spec.datatype == "INT64":
+            return INT64_MISSING
+        raise _mistyped(value, row, spec, f"an integer ({spec.datatype} has no missing value)")
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise _mistyped(value, row, spec, _EXPECTED[kind])
+    if math.isinf(value) if isinstance(value, float) else False:
+        raise _mistyped(value, row, spec, "a finite number")
+    if kind == "integer" and isinstance(value, float) and not value.is_integer():
+        raise _mistyped(value, row, spec, "an integer")
+    if dtype.kind == "f":
+        if abs(value) > float(np.finfo(dtype).max):
+            raise _mistyped(value, row, spec, f"a number within the range of {spec.datatype}")
+        return float(value)
+    whole = int(value)
+    bounds = np.iinfo(dtype)
+    if not int(bounds.min) <= whole <= int(bounds.max) or (spec.datatype == "INT64" and whole == INT64_MISSING):
+        raise _mistyped(value, row, spec, f"an integer within the range of {spec.datatype}")
+    return whole
+
+
+def _booleans(values: list[Any], spec: TensorSpec) -> np.ndarray:
+    if set(map(type, values)) <= {bool}:
+        return np.array(values, dtype=np.uint8)
+    out = np.empty(len(values), dtype=np.uint8)
+    for row, value in enumerate(values):
+        if value is None:
+            _missing(row, spec, "boolean")
+            out[row] = BOOL_MISSING
+        elif isinstance(value, bool):
+            out[row] = value
+        else:
+            raise _mistyped(value, row, spec, _EXPECTED["boolean"])
+    return out
+
+
+def _texts(values: list[Any], spec: TensorSpec, kind: str) -> np.ndarray:
+    out = np.empty(len(values), dtype=object)
+    for row, value in enumerate(values):
+        if value is None or value == "":
+            # an input that is no table's column (a user's own net) has no notion of missing: its empty text is a text
+            if spec.column or value is None:
+                _missing(row, spec, kind)
+            out[row] = ""
+        elif not isinstance(value, str):
+            raise _mistyped(value, row, spec, _EXPECTED[kind])
+        elif kind == "time":
+            out[row] = _time(value, row, spec)
+        elif not _encodable(value):
+            raise _mistyped(value, row, spec, "a text without lone surrogates")
+        else:
+            out[row] = value
+    return out
+
+
+def _encodable(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _time(value: str, row: int, spec: TensorSpec) -> str:
+    parsed = parse_time(value)
+    if parsed is None:
+        raise _mistyped(value, row, spec, _EXPECTED["time"])
+    return format_time(parsed)
+
+
+def parse_time(text: str) -> datetime | None:
+    """An ISO 8601 date or date and time, with or without offset (turned to UTC); None when it is not one."""
+    if len(text) < 8:
+        return None
+    try:
+        parsed = datetime.fromisoformat(text.strip())
+        return parsed if parsed.tzinfo is None else parsed.astimezone(UTC)
+    except (ValueError, OverflowError):
+        return None
+
+
+def format_time(moment: datetime) -> str:
+    """The one form in which times travel: `2024-01-31T12:00:00`, with microseconds if any, and `Z` if it has a zone."""
+    text = moment.replace(tzinfo=None).isoformat()
+    return text + "Z" if moment.tzinfo else text
+
+
+def _nested(values: list[Any], spec: TensorSpec) -> np.ndarray:
+    """Tensors given as nested lists: every row must have the shape `spec.shape[1:]` (-1: free, equal in all rows)."""
+    wanted = spec.shape[1:]
+    flat_spec = spec.model_copy(update={"shape": [-1], "nullable": False})
+    shape: tuple[int, ...] | None = None
+    leaves: list[Any] = []
+    for row, value in enumerate(values):
+        found = _shape_of(value, len(wanted))
+        fits = found is not None and all(want in (-1, have) for want, have in zip(wanted, found, strict=True))
+        if not fits or (shape is not None and found != shape):
+            raise _mistyped(value, row, spec, f"nested lists of shape {list(shape or wanted)}")
+        shape = found
+        leaves.extend(_leaves(value, len(wanted)))
+    array = _column(leaves, flat_spec)
+    return array.reshape(len(values), *(shape or (0,) * len(wanted)))
+
+
+def _shape_of(value: Any, depth: int) -> tuple[int, ...] | None:
+    """The shape of lists nested `depth` deep; None when they are ragged or something else."""
+    if depth == 0:
+        return None if isinstance(value, list | dict) else ()
+    if not isinstance(value, list):
+        return None
+    inner = {_shape_of(item, depth - 1) for item in value}
+    if len(inner) > 1 or None in inner:
+        return None
+    rest = inner.pop() if inner else (0,) * (depth - 1)
+    return None if rest is None else (len(value), *rest)
+
+
+def _leaves(value: Any, depth: int) -> list[Any]:
+    return [value] if depth == 0 else [leaf for item in value for leaf in _leaves(item, depth - 1)]
+
+
+def _missing(row: int, spec: TensorSpec, kind: str) -> None:
+    if not spec.nullable:
+        raise InvalidInput(
+            f"inputs[{row}]: the feature {spec.name!r} expects {_EXPECTED[kind]} but its value is missing, "
+            "and the model was not made to accept that",
+            code="missing_value",
+            param=spec.name,
+            detail={"row": row, "feature": spec.name, "expected": _EXPECTED[kind], "got": "null"},
+        )
+
+
+def _mistyped(value: Any, row: int, spec: TensorSpec, expected: str) -> InvalidInput:
+    return InvalidInput(
+        f"inputs[{row}]: the feature {spec.name!r} expects {expected}, not {_shown(value)}",
+        code="bad_value",
+        param=spec.name,
+        detail={"row": row, "feature": spec.name, "expected": expected, "got": _shown(value)},
+    )
+
+
+def _shown(value: Any) -> str:
+    """A short, bounded picture of a value for an error: `the text 'abc'`, `true`, `a list`."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, str):
+        return f"the text {value[:_SHOWN]!r}" + ("..." if len(value) > _SHOWN else "")
+    if isinstance(value, int):
+        # str() of a huge int is slow and refused beyond 4300 digits
+        return f"the number {value}" if value.bit_length() <= 128 else f"an integer of {value.bit_length()} bits"
+    if isinstance(value, float):
+        return f"the number {value!r}"
+    if isinstance(value, list):
+        return "a list"
+    return "an object" if isinstance(value, dict) else f"a {type(value).__name__}"
+
+
+# batches -> JSON rows
+
+
+def batch_to_rows(batch: Batch, inputs: Sequence[TensorSpec]) -> list[dict[str, Any]]:
+    """The inverse of `rows_to_batch`: JSON values, None = missing. Fed back, the rows give the same arrays."""
+    columns = {spec.name: _values(np.asarray(batch[spec.name]), spec) for spec in inputs}
+    names = list(columns)
+    return [dict(zip(names, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+
+
+def _values(array: np.ndarray, spec: TensorSpec) -> list[Any]:
+    if array.ndim == 2 and array.shape[1] == 1:
+        array = array[:, 0]
+    if array.ndim > 1:
+        return array.tolist()
+    kind = _kind(spec)
+    if kind == "boolean":
+        return [None if value > 1 else bool(value) for value in array.astype(np.uint8).tolist()]
+    if kind in ("category", "text", "time"):
+        texts = [value.decode() if isinstance(value, bytes) else value for value in array.tolist()]
+        return [value if value or not spec.column else None for value in texts]
+    if array.dtype.kind == "f":
+        # str() of a float32 is the shortest text that reads back as the same float32: 5.1, not 5.099999904632568
+        read = int if kind == "integer" else float
+        return [None if np.isnan(value) else read(float(str(value))) for value in array]
+    missing = INT64_MISSING if spec.datatype == "INT64" else None
+    return [None if value == missing else value for value in array.tolist()]

@@ -1,0 +1,1 @@
+"""Splits, metrics with intervals, comparison and gates."""

@@ -1,0 +1,100 @@
+"""The catalogue of metrics: ids, tasks, direction and bounds, and the check of a request's metrics and gates. Light."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from modelworks.core.errors import InvalidInput
+from modelworks.core.specs import Gate
+
+CLASSIFICATION, REGRESSION = "tabular-classification", "tabular-regression"
+
+
+@dataclass(frozen=True)
+class Metric:
+    """`low` and `high` are the values a metric can take; intervals are clipped to them."""
+
+    id: str
+    task: str
+    greater_is_better: bool
+    low: float
+    high: float
+    description: str
+
+
+METRICS: dict[str, Metric] = {
+    metric.id: metric
+    for metric in (
+        Metric("accuracy", CLASSIFICATION, True, 0, 1, "share of rows whose label is right"),
+        Metric("balanced_accuracy", CLASSIFICATION, True, 0, 1, "mean of the recalls of the classes that occur"),
+        Metric("precision", CLASSIFICATION, True, 0, 1, "precision, macro: mean over classes; 0 where a class is never predicted"),
+        Metric("recall", CLASSIFICATION, True, 0, 1, "recall, macro: mean over classes"),
+        Metric("f1", CLASSIFICATION, True, 0, 1, "F1, macro: mean over classes"),
+        Metric("precision_weighted", CLASSIFICATION, True, 0, 1, "precision, mean over classes weighted by their rows"),
+        Metric("recall_weighted", CLASSIFICATION, True, 0, 1, "recall, mean over classes weighted by their rows"),
+        Metric("f1_weighted", CLASSIFICATION, True, 0, 1, "F1, mean over classes weighted by their rows"),
+        Metric("roc_auc", CLASSIFICATION, True, 0, 1, "area under the ROC curve; with more than two classes one-vs-rest, macro"),
+        Metric("log_loss", CLASSIFICATION, False, 0, math.inf, "mean negative log probability of the true class"),
+        Metric("brier", CLASSIFICATION, False, 0, 2, "Brier score: mean squared error of the probabilities (summed over classes if more than two)"),
+        Metric("mse", REGRESSION, False, 0, math.inf, "mean squared error"),
+        Metric("rmse", REGRESSION, False, 0, math.inf, "root of the mean squared error"),
+        Metric("mae", REGRESSION, False, 0, math.inf, "mean absolute error"),
+        Metric("mape", REGRESSION, False, 0, math.inf, "mean absolute error as a share of the true value"),
+        Metric("r2", REGRESSION, True, -math.inf, 1, "share of the variance that is explained"),
+    )
+}
+PRIMARY = {CLASSIFICATION: "accuracy", REGRESSION: "r2"}
+
+
+def describe() -> list[dict[str, Any]]:
+    """Every metric as data, for `GET /api/v1/metrics`; an infinite bound is null."""
+    return [
+        {
+            "id": metric.id,
+            "task": metric.task,
+            "greater_is_better": metric.greater_is_better,
+            "low": None if math.isinf(metric.low) else metric.low,
+            "high": None if math.isinf(metric.high) else metric.high,
+            "description": metric.description,
+        }
+        for metric in METRICS.values()
+    ]
+
+
+def metrics_of(task: str) -> list[str]:
+    return [metric.id for metric in METRICS.values() if metric.task == task]
+
+
+def check_metrics(task: str, names: Sequence[str] | None, gates: Sequence[Gate] = ()) -> list[str]:
+    """The metrics to compute: `names` (all of the task when None) and those the gates need, in order, each once.
+
+    InvalidInput for an unknown metric or one of another task, naming those there are.
+    """
+    allowed = metrics_of(task)
+    if names is not None and not names:
+        raise InvalidInput(f"give at least one metric, or leave metrics out for all of: {', '.join(allowed)}", param="metrics")
+    wanted = [*(names if names is not None else allowed), *(gate.metric for gate in gates)]
+    for name in wanted:
+        if name not in allowed:
+            raise InvalidInput(
+                f"there is no metric {str(name)[:80]!r} for {task}; choose from: {', '.join(allowed)}",
+                code="unknown_metric",
+                param="metrics" if names and name in names else "gates",
+            )
+    return list(dict.fromkeys(wanted))
+
+
+def failed_gate(gates: Sequence[Gate], metrics: dict[str, Any]) -> tuple[Gate, float | None] | None:
+    """The first gate that `metrics` do not pass and the value it saw. An undefined (null) metric passes no gate."""
+    for gate in gates:
+        value = metrics[gate.metric]["mean"]
+        if (
+            value is None
+            or (gate.at_least is not None and value < gate.at_least)
+            or (gate.at_most is not None and value > gate.at_most)
+        ):
+            return gate, value
+    return None

@@ -1,0 +1,1 @@
+"""What runs a package. Runtimes never import each other."""

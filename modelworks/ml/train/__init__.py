@@ -1,0 +1,1 @@
+"""Trainers: one file a family, hyperparameters declared as data."""

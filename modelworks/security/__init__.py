@@ -1,0 +1,1 @@
+"""Who may, how much, and what is hidden."""
