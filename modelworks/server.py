@@ -196,7 +196,7 @@ class Supervisor:
         catalog.migrate()
         first_key = Access(catalog, secret).bootstrap(self._home.root)
         self._ready_file.touch()
-        engine = LocalEngine()
+        engine = LocalEngine(self._home.root)
         reconciler = Reconciler(
             catalog,
             Blobs(self._home.blobs),
@@ -276,13 +276,12 @@ class Supervisor:
 
     def _shut_down(self, gateway: Service, worker: Service, reconciler: Any) -> None:
         """Calls finish, jobs go back to the queue, replicas drain; what does not within the grace is killed."""
-        grace = self._settings.shutdown_grace
+        grace = self._settings.shutdown_grace + 2
         stopping = [service.child for service in (gateway, worker) if service.child]
-        threads = [threading.Thread(target=child.terminate, args=(grace + 2,)) for child in stopping]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        for child in stopping:
+            child.terminate(grace)
+        for child in stopping:
+            child.wait(grace + 1)
         reconciler.stop(grace=5.0)
         self._ready_file.unlink(missing_ok=True)
 
@@ -323,6 +322,7 @@ async def _gateway(config: dict[str, Any], settings: Settings) -> None:
     from modelworks.security.quota import RateLimiter
     from modelworks.serve.gateway import Gateway
     from modelworks.serve.router import Router
+    from modelworks.serve.routes import Limits
 
     home = Home(Path(config["home"]))
     while not Path(config["ready_file"]).exists():
@@ -331,19 +331,20 @@ async def _gateway(config: dict[str, Any], settings: Settings) -> None:
     blobs = Blobs(home.blobs)
     secret = Secret.load_or_create(home.secret)
     authenticator = Authenticator(catalog, secret, default_rate=settings.requests_per_minute)
-    router = Router(secret=config["secret"], queue_limit=settings.queue_limit)
+    router = Router(config["secret"])
     services = Services(
         settings=settings,
         home=home.root,
         catalog=catalog,
         library=Library(catalog, blobs),
-        deployments=Deployments(catalog, home.logs / "replicas"),
+        deployments=Deployments(catalog, home.logs),
         access=Access(catalog, secret),
         authenticator=authenticator,
         limiter=RateLimiter(),
-        gateway=Gateway(router),
+        gateway=Gateway(router, timeout=settings.predict_timeout),
     )
-    follower = Follower(catalog, router, authenticator, interval=_FOLLOW)
+    limits = Limits(queue=settings.queue_limit)
+    follower = Follower(catalog, router, authenticator, limits=limits, interval=_FOLLOW)
     await follower.start()
     server = uvicorn.Server(
         uvicorn.Config(
@@ -360,7 +361,7 @@ async def _gateway(config: dict[str, Any], settings: Settings) -> None:
     )
     await server.serve(sockets=[socket.socket(fileno=config["listener"])])
     await follower.stop()
-    await router.close()
+    router.close()
     catalog.close()
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from modelworks.control.idempotency import create_once
 from modelworks.core.errors import InvalidInput, NotFound
-from modelworks.core.specs import DeploymentSpec, Ref
+from modelworks.core.specs import NAME_PATTERN, DeploymentSpec, Ref
 from modelworks.core.types import Alias, Caller, Deployment, DeploymentRevision, ModelVersion, Page, Replica
 from modelworks.security import audit
 from modelworks.store.catalog import Catalog, Tx
@@ -126,26 +128,28 @@ class Deployments:
             spec = DeploymentSpec.model_validate({**old.spec, "model": old.model_version})
             return self._write(tx, caller, name, spec, status="rolling_back")
 
-    def revisions(self, caller: Caller, name: str) -> list[DeploymentRevision]:
+    def revisions(self, caller: Caller, name: str) -> Sequence[DeploymentRevision]:
         with self._catalog.read() as tx:
             deployment = self._find(tx, caller, name)
             return tx.list(DeploymentRevision, deployment_id=deployment.id)
 
-    def replicas(self, caller: Caller, name: str) -> list[Replica]:
+    def replicas(self, caller: Caller, name: str) -> Sequence[Replica]:
         with self._catalog.read() as tx:
             return tx.list(Replica, deployment_id=self._find(tx, caller, name).id)
 
     def logs(self, caller: Caller, name: str, *, limit: int = 64 * 1024) -> str:
-        """The last `limit` bytes of the newest replicas' logs."""
-        parts = []
+        """The ends of the newest replicas' logs, `limit` bytes in all."""
         with self._catalog.read() as tx:
             deployment = self._find(tx, caller, name)
-        folder = self._logs / deployment.id
-        newest = sorted(folder.glob("*.log"), key=lambda path: path.stat().st_mtime)[-4:] if folder.is_dir() else []
-        for path in newest:
-            with path.open("rb") as file:
-                file.seek(max(0, path.stat().st_size - limit // len(newest)))
-                parts.append(f"== {path.stem}\n" + file.read().decode(errors="replace"))
+            newest = tx.list(Replica, deployment_id=deployment.id, newest_first=True, limit=4)
+        parts = []
+        for replica in reversed(newest):
+            path = self._logs / f"{replica.id}.log"
+            if path.is_file():
+                with path.open("rb") as file:
+                    file.seek(max(0, path.stat().st_size - limit // len(newest)))
+                    tail = file.read().decode(errors="replace")
+                parts.append(f"== {replica.id} ({replica.model_version}, {replica.status})\n{tail}")
         return "\n".join(parts)
 
     def _find(self, tx: Tx, caller: Caller, name: str) -> Deployment:
@@ -160,10 +164,6 @@ class Deployments:
 
 
 def _check_name(name: str) -> None:
-    import re
-
-    from modelworks.core.specs import NAME_PATTERN
-
     if not re.match(NAME_PATTERN, name):
         raise InvalidInput(
             f"{name[:100]!r} cannot be a deployment's name: use 1 to 100 letters, digits, '.', '_' or '-'", param="name"

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from modelworks.core.specs import DeploymentSpec
 from modelworks.core.types import Deployment, Replica
 
+_GIVING_UP = 5  # crashes in a row after which a deployment that serves nothing is called failed
 _BACKOFF = (0.0, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
 
 
@@ -58,7 +59,8 @@ def plan(desired: Deployment, observed: Sequence[Replica], failures: Failures, n
         return Plan("ready", drain=old + surplus)
     missing = wanted - len(new)
     start = missing if missing > 0 and now >= retry_at(failures) else 0
-    return Plan(_waiting_status(desired, bool(ready or old_ready)), _waiting_message(failures), start=start)
+    status = _waiting_status(desired, bool(ready or old_ready), failures)
+    return Plan(status, _waiting_message(failures), start=start)
 
 
 def serving(desired: Deployment, observed: Sequence[Replica]) -> list[Replica]:
@@ -75,7 +77,9 @@ def serving(desired: Deployment, observed: Sequence[Replica]) -> list[Replica]:
     return [replica for replica in old if replica.spec_revision == newest]
 
 
-def _waiting_status(desired: Deployment, serves: bool) -> str:
+def _waiting_status(desired: Deployment, serves: bool, failures: Failures) -> str:
+    if failures.crashes >= _GIVING_UP and not serves:
+        return "failed"  # still tried again now and then, as the cause may pass
     if desired.status in ("ready", "degraded"):
         return "degraded"
     if desired.status == "failed":

@@ -47,13 +47,16 @@ class Settings(BaseSettings):
         return self.home.expanduser().absolute()
 
 
-_PASSED_ON = frozenset({"PATH", "HOME", "LANG", "LANGUAGE", "TZ", "TMPDIR", "PYTHONPATH", "VIRTUAL_ENV", "LD_LIBRARY_PATH"})
+_PASSED_ON = frozenset(
+    {"PATH", "HOME", "LANG", "LANGUAGE", "TZ", "TMPDIR", "PYTHONPATH", "VIRTUAL_ENV", "LD_LIBRARY_PATH"}
+)
 
 
 def child_environment(threads: int = 1) -> dict[str, str]:
-    """The environment of a child process: what it needs to start, and `threads` for its numeric libraries. No key, no secret."""
+    """The environment of a child process: what it needs to start, `threads` for its numeric libraries, and no secret."""
     passed = {
         name: value for name, value in os.environ.items() if name in _PASSED_ON or name.startswith(("LC_", "OPENBLAS_"))
     }
     # a waiting thread sleeps: spinning ones starve the other processes of a small machine
-    return {"OPENBLAS_NUM_THREADS": str(threads)} | passed | {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE"}
+    numeric = {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE"}
+    return {"OPENBLAS_NUM_THREADS": str(threads)} | passed | numeric

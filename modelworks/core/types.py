@@ -44,7 +44,7 @@ MOVES: dict[str, dict[str, frozenset[str]]] = {
         "ready": frozenset({"updating", "degraded", "deleting", "failed", "rolling_back"}),
         "degraded": frozenset({"ready", "updating", "failed", "deleting", "rolling_back"}),
         "rolling_back": frozenset({"ready", "degraded", "failed", "deleting", "updating"}),
-        "failed": frozenset({"updating", "ready", "degraded", "deleting"}),
+        "failed": frozenset({"updating", "ready", "degraded", "rolling_back", "deleting"}),
         "deleting": frozenset(),
     },
     "replica": {

@@ -1,8 +1,8 @@
 """Child processes that never outlive their parent: own group, config over stdin, three independent death notices.
 
 The parent calls `spawn`; the child calls `attach` before anything else. Stdin stays open as long as the parent lives.
-When it closes, the kernel itself kills the child's whole group (SIGIO redirected to SIGKILL), which needs no interpreter;
-PDEATHSIG and a watcher thread stand behind it.
+When it closes, the kernel itself kills the child's whole group (SIGIO redirected to SIGKILL), which needs no
+interpreter; PDEATHSIG and a watcher thread stand behind it.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ ORPHANED = 70  # exit code of a child whose parent is gone
 
 
 class Child:
-    """A started process and its group, from the parent's side. Thread-safe."""
+    """A started process and its group, from the parent's side. Thread-safe. Keep it: dropping it ends the process."""
 
     def __init__(self, process: subprocess.Popen[bytes], title: str) -> None:
         self.pid = process.pid
@@ -111,7 +111,8 @@ def spawn(
     May be called from any thread: off the main thread, a thread that lives as long as the process does the fork,
     because PDEATHSIG fires when the forking *thread* ends.
     """
-    line = json.dumps({"title": title, "parent": os.getpid(), "memory_mb": memory_mb, "config": config}).encode() + b"\n"
+    envelope = {"title": title, "parent": os.getpid(), "memory_mb": memory_mb, "config": config}
+    line = json.dumps(envelope).encode() + b"\n"
     if len(line) > MAX_CONFIG:
         raise ValueError(f"the config of {title!r} has {len(line)} bytes; pass what is large as a file")
 
@@ -169,7 +170,7 @@ _forker = _Forker()
 
 
 def trim_log(path: Path, keep: int = LOG_KEEP) -> None:
-    """Cut a log that grew past twice `keep` (at a start: past `keep`) down to its last `keep` bytes."""
+    """Cut a log that grew past `keep` bytes down to its last ones, in place: who appends to it goes on."""
     with contextlib.suppress(FileNotFoundError):
         size = path.stat().st_size
         if size > keep:
@@ -199,17 +200,18 @@ def tail_log(path: Path, limit: int = 64 * 1024) -> str:
 def attach(title: str | None = None) -> dict[str, Any]:
     """Called first in a child: ties its life to the parent's and returns the config. `title` replaces the spawner's."""
     _die_with_parent()
-    line = sys.stdin.buffer.raw.read(MAX_CONFIG) or b""  # type: ignore[attr-defined]
+    pipe = sys.stdin.fileno()
+    line = b""
     while not line.endswith(b"\n"):
-        more = sys.stdin.buffer.raw.read(MAX_CONFIG)  # type: ignore[attr-defined]
+        more = os.read(pipe, MAX_CONFIG)
         if not more:
             os._exit(ORPHANED)
         line += more
     envelope = json.loads(line)
     if os.getppid() != envelope["parent"]:  # it died before PDEATHSIG was set
         os._exit(ORPHANED)
-    _die_with_pipe(sys.stdin.fileno())
-    threading.Thread(target=_watch, args=(sys.stdin.fileno(),), name="parent-watch", daemon=True).start()
+    _die_with_pipe(pipe)
+    threading.Thread(target=_watch, args=(pipe,), name="parent-watch", daemon=True).start()
     import setproctitle
 
     setproctitle.setproctitle(title or envelope["title"])
@@ -225,7 +227,7 @@ def _die_with_parent() -> None:
 
 
 def _die_with_pipe(pipe: int) -> None:
-    """Have the kernel SIGKILL this process's group when the pipe's last writer is gone. Nothing more is ever written to it."""
+    """Have the kernel SIGKILL this process's group when the pipe's last writer is gone; nothing more is written to it."""
     if sys.platform != "linux" or os.getpgrp() != os.getpid():
         return
     fcntl.fcntl(pipe, fcntl.F_SETOWN, -os.getpgrp())

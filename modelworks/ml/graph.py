@@ -21,8 +21,13 @@ IR_VERSION = 9
 ML = "ai.onnx.ml"
 
 # onnx.TensorProto's codes, so that a graph can be described without importing onnx
-FLOAT, UINT8, INT64, STRING, BOOL = 1, 2, 7, 8, 9
-_DTYPES: dict[str, Any] = {"tensor(float)": np.float32, "tensor(int64)": np.int64, "tensor(uint8)": np.uint8, "tensor(string)": object}
+FLOAT, UINT8, INT64, STRING, BOOL, DOUBLE = 1, 2, 7, 8, 9, 11
+_DTYPES: dict[str, Any] = {
+    "tensor(float)": np.float32,
+    "tensor(int64)": np.int64,
+    "tensor(uint8)": np.uint8,
+    "tensor(string)": object,
+}
 
 # A graph cannot have an input and an output of one name, but a table may have a column called "label".
 _RESERVED = re.compile(r"^(?:features|label|probabilities|value)(?: \(column\))*$")
@@ -40,7 +45,7 @@ def column_of(name: str) -> str:
 
 
 class Graph:
-    """A graph under construction. Tensors are [N, width]; names count upwards, so the same calls give the same bytes."""
+    """A graph under construction. Tensors are [N, width]; names count upwards: the same calls give the same bytes."""
 
     def __init__(self, taken: set[str] | None = None) -> None:
         self.kinds: dict[str, int] = {}
@@ -61,13 +66,15 @@ class Graph:
 
     def constant(self, values: Any, kind: int = FLOAT) -> str:
         """A constant tensor. `values` are numbers, or texts when kind is STRING."""
-        dtype: Any = {FLOAT: np.float32, INT64: np.int64, STRING: object, BOOL: np.bool_}[kind]
+        dtype: Any = {FLOAT: np.float32, DOUBLE: np.float64, INT64: np.int64, STRING: object}[kind]
         name = self._fresh("c")
         self._constants[name] = np.array(values, dtype=dtype)
         self.kinds[name] = kind
         return name
 
-    def node(self, op: str, inputs: list[str], *, kind: int = FLOAT, width: int = 1, domain: str = "", **attributes: Any) -> str:
+    def node(
+        self, op: str, inputs: list[str], *, kind: int = FLOAT, width: int = 1, domain: str = "", **attributes: Any
+    ) -> str:
         """A node with one output of `kind` and shape [N, width]; returns the output's name."""
         name = self._fresh("t")
         self._nodes[name] = (op, inputs, domain, attributes)
@@ -112,12 +119,17 @@ class Graph:
         graph = helper.make_graph(
             nodes,
             name,
-            [helper.make_tensor_value_info(tensor, self.kinds[tensor], ["n", self.widths[tensor]]) for tensor in self._inputs if tensor in reached],
-            [helper.make_tensor_value_info(output, self.kinds[tensor], ["n", self.widths[tensor]]) for output, tensor in outputs.items()],
+            [
+                helper.make_tensor_value_info(tensor, self.kinds[tensor], ["n", self.widths[tensor]])
+                for tensor in self._inputs
+                if tensor in reached
+            ],
+            [
+                helper.make_tensor_value_info(output, self.kinds[tensor], ["n", self.widths[tensor]])
+                for output, tensor in outputs.items()
+            ],
             initializer=[
-                helper.make_tensor(constant, STRING, values.shape, [str(value).encode() for value in values.ravel()])
-                if values.dtype == object
-                else numpy_helper.from_array(values, constant)
+                numpy_helper.from_array(values, constant)
                 for constant, values in self._constants.items()
                 if constant in reached
             ],
@@ -172,7 +184,7 @@ def session(model: bytes, threads: int = 1) -> onnxruntime.InferenceSession:
 
 
 def feed(inputs: list[Any], batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """What `session.run` wants for `inputs` (= session.get_inputs()): 1-d columns of a batch become [n, 1]. InvalidInput if one lacks."""
+    """What `session.run` wants for its `inputs`: 1-d columns of the batch become [n, 1]. InvalidInput if one lacks."""
     values: dict[str, np.ndarray] = {}
     for wanted in inputs:
         column = column_of(wanted.name)
@@ -186,12 +198,14 @@ def feed(inputs: list[Any], batch: dict[str, np.ndarray]) -> dict[str, np.ndarra
 
 
 def compose(features: onnx.ModelProto, estimator: onnx.ModelProto) -> onnx.ModelProto:
-    """One model from raw columns to the estimator's outputs: `features`' output feeds the estimator's input "features"."""
+    """One model from raw columns to the estimator's outputs, whose input "features" is what `features` puts out."""
     import onnx
     from onnx import compose as joint
     from onnx import version_converter
 
-    used = {name for node in features.graph.node for name in (*node.input, *node.output)} | {i.name for i in features.graph.input}
+    used = {name for node in features.graph.node for name in (*node.input, *node.output)} | {
+        i.name for i in features.graph.input
+    }
     prefix = "model/"
     while any(name.startswith(prefix) for name in used):
         prefix = "_" + prefix
@@ -200,14 +214,13 @@ def compose(features: onnx.ModelProto, estimator: onnx.ModelProto) -> onnx.Model
     if versions.get("", OPSET[""]) != OPSET[""]:
         estimator = version_converter.convert_version(estimator, OPSET[""])
     estimator = joint.add_prefix(estimator, prefix)
-    _align(features)
     _align(estimator)
     merged = joint.merge_models(features, estimator, io_map=[("features", prefix + "features")], name="modelworks")
     graph = merged.graph
     renames = {prefix + name: name for name in outputs}
     taken = {i.name for i in graph.input} | {name for node in graph.node for name in node.output}
     if clash := sorted(set(outputs) & taken):
-        raise InvalidInput(f"the output {clash[0]!r} has the name of another tensor of the graph", code="bad_graph")
+        raise InvalidInput(f"the output {clash[0]!r} has the name of another tensor", code="bad_graph")
     for node in graph.node:
         node.input[:] = [renames.get(name, name) for name in node.input]
         node.output[:] = [renames.get(name, name) for name in node.output]
@@ -220,10 +233,19 @@ def compose(features: onnx.ModelProto, estimator: onnx.ModelProto) -> onnx.Model
 
 
 def _align(model: onnx.ModelProto) -> None:
-    """Give both sides of a merge the same IR version and the same operator sets."""
+    """Give the estimator the house's IR version and operator sets. InvalidInput for operators newer than those."""
     from onnx import helper
 
+    for entry in model.opset_import:
+        if entry.domain == ML and entry.version > OPSET[ML]:
+            raise InvalidInput(
+                f"the estimator uses {ML} {entry.version}; export it for {ML} {OPSET[ML]}", code="bad_graph"
+            )
     model.ir_version = IR_VERSION
-    extra = {entry.domain: entry.version for entry in model.opset_import if entry.domain not in OPSET and entry.domain != "ai.onnx"}
+    extra = {
+        entry.domain: entry.version
+        for entry in model.opset_import
+        if entry.domain not in OPSET and entry.domain != "ai.onnx"
+    }
     del model.opset_import[:]
     model.opset_import.extend(helper.make_opsetid(domain, version) for domain, version in (OPSET | extra).items())

@@ -30,15 +30,36 @@ METRICS: dict[str, Metric] = {
     for metric in (
         Metric("accuracy", CLASSIFICATION, True, 0, 1, "share of rows whose label is right"),
         Metric("balanced_accuracy", CLASSIFICATION, True, 0, 1, "mean of the recalls of the classes that occur"),
-        Metric("precision", CLASSIFICATION, True, 0, 1, "precision, macro: mean over classes; 0 where a class is never predicted"),
+        Metric(
+            "precision",
+            CLASSIFICATION,
+            True,
+            0,
+            1,
+            "precision, macro: mean over classes; 0 where a class is never predicted",
+        ),
         Metric("recall", CLASSIFICATION, True, 0, 1, "recall, macro: mean over classes"),
         Metric("f1", CLASSIFICATION, True, 0, 1, "F1, macro: mean over classes"),
         Metric("precision_weighted", CLASSIFICATION, True, 0, 1, "precision, mean over classes weighted by their rows"),
         Metric("recall_weighted", CLASSIFICATION, True, 0, 1, "recall, mean over classes weighted by their rows"),
         Metric("f1_weighted", CLASSIFICATION, True, 0, 1, "F1, mean over classes weighted by their rows"),
-        Metric("roc_auc", CLASSIFICATION, True, 0, 1, "area under the ROC curve; with more than two classes one-vs-rest, macro"),
+        Metric(
+            "roc_auc",
+            CLASSIFICATION,
+            True,
+            0,
+            1,
+            "area under the ROC curve; with more than two classes one-vs-rest, macro",
+        ),
         Metric("log_loss", CLASSIFICATION, False, 0, math.inf, "mean negative log probability of the true class"),
-        Metric("brier", CLASSIFICATION, False, 0, 2, "Brier score: mean squared error of the probabilities (summed over classes if more than two)"),
+        Metric(
+            "brier",
+            CLASSIFICATION,
+            False,
+            0,
+            2,
+            "Brier score: mean squared error of the probabilities (summed over classes if more than two)",
+        ),
         Metric("mse", REGRESSION, False, 0, math.inf, "mean squared error"),
         Metric("rmse", REGRESSION, False, 0, math.inf, "root of the mean squared error"),
         Metric("mae", REGRESSION, False, 0, math.inf, "mean absolute error"),
@@ -75,7 +96,9 @@ def check_metrics(task: str, names: Sequence[str] | None, gates: Sequence[Gate] 
     """
     allowed = metrics_of(task)
     if names is not None and not names:
-        raise InvalidInput(f"give at least one metric, or leave metrics out for all of: {', '.join(allowed)}", param="metrics")
+        raise InvalidInput(
+            f"give at least one metric, or leave metrics out for all of: {', '.join(allowed)}", param="metrics"
+        )
     wanted = [*(names if names is not None else allowed), *(gate.metric for gate in gates)]
     for name in wanted:
         if name not in allowed:
@@ -87,14 +110,23 @@ def check_metrics(task: str, names: Sequence[str] | None, gates: Sequence[Gate] 
     return list(dict.fromkeys(wanted))
 
 
+def passes(gate: Gate, value: float | None) -> bool:
+    """An undefined (null) metric passes no gate."""
+    if value is None:
+        return False
+    return (gate.at_least is None or value >= gate.at_least) and (gate.at_most is None or value <= gate.at_most)
+
+
 def failed_gate(gates: Sequence[Gate], metrics: dict[str, Any]) -> tuple[Gate, float | None] | None:
-    """The first gate that `metrics` do not pass and the value it saw. An undefined (null) metric passes no gate."""
-    for gate in gates:
-        value = metrics[gate.metric]["mean"]
-        if (
-            value is None
-            or (gate.at_least is not None and value < gate.at_least)
-            or (gate.at_most is not None and value > gate.at_most)
-        ):
-            return gate, value
-    return None
+    """The first gate that the means in `metrics` do not pass, and the value it saw."""
+    values = [(gate, metrics[gate.metric]["mean"]) for gate in gates]
+    return next(((gate, value) for gate, value in values if not passes(gate, value)), None)
+
+
+def gate_results(gates: Sequence[Gate], metrics: dict[str, Any]) -> list[dict[str, Any]]:
+    """Each gate as given, with the value it saw and whether it passed, for a report's details."""
+    return [
+        gate.model_dump(mode="json", exclude_none=True)
+        | {"value": metrics[gate.metric]["mean"], "passed": passes(gate, metrics[gate.metric]["mean"])}
+        for gate in gates
+    ]

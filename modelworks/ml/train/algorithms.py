@@ -1,4 +1,7 @@
-"""The catalogue of algorithms: names, tasks and hyperparameters, and their check before a job is queued. Light: no numpy, no scikit-learn."""
+"""The catalogue of algorithms:
+
+names, tasks and hyperparameters, and their check before a job is queued. Light: no numpy, no scikit-learn.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +49,10 @@ def _describe(name: str, trainer: type[Trainer]) -> dict[str, Any]:
 
 
 def check_hyperparameters(algorithm: str, given: dict[str, Any]) -> dict[str, Any]:
-    """`given` with the defaults filled in. InvalidInput for an unknown algorithm or name and for a value out of range."""
+    """`given` with the defaults filled in.
+
+    InvalidInput for an unknown algorithm or name and for a value out of range.
+    """
     model = TRAINERS.get(algorithm).Params
     unknown = next((name for name in given if name not in model.model_fields), None)
     if unknown is not None:
@@ -62,9 +68,10 @@ def check_hyperparameters(algorithm: str, given: dict[str, Any]) -> dict[str, An
         first = error.errors(include_url=False)[0]
         name = str(first["loc"][0]) if first["loc"] else ""
         raise InvalidInput(
-            f"the hyperparameter {name!r} of {algorithm} cannot be {str(given.get(name))[:80]!r}; give {_allowed(model, name)}"
+            f"the hyperparameter {name!r} of {algorithm} cannot be {str(given.get(name))[:80]!r}; give "
+            f"{_allowed(model, name)}"
             if name
-            else f"the hyperparameters of {algorithm} do not fit together: {first['msg'].removeprefix('Value error, ')}",
+            else f"the hyperparameters of {algorithm} do not fit together: {first['msg']}",
             code="bad_hyperparameter",
             param=f"hyperparameters.{name}" if name else "hyperparameters",
         ) from None
@@ -85,6 +92,20 @@ def _allowed(model: type[BaseModel], name: str) -> str:
 
 
 def _range(metadata: list[Any]) -> str:
-    low = next((f" from {bound.ge:g}" if isinstance(bound, Ge) else f" above {bound.gt:g}" for bound in metadata if isinstance(bound, Ge | Gt)), "")
-    high = next((f" to {bound.le:g}" if isinstance(bound, Le) else f" below {bound.lt:g}" for bound in metadata if isinstance(bound, Le | Lt)), "")
+    low = next(
+        (
+            f" from {bound.ge:g}" if isinstance(bound, Ge) else f" above {bound.gt:g}"
+            for bound in metadata
+            if isinstance(bound, Ge | Gt)
+        ),
+        "",
+    )
+    high = next(
+        (
+            f" to {bound.le:g}" if isinstance(bound, Le) else f" below {bound.lt:g}"
+            for bound in metadata
+            if isinstance(bound, Le | Lt)
+        ),
+        "",
+    )
     return low + high

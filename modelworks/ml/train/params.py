@@ -1,4 +1,7 @@
-"""The hyperparameters of every built-in algorithm, declared as data: defaults as scikit-learn's and LightGBM's. Light."""
+"""The hyperparameters of every built-in algorithm, declared as data:
+
+defaults as scikit-learn's and LightGBM's. Light.
+"""
 
 from __future__ import annotations
 
@@ -68,11 +71,16 @@ class SgdParams(Params):
     fit_intercept: FitIntercept = True
     max_iter: int = Field(1000, ge=1, le=100_000, description="epochs at most: passes over the training rows")
     tol: float | None = Field(
-        1e-3, ge=0, le=1, description="stop when the training loss improved by less than this for n_iter_no_change epochs; null: never"
+        1e-3,
+        ge=0,
+        le=1,
+        description="stop when the training loss improved by less than this for n_iter_no_change epochs; null: never",
     )
     n_iter_no_change: int = Field(5, ge=1, le=10_000, description="epochs without improvement until it stops")
     shuffle: bool = Field(True, description="whether each epoch visits the rows in another order")
-    epsilon: float = Field(0.1, ge=0, le=1e12, description="with loss huber or epsilon_insensitive: the width of the tolerant zone")
+    epsilon: float = Field(
+        0.1, ge=0, le=1e12, description="with loss huber or epsilon_insensitive: the width of the tolerant zone"
+    )
     eta0: float = Field(0.01, gt=0, le=1e6, description="initial learning rate of constant, invscaling and adaptive")
     power_t: float = Field(0.5, ge=0, le=10, description="exponent of invscaling: eta0 / t**power_t")
     average: bool = Field(False, description="whether to average the coefficients over all steps")
@@ -81,8 +89,8 @@ class SgdParams(Params):
 class SgdClassifierParams(SgdParams):
     loss: Literal["log_loss", "hinge", "squared_hinge", "modified_huber", "perceptron"] = Field(
         "log_loss",
-        description="log_loss is a logistic regression, hinge a linear support vector machine. Probabilities are the sigmoid "
-        "(two classes) or softmax (more) of the scores: calibrated at best for log_loss, for the others only an order",
+        description="log_loss is a logistic regression, hinge a linear support vector machine. Probabilities are the "
+        "sigmoid (two classes) or softmax (more) of the scores: calibrated at best for log_loss, for the others only an order",
     )
     learning_rate: Literal["optimal", "constant", "invscaling", "adaptive"] = Field(
         "optimal", description="optimal: 1 / (alpha * (t + t0)); adaptive: eta0, a fifth of it at each standstill"
@@ -101,7 +109,9 @@ class SgdRegressorParams(SgdParams):
 
 
 class BoostedTreesParams(Params):
-    n_estimators: int = Field(100, ge=1, le=100_000, description="boosting rounds; with k > 2 classes each adds k trees")
+    n_estimators: int = Field(
+        100, ge=1, le=100_000, description="boosting rounds; with k > 2 classes each adds k trees"
+    )
     learning_rate: float = Field(0.1, gt=0, le=10, description="how much each tree counts")
     num_leaves: int = Field(31, ge=2, le=131_072, description="leaves of a tree at most")
     max_depth: int = Field(-1, ge=-1, le=1000, description="depth of a tree at most; -1: no limit")

@@ -1,4 +1,4 @@
-"""Every transform a recipe may name: its parameters, what it applies to, and the central check of both. Light: pydantic only."""
+"""Every transform a recipe may name: its parameters, what it applies to, the check of both. Light: pydantic only."""
 
 from __future__ import annotations
 
@@ -40,7 +40,9 @@ class FillMissing(Spec):
     strategy: Literal["mean", "median", "most-frequent", "constant"] | None = Field(
         None, description="by default the mean for numbers and the most frequent value for everything else"
     )
-    value: float | int | bool | str | None = Field(None, description="what to fill in, with the strategy constant")
+    value: float | int | bool | str | None = Field(
+        None, description="what to fill in; without columns, in columns of its type"
+    )
 
     @model_validator(mode="after")
     def _value(self) -> FillMissing:
@@ -58,8 +60,15 @@ class Clip(Spec):
     high: float | None = Field(None, description="absolute upper bound", allow_inf_nan=False)
     low_quantile: float | None = Field(None, ge=0, le=1, description="lower bound as a quantile of the training rows")
     high_quantile: float | None = Field(None, ge=0, le=1, description="upper bound as a quantile of the training rows")
-    iqr: float | None = Field(None, gt=0, allow_inf_nan=False, description="this many interquartile ranges beyond the quartiles; 1.5 by default")
-    zscore: float | None = Field(None, gt=0, allow_inf_nan=False, description="this many standard deviations around the mean")
+    iqr: float | None = Field(
+        None,
+        gt=0,
+        allow_inf_nan=False,
+        description="this many interquartile ranges beyond the quartiles; 1.5 by default",
+    )
+    zscore: float | None = Field(
+        None, gt=0, allow_inf_nan=False, description="this many standard deviations around the mean"
+    )
 
     @model_validator(mode="after")
     def _family(self) -> Clip:
@@ -82,7 +91,9 @@ class Cast(Spec):
 
 
 class MinMax(Spec):
-    range: tuple[float, float] = Field((0.0, 1.0), description="the values that the training rows' minimum and maximum become")
+    range: tuple[float, float] = Field(
+        (0.0, 1.0), description="the values that the training rows' minimum and maximum become"
+    )
 
     @model_validator(mode="after")
     def _ordered(self) -> MinMax:
@@ -93,7 +104,9 @@ class MinMax(Spec):
 
 class Log(Spec):
     base: float | None = Field(None, gt=0, allow_inf_nan=False, description="of the logarithm; natural by default")
-    offset: float = Field(1.0, allow_inf_nan=False, description="added before the logarithm; the default makes it log1p")
+    offset: float = Field(
+        1.0, allow_inf_nan=False, description="added before the logarithm; the default makes it log1p"
+    )
 
     @model_validator(mode="after")
     def _base(self) -> Log:
@@ -103,11 +116,15 @@ class Log(Spec):
 
 
 class OneHot(Spec):
-    max_categories: int = Field(1000, ge=1, le=10_000, description="the most frequent are kept; all others become zeros, like unknown ones")
+    max_categories: int = Field(
+        1000, ge=1, le=10_000, description="the most frequent are kept; all others become zeros, like unknown ones"
+    )
 
 
 class Ordinal(Spec):
-    order: list[str] | None = Field(None, min_length=1, max_length=100_000, description="values from lowest to highest; sorted by default")
+    order: list[str] | None = Field(
+        None, min_length=1, max_length=100_000, description="values from lowest to highest; sorted by default"
+    )
     unknown: float = Field(-1.0, allow_inf_nan=False, description="the number for unknown and missing values")
 
     @model_validator(mode="after")
@@ -119,8 +136,12 @@ class Ordinal(Spec):
 
 class GroupRare(Spec):
     min_count: int | None = Field(None, ge=1, description="values seen fewer times are grouped")
-    min_share: float | None = Field(None, gt=0, lt=1, description="values with a smaller share of the rows are grouped; 0.01 by default")
-    other: str = Field("other", min_length=1, max_length=1000, description="the label of the group, also for unknown values")
+    min_share: float | None = Field(
+        None, gt=0, lt=1, description="values with a smaller share of the rows are grouped; 0.01 by default"
+    )
+    other: str = Field(
+        "other", min_length=1, max_length=1000, description="the label of the group, also for unknown values"
+    )
 
     @model_validator(mode="after")
     def _one(self) -> GroupRare:
@@ -131,7 +152,10 @@ class GroupRare(Spec):
 
 class DateParts(Spec):
     parts: list[DatePart] = Field(["year", "month", "day", "weekday", "hour"], min_length=1, max_length=8)
-    cyclic: bool = Field(False, description="the sine and cosine of month, day, weekday, hour, minute and dayofyear instead of their number")
+    cyclic: bool = Field(
+        False,
+        description="the sine and cosine of month, day, weekday, hour, minute and dayofyear instead of their number",
+    )
 
     @model_validator(mode="after")
     def _distinct(self) -> DateParts:
@@ -142,9 +166,12 @@ class DateParts(Spec):
 
 class Tokens(Spec):
     analyzer: Literal["word", "char"] = Field(
-        "word", description="word: runs of letters and digits, and each Chinese or Japanese character; char: all characters"
+        "word",
+        description="word: runs of letters and digits, and each Chinese or Japanese character; char: all characters",
     )
-    ngram: tuple[int, int] | None = Field(None, description="[shortest, longest]; [1, 1] for words, [1, 2] for characters")
+    ngram: tuple[int, int] | None = Field(
+        None, description="[shortest, longest]; [1, 1] for words, [1, 2] for characters"
+    )
     lowercase: bool = True
 
     @model_validator(mode="after")
@@ -166,9 +193,10 @@ class Hashing(Tokens):
 
 @dataclass(frozen=True)
 class Transform:
-    """`types`: what it can be applied to; `default`: what it takes when no columns are given (None: they must be given).
+    """`types`: what it can be applied to; `default`: what it takes when no columns are given (None: they must be).
 
-    kind "rows" drops rows of training and evaluation sets and never at serving; "graph" runs in the ONNX graph; "host" before it.
+    kind: "rows" drops rows of training and evaluation sets, never at serving; "graph" runs in the ONNX graph; "host"
+    before it.
     """
 
     name: str
@@ -183,29 +211,65 @@ TRANSFORMS: dict[str, Transform] = {
     transform.name: transform
     for transform in (
         Transform("drop-missing", "rows", "Drop the rows that miss a value in one of the columns.", ANY, ANY),
-        Transform("drop-duplicates", "rows", "Keep the first of the rows that are alike in all of the columns.", ANY, ANY),
+        Transform(
+            "drop-duplicates", "rows", "Keep the first of the rows that are alike in all of the columns.", ANY, ANY
+        ),
         Transform("drop", "graph", "Drop the columns.", ANY, None),
         Transform("fill-missing", "graph", "Fill in missing values.", ANY, ANY, FillMissing),
         Transform("clip", "graph", "Clip outliers to bounds.", NUMERIC, NUMERIC, Clip),
-        Transform("cast", "graph", "Change the type of columns.", ("number", "integer", "category", "boolean", "text"), None, Cast),
+        Transform(
+            "cast",
+            "graph",
+            "Change the type of columns.",
+            ("number", "integer", "category", "boolean", "text"),
+            None,
+            Cast,
+        ),
         Transform("standardise", "graph", "Scale to mean 0 and deviation 1.", FLAT, NUMERIC),
         Transform("min-max", "graph", "Scale to a range.", FLAT, NUMERIC, MinMax),
         Transform("log", "graph", "The logarithm of value + offset.", NUMERIC, NUMERIC, Log),
-        Transform("one-hot", "graph", "A column of 0 and 1 for each value; unknown and missing values are zeros.", LABELS, ("category",), OneHot),
+        Transform(
+            "one-hot",
+            "graph",
+            "A column of 0 and 1 for each value; unknown and missing values are zeros.",
+            LABELS,
+            ("category",),
+            OneHot,
+        ),
         Transform("ordinal", "graph", "The position of the value in an order.", LABELS, ("category",), Ordinal),
-        Transform("group-rare", "graph", "Put rare and unknown values under one label.", LABELS, ("category",), GroupRare),
-        Transform("date-parts", "host", "The parts of a time, in UTC, each as a number.", ("time",), ("time",), DateParts),
-        Transform("tf-idf", "host", "Weights of the terms of a text (TF-IDF, rows of length 1).", ("text", "category"), ("text",), TfIdf),
-        Transform("hashing", "host", "Counts of the terms of a text, spread over columns by a hash.", ("text", "category"), ("text",), Hashing),
+        Transform(
+            "group-rare", "graph", "Put rare and unknown values under one label.", LABELS, ("category",), GroupRare
+        ),
+        Transform(
+            "date-parts", "host", "The parts of a time, in UTC, each as a number.", ("time",), ("time",), DateParts
+        ),
+        Transform(
+            "tf-idf",
+            "host",
+            "Weights of the terms of a text (TF-IDF, rows of length 1).",
+            ("text", "category"),
+            ("text",),
+            TfIdf,
+        ),
+        Transform(
+            "hashing",
+            "host",
+            "Counts of the terms of a text, spread over columns by a hash.",
+            ("text", "category"),
+            ("text",),
+            Hashing,
+        ),
     )
 }
 ALIASES = {"standardize": "standardise", "minmax": "min-max", "onehot": "one-hot", "tfidf": "tf-idf"}
 
 
 def check_transforms(specs: list[TransformSpec]) -> list[TransformSpec]:
-    """The same steps with canonical op names. Raises InvalidInput that names the step for an unknown op or a bad parameter."""
+    """The same steps with canonical op names. InvalidInput names the step of an unknown op or a bad parameter."""
     if len(specs) > MAX_TRANSFORMS:
-        raise InvalidInput(f"there are {len(specs)} transforms; at most {MAX_TRANSFORMS} are allowed", param="transforms")
+        raise InvalidInput(
+            f"there are {len(specs)} transforms; at most {MAX_TRANSFORMS} are allowed", param="transforms"
+        )
     return [_check(spec, f"transforms[{index}]") for index, spec in enumerate(specs)]
 
 
@@ -218,15 +282,21 @@ def params_of(spec: TransformSpec, where: str = "transforms") -> Any:
         first = error.errors()[0]
         field = ".".join(str(part) for part in first["loc"])
         allowed = ", ".join(transform.Params.model_fields) or "none"
-        reason = f"there is no such parameter; allowed: {allowed}" if first["type"] == "extra_forbidden" else first["msg"]
+        reason = (
+            f"there is no such parameter; allowed: {allowed}" if first["type"] == "extra_forbidden" else first["msg"]
+        )
         at = f"{field!r}: " if field else ""
-        raise InvalidInput(f"{transform.name}: {at}{reason}", param=f"{where}.{field}" if field else where, code="bad_transform") from None
+        raise InvalidInput(
+            f"{transform.name}: {at}{reason}", param=f"{where}.{field}" if field else where, code="bad_transform"
+        ) from None
 
 
 def selected_types(spec: TransformSpec, params: Any) -> tuple[str, ...]:
     """The types a step takes that names no columns."""
     if isinstance(params, FillMissing) and params.strategy in ("mean", "median"):
         return NUMERIC
+    if isinstance(params, FillMissing) and isinstance(params.value, bool):
+        return ("boolean",)
     if isinstance(params, FillMissing) and params.value is not None:
         return ("category", "text") if isinstance(params.value, str) else NUMERIC
     return TRANSFORMS[spec.op].default or ()
@@ -251,7 +321,9 @@ def _find(spec: TransformSpec, where: str) -> Transform:
     name = ALIASES.get(spec.op, spec.op)
     if name not in TRANSFORMS:
         raise InvalidInput(
-            f"there is no transform {spec.op[:100]!r}; choose one of: {', '.join(TRANSFORMS)}", param=where, code="unknown_transform"
+            f"there is no transform {spec.op[:100]!r}; choose one of: {', '.join(TRANSFORMS)}",
+            param=where,
+            code="unknown_transform",
         )
     return TRANSFORMS[name]
 
@@ -261,12 +333,18 @@ def _check(spec: TransformSpec, where: str) -> TransformSpec:
     params = params_of(spec, where)
     columns = spec.columns
     if columns is None and transform.default is None:
-        raise InvalidInput(f"{transform.name} needs columns: a list of names or one of {', '.join(SELECTORS)}", param=f"{where}.columns")
+        raise InvalidInput(
+            f"{transform.name} needs columns: a list of names or one of {', '.join(SELECTORS)}",
+            param=f"{where}.columns",
+        )
     if isinstance(columns, str) and columns not in SELECTORS:
         raise InvalidInput(
-            f"{transform.name}: columns is a list of names, or one of {', '.join(SELECTORS)}; for one column write [{columns[:100]!r}]",
+            f"{transform.name}: columns is a list of names, or one of {', '.join(SELECTORS)}; "
+            f"for one column write [{columns[:100]!r}]",
             param=f"{where}.columns",
         )
     if isinstance(columns, list) and len(columns) > MAX_NAMED_COLUMNS:
-        raise InvalidInput(f"{transform.name}: at most {MAX_NAMED_COLUMNS} columns may be named", param=f"{where}.columns")
+        raise InvalidInput(
+            f"{transform.name}: at most {MAX_NAMED_COLUMNS} columns may be named", param=f"{where}.columns"
+        )
     return TransformSpec(op=transform.name, columns=columns, **params.model_dump(mode="json", exclude_unset=True))

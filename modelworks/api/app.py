@@ -1,0 +1,70 @@
+"""The HTTP application: every dialect's routes behind the guard. Nothing heavy is imported here."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncIterator
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+
+from modelworks.api import (
+    docs,
+    errors,
+    native_access,
+    native_datasets,
+    native_deployments,
+    native_jobs,
+    native_models,
+    native_predict,
+    oip,
+)
+from modelworks.api.events import Stopping
+from modelworks.api.guard import Guard
+from modelworks.api.routes import Routes, RouteTable
+from modelworks.api.services import Services
+from modelworks.core.errors import ModelworksError
+
+ALL: tuple[Routes, ...] = (
+    native_datasets.routes,
+    native_jobs.training,
+    native_jobs.jobs,
+    native_models.evaluations,
+    native_models.routes,
+    native_deployments.routes,
+    native_predict.routes,
+    oip.routes,
+    native_access.routes,
+    native_access.server,
+)
+
+
+def create_app(services: Services) -> Guard:
+    """The ASGI application. `app.table` has every route's rule, `app.inner` is the FastAPI application."""
+    inner = FastAPI(
+        openapi_url=None,  # docs.py serves the specification and its page
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,
+        lifespan=_lifespan,
+        exception_handlers={
+            ModelworksError: errors.on_modelworks_error,
+            RequestValidationError: errors.on_validation_error,
+            HTTPException: errors.on_http_exception,
+            Exception: errors.on_unexpected,
+        },
+    )
+    inner.state.services = services
+    table = RouteTable()
+    docs.mount(inner, table)
+    for routes in ALL:
+        routes.mount(inner, table)
+    return Guard(inner, table, services)
+
+
+@contextlib.asynccontextmanager
+async def _lifespan(app: FastAPI) -> AsyncIterator[dict[str, Any]]:
+    """What every request finds in its state: `stopping`, which the protocol sets when the server begins to stop."""
+    yield {"stopping": Stopping()}

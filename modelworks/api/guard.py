@@ -1,0 +1,298 @@
+"""In front of everything: who calls, whether they may, how often and how much - on the headers alone, before the body.
+
+Pure ASGI. What passes has `principal` and `request_id` in its scope's state and a body within its bounds.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import os
+import re
+
+import anyio
+from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from modelworks.api.body import inflate
+from modelworks.api.errors import MethodNotAllowed, no_route, render
+from modelworks.api.routes import RouteTable, Rule
+from modelworks.api.services import Services
+from modelworks.core.errors import (
+    ModelworksError,
+    PayloadTooLarge,
+    RateLimited,
+    RequestTimeout,
+    Unauthenticated,
+    UnsupportedMedia,
+)
+from modelworks.core.telemetry import logger
+from modelworks.core.types import Principal
+from modelworks.security import policy
+
+log = logger("api.guard")
+
+MIB = 1024 * 1024
+MAX_CONTROL_BODY = 4 * MIB  # JSON that describes something; tensors and files have the limits of the settings
+MIN_RATE = 128  # bytes a second that a body must reach on average once body_timeout has passed
+LOOKUP_THREADS = 8  # key look-ups at a time, so that a flood of unknown keys does not take the other threads
+_REQUEST_ID = re.compile(rb"^[A-Za-z0-9._:=+/-]{1,128}$")
+_JSON = re.compile(r"^application/(?:[a-z0-9.+-]+\+)?json$")
+_FORMS = ("multipart/form-data", "application/x-www-form-urlencoded")
+
+
+class Disconnected(Exception):
+    """The client went away while its body was read; nobody waits for an answer."""
+
+
+class Guard:
+    """`app` behind the checks. `table` holds the rule of every route."""
+
+    def __init__(self, app: ASGIApp, table: RouteTable, services: Services) -> None:
+        self.inner = app
+        self.table = table
+        self._services = services
+        self._lookups: anyio.CapacityLimiter | None = None
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            await self.inner(scope, receive, send)
+        elif scope["type"] == "http":
+            await self._http(scope, receive, send)
+        else:  # websocket: there are none
+            await send({"type": "websocket.close", "code": 1008, "reason": ""})
+
+    async def _http(self, scope: Scope, receive: Receive, send: Send) -> None:
+        headers = _Headers(scope["headers"])
+        exchange = _Exchange(headers.request_id, scope["path"], send)
+        state = scope.setdefault("state", {})
+        state["request_id"] = exchange.request_id
+        try:
+            rule = await self._admit(scope, headers, exchange)
+            if scope["method"] == "HEAD":
+                scope = {**scope, "method": "GET"}  # the server leaves the body out
+            receive = await self._receive(rule, headers, scope, receive)
+            await self.inner(scope, receive, exchange.send)
+        except ModelworksError as error:
+            await exchange.refuse(error)
+        except (Disconnected, ClientDisconnect):
+            log.debug("client went away", request_id=exchange.request_id)
+        except Exception as error:  # the one error edge of this process
+            log.error("unexpected error", request_id=exchange.request_id, path=scope["path"][:200], exc_info=error)
+            await exchange.refuse(ModelworksError("unexpected"))
+
+    async def _admit(self, scope: Scope, headers: _Headers, exchange: _Exchange) -> Rule:
+        """Authenticate, authorise and count the call; returns the route's rule."""
+        rules = self.table.match(scope["path"])
+        method = "GET" if scope["method"] == "HEAD" else scope["method"]
+        rule = rules.get(method) if rules else None
+        if rule is not None and rule.operation is None:
+            return rule
+        principal = await self._principal(headers)
+        if rules is None:
+            raise no_route(scope["path"])
+        if rule is None or (rule.stream and scope["method"] == "HEAD"):
+            allowed = set(rules) | ({"HEAD"} if "GET" in rules and not rules["GET"].stream else set())
+            raise MethodNotAllowed(scope["method"], allowed)
+        assert rule.operation is not None
+        policy.require(principal, rule.operation)
+        self._count(principal, exchange)
+        scope["state"]["principal"] = principal
+        _check_media(rule, headers)
+        return rule
+
+    async def _principal(self, headers: _Headers) -> Principal:
+        authorization = headers.authorization
+        if authorization is None:
+            raise Unauthenticated("send a valid API key as `Authorization: Bearer KEY`")
+        if headers.project is None:
+            known = self._services.authenticator.cached(authorization)
+            if known is not None:
+                return known
+        if self._lookups is None:
+            self._lookups = anyio.CapacityLimiter(LOOKUP_THREADS)
+        text = authorization.decode("latin-1")
+        project = headers.project
+        return await anyio.to_thread.run_sync(
+            lambda: self._services.authenticator.authenticate(text, project=project), limiter=self._lookups
+        )
+
+    def _count(self, principal: Principal, exchange: _Exchange) -> None:
+        limit = principal.requests_per_minute
+        if limit is None:
+            return
+        allowed, remaining, reset = self._services.limiter.take(principal.key_id, limit)
+        exchange.limits = [
+            (b"x-ratelimit-limit-requests", b"%d" % limit),
+            (b"x-ratelimit-remaining-requests", b"%d" % max(0, remaining)),
+            (b"x-ratelimit-reset-requests", b"%ds" % math.ceil(reset)),
+        ]
+        if not allowed:
+            raise RateLimited(
+                f"this key may make {limit} requests a minute; try again in {math.ceil(reset)} s", retry_after=reset
+            )
+
+    async def _receive(self, rule: Rule, headers: _Headers, scope: Scope, receive: Receive) -> Receive:
+        """What the application reads its body from: streamed for forms, else read here whole."""
+        settings = self._services.settings
+        if not headers.has_body:
+            return receive
+        limit = {"form": settings.max_upload, "infer": settings.max_body}.get(
+            rule.body, min(settings.max_body, MAX_CONTROL_BODY)
+        )
+        if headers.length is not None and headers.length > limit:
+            raise too_large(limit)
+        bounded = _BoundedBody(receive, limit, settings.body_timeout)
+        if rule.body == "form":
+            return bounded.receive
+        data = await bounded.read()
+        if rule.body == "none":
+            return receive
+        if headers.encoding:
+            data = inflate(data, headers.encoding, limit)
+        return _Replay(data, receive).receive
+
+
+def too_large(limit: int) -> PayloadTooLarge:
+    return PayloadTooLarge(f"the body is larger than {limit} bytes, the most that is taken here")
+
+
+def _check_media(rule: Rule, headers: _Headers) -> None:
+    """Raise UnsupportedMedia for a body that the route cannot read."""
+    media = headers.media
+    if rule.body == "form":
+        if media not in _FORMS:
+            raise UnsupportedMedia(f"send multipart/form-data, not {media or 'a body without Content-Type'}")
+    elif media and not _JSON.match(media):
+        hint = "; curl sends this type unless you add -H 'Content-Type: application/json'" if media in _FORMS else ""
+        raise UnsupportedMedia(f"send application/json, not {media}{hint}")
+    encoding = headers.encoding
+    if encoding and (rule.body != "infer" or encoding not in ("gzip", "deflate")):
+        raise UnsupportedMedia(f"Content-Encoding {encoding} is not taken here; send the body as it is")
+
+
+class _Headers:
+    """The few headers that the guard looks at. `length` None: not announced; `has_body`: one was announced."""
+
+    __slots__ = ("authorization", "encoding", "has_body", "length", "media", "project", "request_id")
+
+    def __init__(self, raw: list[tuple[bytes, bytes]]) -> None:
+        self.authorization: bytes | None = None
+        self.project: str | None = None
+        self.length: int | None = None
+        self.media = self.encoding = ""
+        self.has_body = False
+        self.request_id = ""
+        for name, value in raw:
+            if name == b"authorization":
+                # two of them: which one counts would depend on who looks
+                self.authorization = value if self.authorization is None else b""
+            elif name == b"content-length":
+                self.length = int(value) if value.isdigit() and len(value) < 20 else None
+                self.has_body = self.has_body or self.length != 0
+            elif name == b"transfer-encoding":
+                self.has_body = True
+            elif name == b"content-type":
+                self.media = value.split(b";", 1)[0].strip().lower().decode("latin-1")[:100]
+            elif name == b"content-encoding":
+                encoding = value.strip().lower().decode("latin-1")[:100]
+                self.encoding = "" if encoding == "identity" else encoding
+            elif name == b"x-project":
+                self.project = value.decode("latin-1")[:200]
+            elif name == b"x-request-id" and _REQUEST_ID.match(value):
+                self.request_id = value.decode()
+        self.request_id = self.request_id or f"req_{os.urandom(12).hex()}"
+
+
+class _Exchange:
+    """The answer's side of one request: adds the headers that every answer has, and knows whether it has begun."""
+
+    __slots__ = ("_path", "_send", "limits", "request_id", "started")
+
+    def __init__(self, request_id: str, path: str, send: Send) -> None:
+        self.request_id = request_id
+        self._path = path
+        self._send = send
+        self.started = False
+        self.limits: list[tuple[bytes, bytes]] = []
+
+    async def send(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self.started = True
+            headers = [
+                *message.get("headers", ()),
+                (b"x-request-id", self.request_id.encode()),
+                (b"x-content-type-options", b"nosniff"),
+                *self.limits,
+            ]
+            message = {**message, "headers": headers}
+        await self._send(message)
+
+    async def refuse(self, error: ModelworksError) -> None:
+        if self.started:  # too late to say anything; the server closes the connection
+            return
+        status, headers, body = render(error, self._path, self.request_id)
+        await self.send({"type": "http.response.start", "status": status, "headers": headers})
+        await self.send({"type": "http.response.body", "body": body})
+
+
+class _BoundedBody:
+    """A request's body, of at most `limit` bytes, which must not stall for `timeout` seconds nor drip."""
+
+    def __init__(self, receive: Receive, limit: int, timeout: float) -> None:
+        self._receive = receive
+        self._limit = limit
+        self._timeout = timeout
+        self._loop = asyncio.get_running_loop()
+        self._began = self._loop.time()
+        self._size = 0
+        self._complete = False
+
+    async def receive(self) -> Message:
+        if self._complete:
+            return await self._receive()  # waits for the client to go away
+        try:
+            async with asyncio.timeout(self._timeout):
+                message = await self._receive()
+        except TimeoutError:
+            raise RequestTimeout(f"no byte of the announced body came for {self._timeout:g} s; send it again") from None
+        if message["type"] == "http.disconnect":
+            self._complete = True
+            return message
+        self._size += len(message.get("body", b""))
+        if self._size > self._limit:
+            raise too_large(self._limit)
+        self._complete = not message.get("more_body", False)
+        seconds = self._loop.time() - self._began
+        if not self._complete and seconds > self._timeout and self._size < seconds * MIN_RATE:
+            raise RequestTimeout("the body comes too slowly; send it again over a faster connection")
+        return message
+
+    async def read(self) -> bytes:
+        whole: bytes | bytearray = b""
+        while not self._complete:
+            message = await self.receive()
+            if message["type"] == "http.disconnect":
+                raise Disconnected
+            if not whole:
+                whole = message.get("body", b"")
+            else:  # one buffer: a list of one-byte parts would take forty times the bytes
+                whole = bytearray(whole) if isinstance(whole, bytes) else whole
+                whole += message.get("body", b"")
+        return bytes(whole)
+
+
+class _Replay:
+    """Gives a body that was read to the application, then what the connection has to say."""
+
+    __slots__ = ("_body", "_receive")
+
+    def __init__(self, body: bytes, receive: Receive) -> None:
+        self._body: bytes | None = body
+        self._receive = receive
+
+    async def receive(self) -> Message:
+        if self._body is None:
+            return await self._receive()
+        body, self._body = self._body, None
+        return {"type": "http.request", "body": body, "more_body": False}

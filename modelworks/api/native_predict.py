@@ -1,0 +1,127 @@
+"""POST /api/v1/deployments/{name}/predict: named raw features in, labels and probabilities or values out."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import msgspec
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+
+from modelworks.api import schemas
+from modelworks.api.body import decode_json
+from modelworks.api.routes import NamePath, Routes, Use, Who, answer
+from modelworks.api.services import Services
+from modelworks.core.errors import InvalidInput
+from modelworks.core.types import Answer, Call, Caller
+from modelworks.serve.features import MAX_ROWS, decode_outputs, encode_rows
+
+routes = Routes("Deployments")
+
+REQUEST: dict[str, Any] = {
+    "application/json": {
+        "schema": {
+            "type": "object",
+            "required": ["inputs"],
+            "additionalProperties": False,
+            "properties": {
+                "inputs": {
+                    "type": "array",
+                    "minItems": 1,
+                    "maxItems": MAX_ROWS,
+                    "description": "one object a row: every raw feature by its name; null is a missing value",
+                    "items": {"type": "object"},
+                }
+            },
+        },
+        "example": {
+            "inputs": [
+                {
+                    "sepal length (cm)": 5.1,
+                    "sepal width (cm)": 3.5,
+                    "petal length (cm)": 1.4,
+                    "petal width (cm)": 0.2,
+                }
+            ]
+        },
+    }
+}
+ANSWER = schemas.plain(
+    {
+        "type": "object",
+        "required": ["outputs", "model", "request_id"],
+        "properties": {
+            "outputs": {
+                "type": "array",
+                "items": {"type": "object"},
+                "description": "one object a row, in their order",
+            },
+            "model": {"type": "string", "description": "the model version that answered"},
+            "request_id": {"type": "string"},
+        },
+    },
+    {
+        "outputs": [{"label": "setosa", "probabilities": {"setosa": 0.98, "versicolor": 0.02, "virginica": 0.0}}],
+        "model": "iris:1",
+        "request_id": "req_5f3a9c0d1e2f4a6b",
+    },
+)
+
+
+class PredictBody(msgspec.Struct, forbid_unknown_fields=True):
+    """What a prediction's body holds. The rows are checked against the model's signature afterwards."""
+
+    inputs: list[Any]
+
+
+@routes.post(
+    "/api/v1/deployments/{name}/predict",
+    "deployments.predict",
+    "Predict",
+    answer=ANSWER,
+    errors=(504,),
+    body="infer",
+    request_body=REQUEST,
+)
+async def predict(request: Request, services: Use, caller: Who, name: NamePath) -> Response:
+    """Answer `inputs`, one or many at once. A missing, unknown or mistyped feature is 400 and named in `param`."""
+    route = services.gateway.route(caller.principal, name)
+    body = decode_predict(await request.body())
+    call = Call(name, encode_rows(route, body.inputs), services.gateway.deadline(), caller.request_id)
+    found = await infer(request, services, caller, call)
+    return answer(
+        {"outputs": decode_outputs(route, found), "model": found.model_version, "request_id": caller.request_id}
+    )
+
+
+def decode_predict(data: bytes) -> PredictBody:
+    body: PredictBody = decode_json(data, PredictBody)
+    if not body.inputs:
+        raise InvalidInput("`inputs` must have at least one row", code="bad_inputs", param="inputs")
+    if len(body.inputs) > MAX_ROWS:
+        raise InvalidInput(
+            f"`inputs` has {len(body.inputs)} rows; send at most {MAX_ROWS} at once",
+            code="too_many_rows",
+            param="inputs",
+        )
+    return body
+
+
+async def infer(request: Request, services: Services, caller: Caller, call: Call) -> Answer:
+    """The gateway's answer. When the client goes away first, the call is aborted in the replica too."""
+    work = asyncio.ensure_future(services.gateway.infer(caller.principal, call))
+    gone = asyncio.ensure_future(_gone(request))
+    try:
+        await asyncio.wait((work, gone), return_when=asyncio.FIRST_COMPLETED)
+        if not work.done():
+            raise ClientDisconnect
+        return work.result()
+    finally:
+        gone.cancel()
+        work.cancel()
+
+
+async def _gone(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass

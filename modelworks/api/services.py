@@ -1,0 +1,28 @@
+"""What the edges call: one object that the composition root fills in and every route reads."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from modelworks.control.access import Access
+    from modelworks.control.deployments import Deployments
+    from modelworks.control.library import Library
+    from modelworks.core.settings import Settings
+    from modelworks.security.identity import Authenticator
+    from modelworks.security.quota import RateLimiter
+    from modelworks.serve.gateway import Gateway
+    from modelworks.store.catalog import Catalog
+
+
+@dataclass(frozen=True)
+class Services:
+    settings: Settings
+    catalog: Catalog
+    library: Library
+    deployments: Deployments
+    access: Access
+    authenticator: Authenticator
+    limiter: RateLimiter
+    gateway: Gateway

@@ -1,0 +1,10 @@
+"""The command line: thin over the SDK. Nothing heavy is imported until a command runs."""
+
+from __future__ import annotations
+
+
+def main() -> None:
+    """The entry point of the `modelworks` script."""
+    from modelworks.cli.app import app
+
+    app(prog_name="modelworks")

@@ -1,0 +1,5 @@
+"""`python -m modelworks.cli`, for where the script is not on the PATH."""
+
+from modelworks.cli import main
+
+main()

@@ -1,0 +1,228 @@
+"""Jobs of all kinds, training jobs and evaluations: start, follow, wait, stop."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from typing import Any
+
+import httpx2
+
+from modelworks.client.lists import page, path
+from modelworks.client.modes import Mode, Resource, call, stream
+from modelworks.client.transport import Request, Transport, creation, unreachable
+from modelworks.client.types import build
+from modelworks.core.errors import Conflict, DeadlineExceeded, ModelworksError, Unavailable, from_dict
+from modelworks.core.specs import EvaluationSpec, TrainingSpec
+from modelworks.core.types import FINAL_JOB_STATES, Job, JobEvent, Page, Report
+
+OnJob = Callable[[Job], None]
+OnEvent = Callable[[JobEvent], None]
+_AWAY = 30.0  # seconds that a server may be away while we wait for a job of it
+_POLL = (0.1, 1.0)
+_SILENCE = 60.0  # the server sends a sign of life every 15 s
+_EVENTS = 100
+
+
+class Jobs(Resource[Mode]):
+    """`client.jobs`: jobs of every kind (ingest, train, evaluate, import)."""
+
+    _PATH = "/api/v1/jobs"
+
+    @call
+    async def list(
+        self, *, kind: str | None = None, status: str | None = None, limit: int = 20, after: str | None = None
+    ) -> Page[Job]:
+        """Newest first. `kind` and `status` narrow the list."""
+        return await page(self._http, self._PATH, Job, limit=limit, after=after, query={"kind": kind, "status": status})
+
+    @call
+    async def get(self, job: Job | str) -> Job:
+        return await self._http.model(Request("GET", path(self._PATH + "/{}", _id(job))), Job)
+
+    @call
+    async def events(self, job: Job | str, *, after: int = 0, limit: int = _EVENTS) -> Sequence[JobEvent]:
+        """What has happened in the job after event number `after`."""
+        return await _events(self._http, _id(job), after, limit)
+
+    @stream
+    async def stream(self, job: Job | str, *, after: int = 0) -> AsyncGenerator[JobEvent, None]:
+        """The events as they happen, until the job is final. Reconnects where it was cut off."""
+        silent_since = time.monotonic()
+        pause = _POLL[0]
+        while True:
+            try:
+                async with self._http.open(_stream_request(job, after)) as response:
+                    async for sent in self._http.carrier.events(response):
+                        if sent.event == "end":
+                            return
+                        event = self._http.validate(JobEvent, sent.json())
+                        after, silent_since, pause = event.seq, time.monotonic(), _POLL[0]
+                        yield event
+            except httpx2.ReadTimeout:
+                silent_since = time.monotonic()
+            except httpx2.TransportError as error:
+                if time.monotonic() - silent_since > _AWAY:
+                    raise unreachable(self._http.connection, error) from None
+            except Unavailable:
+                if time.monotonic() - silent_since > _AWAY:
+                    raise
+            await self._http.carrier.sleep(pause)
+            pause = min(pause * 1.5, _POLL[1])
+
+    @call
+    async def wait(
+        self,
+        job: Job | str,
+        *,
+        progress: OnJob | None = None,
+        on_event: OnEvent | None = None,
+        timeout: float | None = None,
+        check: bool = True,
+    ) -> Job:
+        """The job once it is final. `progress(job)` at each look, `on_event(event)` for each event, in order.
+
+        With `check`, a job that did not succeed raises its error. After `timeout` seconds: DeadlineExceeded, while
+        the job goes on.
+        """
+        return await wait(self._http, _id(job), progress=progress, on_event=on_event, timeout=timeout, check=check)
+
+    @call
+    async def cancel(self, job: Job | str) -> Job:
+        """Cancelling what is final changes nothing."""
+        return await self._http.model(Request("POST", path("/api/v1/jobs/{}/cancel", _id(job))), Job)
+
+    @call
+    async def log(self, job: Job | str) -> str:
+        """The end of the log of the job's process."""
+        return (await self._http.send(Request("GET", path("/api/v1/jobs/{}/log", _id(job))))).text
+
+
+class TrainingJobs(Jobs[Mode]):
+    """`client.training_jobs`."""
+
+    _PATH = "/api/v1/training-jobs"
+
+    @call
+    async def create(
+        self, spec: TrainingSpec | Mapping[str, Any] | None = None, *, idempotency_key: str | None = None, **fields: Any
+    ) -> Job:
+        """Start training: a TrainingSpec, or its fields as keyword arguments (model, dataset, target, algorithm...)."""
+        given = build(TrainingSpec, spec, fields, "the training job")
+        return await self._http.model(creation(self._PATH, key=idempotency_key, json=_body(given)), Job)
+
+    @call
+    async def pause(self, job: Job | str) -> Job:
+        return await self._http.model(Request("POST", path(self._PATH + "/{}/pause", _id(job)), idempotent=False), Job)
+
+    @call
+    async def resume(self, job: Job | str) -> Job:
+        return await self._http.model(Request("POST", path(self._PATH + "/{}/resume", _id(job)), idempotent=False), Job)
+
+
+class Evaluations(Jobs[Mode]):
+    """`client.evaluations`: jobs that end in a report."""
+
+    _PATH = "/api/v1/evaluations"
+
+    @call
+    async def create(
+        self,
+        spec: EvaluationSpec | Mapping[str, Any] | None = None,
+        *,
+        idempotency_key: str | None = None,
+        **fields: Any,
+    ) -> Job:
+        """Start an evaluation: an EvaluationSpec, or its fields as keyword arguments (model, method, compare...)."""
+        given = build(EvaluationSpec, spec, fields, "the evaluation")
+        return await self._http.model(creation(self._PATH, key=idempotency_key, json=_body(given)), Job)
+
+
+class Reports(Resource[Mode]):
+    """`client.reports`: results of evaluations."""
+
+    @call
+    async def list(self, *, model: str | None = None, limit: int = 20, after: str | None = None) -> Page[Report]:
+        return await page(self._http, "/api/v1/reports", Report, limit=limit, after=after, query={"model": model})
+
+    @call
+    async def get(self, report: str) -> Report:
+        return await self._http.model(Request("GET", path("/api/v1/reports/{}", report)), Report)
+
+
+async def wait(
+    http: Transport,
+    job_id: str,
+    *,
+    progress: OnJob | None = None,
+    on_event: OnEvent | None = None,
+    timeout: float | None = None,
+    check: bool = True,
+) -> Job:
+    """See `Jobs.wait`. Polls, ever less often; a server that restarts in the meantime is waited for."""
+    started = last_seen = time.monotonic()
+    after = 0
+    while True:
+        try:
+            job = await http.model(Request("GET", path("/api/v1/jobs/{}", job_id)), Job)
+            if on_event:
+                after = await _tell_events(http, job_id, after, on_event)
+            last_seen = time.monotonic()
+        except Unavailable:
+            if time.monotonic() - last_seen > _AWAY:
+                raise
+        else:
+            if progress:
+                progress(job)
+            if job.status in FINAL_JOB_STATES:
+                return _checked(job) if check else job
+        elapsed = time.monotonic() - started
+        if timeout is not None and elapsed >= timeout:
+            raise DeadlineExceeded(f"job {job_id} is not final after {timeout:g} s; it goes on", code="wait_timeout")
+        pause = min(max(_POLL[0], elapsed / 20), _POLL[1])
+        await http.carrier.sleep(pause if timeout is None else min(pause, timeout - elapsed))
+
+
+async def _tell_events(http: Transport, job_id: str, after: int, on_event: OnEvent) -> int:
+    while True:
+        found = await _events(http, job_id, after, _EVENTS)
+        for event in found:
+            after = max(after, event.seq)
+            on_event(event)
+        if len(found) < _EVENTS:
+            return after
+
+
+async def _events(http: Transport, job_id: str, after: int, limit: int) -> list[JobEvent]:
+    where = path("/api/v1/jobs/{}/events", job_id)
+    found = await http.json(Request("GET", where, query={"after": after, "limit": limit}))
+    return [http.validate(JobEvent, item) for item in found["data"]]
+
+
+def error_of_job(job: Job) -> ModelworksError | None:
+    """The error of a final job that did not succeed, None for one that did."""
+    if job.status == "succeeded":
+        return None
+    if job.error:
+        return from_dict(job.error)
+    return Conflict(f"job {job.id} was {job.status}", code=f"job_{job.status}")
+
+
+def _checked(job: Job) -> Job:
+    error = error_of_job(job)
+    if error is not None:
+        raise error
+    return job
+
+
+def _stream_request(job: Job | str, after: int) -> Request:
+    headers = {"accept": "text/event-stream"} | ({"last-event-id": str(after)} if after else {})
+    return Request("GET", path("/api/v1/jobs/{}/events/stream", _id(job)), headers=headers, timeout=_SILENCE)
+
+
+def _body(spec: TrainingSpec | EvaluationSpec) -> dict[str, Any]:
+    return spec.model_dump(mode="json", exclude_unset=True)
+
+
+def _id(job: Job | str) -> str:
+    return job.id if isinstance(job, Job) else job

@@ -1,0 +1,147 @@
+"""The registry: models, their versions and aliases, packages in and out."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+import httpx2
+
+from modelworks.client.data import Counted, Progress, opened
+from modelworks.client.jobs import wait
+from modelworks.client.lists import page, path
+from modelworks.client.modes import Mode, Resource, call
+from modelworks.client.transport import Request, creation, unreachable
+from modelworks.client.types import Model
+from modelworks.core.errors import InvalidInput
+from modelworks.core.specs import Ref
+from modelworks.core.types import Alias, ModelVersion, Page
+
+_WAIT = 24 * 3600.0
+
+
+class Models(Resource[Mode]):
+    """`client.models`."""
+
+    @call
+    async def list(self, *, limit: int = 20, after: str | None = None) -> Page[ModelVersion]:
+        """The newest version of each model."""
+        return await page(self._http, "/api/v1/models", ModelVersion, limit=limit, after=after)
+
+    @call
+    async def get(self, name: str) -> Model:
+        """All versions and aliases of the model `name`."""
+        return await self._get(name)
+
+    @call
+    async def version(self, name: str, version: int | None = None) -> ModelVersion:
+        """`iris` (its newest version), `iris:3`, `iris@champion`, or the name and the version."""
+        ref, number = await self._resolve(name, version)
+        return await self._version(ref, number)
+
+    @call
+    async def import_(
+        self,
+        name: str,
+        file: Any,
+        *,
+        filename: str | None = None,
+        task: str | None = None,
+        classes: Sequence[Any] | None = None,
+        licence: str | None = None,
+        progress: Progress | None = None,
+        idempotency_key: str | None = None,
+    ) -> ModelVersion:
+        """Register a package (as `export` wrote it) or an ONNX model as a new version of `name`; waits for its check."""
+        with opened(file, filename) as (content, known_as):
+            form: dict[str, Any] = {
+                field: (None, value)
+                for field, value in (
+                    ("task", task),
+                    ("classes", None if classes is None else json.dumps([*classes])),
+                    ("licence", licence),
+                )
+                if value is not None
+            }
+            form["file"] = (known_as, Counted(content, progress) if progress else content, "application/octet-stream")
+            request = creation(path("/api/v1/models/{}/versions", name), key=idempotency_key, form=form)
+            response = await self._http.send(request)
+        if response.status_code != 202:
+            return self._http.validate(ModelVersion, response.json())
+        job = await wait(self._http, response.json()["id"], timeout=_WAIT)
+        ref = Ref.parse(job.model_version or str(job.result.get("model_version")))
+        return await self._version(ref.name, ref.version or 1)
+
+    @call
+    async def export(
+        self, name: str, out: str | os.PathLike[str], version: int | None = None, *, progress: Progress | None = None
+    ) -> Path:
+        """Write the package of a version as one file to `out` (a file, or a folder that gets `name-version.mwp`)."""
+        ref, number = await self._resolve(name, version)
+        target = Path(out)
+        if target.is_dir():
+            target = target / f"{ref}-{number}.mwp"
+        request = Request("GET", path("/api/v1/models/{}/versions/{}/export", ref, number))
+        try:
+            with _written(target) as file:
+                async with self._http.open(request) as response:
+                    total = int(response.headers.get("content-length") or 0) or None
+                    async for chunk in self._http.carrier.chunks(response):
+                        file.write(chunk)
+                        if progress:
+                            progress(file.tell(), total)
+        except httpx2.TransportError as error:
+            raise unreachable(self._http.connection, error) from None
+        return target
+
+    @call
+    async def set_alias(self, name: str, alias: str, version: int) -> Alias:
+        """Point `name@alias` at a version. Deployments made from the alias stay as they are until they are put again."""
+        where = path("/api/v1/models/{}/aliases/{}", name, alias)
+        return await self._http.model(Request("PUT", where, json={"version": version}), Alias)
+
+    @call
+    async def delete_alias(self, name: str, alias: str) -> None:
+        await self._http.send(Request("DELETE", path("/api/v1/models/{}/aliases/{}", name, alias)))
+
+    async def _get(self, name: str) -> Model:
+        return await self._http.model(Request("GET", path("/api/v1/models/{}", name)), Model)
+
+    async def _version(self, name: str, version: int) -> ModelVersion:
+        return await self._http.model(
+            Request("GET", path("/api/v1/models/{}/versions/{}", name, version)), ModelVersion
+        )
+
+    async def _resolve(self, name: str, version: int | None) -> tuple[str, int]:
+        ref = Ref.parse(name)
+        number = version or ref.version
+        if number:
+            return ref.name, number
+        model = await self._get(ref.name)
+        if ref.alias:
+            if ref.alias not in model.aliases:
+                known = ", ".join(model.aliases) or "none"
+                raise InvalidInput(f"model {ref.name!r} has no alias {ref.alias!r}; it has: {known}", param="model")
+            return ref.name, model.aliases[ref.alias]
+        return ref.name, max(one.version for one in model.versions)
+
+
+@contextmanager
+def _written(target: Path) -> Iterator[IO[bytes]]:
+    """A file that appears at `target` only when it is complete."""
+    try:
+        descriptor, name = tempfile.mkstemp(dir=target.parent, prefix=".part-")
+    except OSError as error:
+        raise InvalidInput(f"cannot write {target} ({error.strerror})", param="out") from None
+    temporary = Path(name)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            yield file
+        temporary.replace(target)
+    finally:
+        temporary.unlink(missing_ok=True)

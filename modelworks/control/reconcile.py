@@ -1,0 +1,230 @@
+"""The reconcile loop: makes the replicas that are observed equal the deployments that are desired.
+
+Runs in one thread of the server. All it needs to go on after a kill is in the catalog; what an earlier server started
+died with it, so the first turn only notes that down and starts anew.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from modelworks.control import scaling
+from modelworks.core import telemetry
+from modelworks.core.errors import Conflict, NotFound
+from modelworks.core.specs import DeploymentSpec
+from modelworks.core.types import Deployment, DeploymentRevision, Replica, new_id
+from modelworks.engines.base import Engine, Handle, Observed, ReplicaSpec
+from modelworks.store.blobs import Blobs
+from modelworks.store.catalog import Catalog, Tx
+
+log = telemetry.logger("reconcile")
+
+ACTIVE = ("starting", "ready", "draining")
+FATAL_EXITS = frozenset({3})  # the package itself is at fault (see serve/replica.py): starting it again would not help
+_SETTLE = 0.5  # seconds that gateways get to see that a replica drains before it is told to stop
+_STABLE = 60.0  # seconds of service after which earlier crashes are forgotten
+_KEPT_ROWS = 8  # ended replicas of a deployment that stay listed, with their logs
+
+
+@dataclass
+class _Held:
+    """A replica of this run: its engine handle, and since when it drains."""
+
+    handle: Handle
+    draining_since: float | None = None
+    told: bool = False
+
+
+class Reconciler:
+    """`turn` does one step and never waits for a replica. `secret` (hex) is what links to replicas present."""
+
+    def __init__(
+        self,
+        catalog: Catalog,
+        blobs: Blobs,
+        engine: Engine,
+        *,
+        home: Path,
+        secret: str,
+        drain_seconds: float = 10.0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._catalog = catalog
+        self._blobs = blobs
+        self._engine = engine
+        self._home = home
+        self._secret = secret
+        self._drain_seconds = drain_seconds
+        self._clock = clock
+        self._held: dict[str, _Held] = {}
+        self._failures: dict[tuple[str, int], scaling.Failures] = {}
+        self._deployments: dict[str, Deployment] = {}
+        self._replicas: dict[str, Replica] = {}
+        self._seen = -1
+        self._begun = False
+
+    def turn(self) -> None:
+        """Look at both sides and take the next step for each deployment. CatalogUnavailable changes nothing."""
+        if not self._begun:
+            self._bury_the_past()
+            self._begun = True
+        self._read()
+        try:
+            self._note(self._engine.list())
+            for deployment in list(self._deployments.values()):
+                self._step(deployment)
+        except Conflict:  # someone wrote the row at the same moment: read again at the next turn
+            self._seen = -1
+        self._tell_draining()
+
+    def stop(self, grace: float) -> None:
+        """Drain all replicas, for at most `grace` seconds; rows stay as they are, the next start buries them."""
+        for held in self._held.values():
+            self._engine.stop(held.handle, grace)
+        until = time.monotonic() + grace + 1
+        while time.monotonic() < until and any(seen.alive for seen in self._engine.list()):
+            time.sleep(0.02)
+
+    def _bury_the_past(self) -> None:
+        with self._catalog.write() as tx:
+            for replica in tx.list(Replica, status=list(ACTIVE)):
+                tx.update(replica, status="stopped", message="the server was started anew")
+
+    def _read(self) -> None:
+        counter = self._catalog.counters().get("routing", 0)
+        if counter == self._seen:
+            return
+        with self._catalog.read() as tx:
+            self._deployments = {row.id: row for row in tx.list(Deployment)}
+            self._replicas = {row.id: row for row in tx.list(Replica, status=list(ACTIVE))}
+        self._seen = counter
+
+    # what the engine saw
+
+    def _note(self, observed: list[Observed]) -> None:
+        for seen in observed:
+            row = self._replicas.get(seen.replica_id)
+            if row is None:
+                continue
+            if not seen.alive:
+                self._ended(row, seen)
+            elif seen.phase == "ready" and row.status == "starting":
+                self._write(row, status="ready", ready_at=time.time(), message="")
+                log.info("replica ready", replica=row.id, model_version=row.model_version)
+
+    def _ended(self, row: Replica, seen: Observed) -> None:
+        self._held.pop(row.id, None)
+        expected = row.status == "draining"
+        self._write(row, status="stopped" if expected else "failed", message="" if expected else seen.message)
+        if expected:
+            return
+        log.error("replica died", replica=row.id, exit_code=seen.exit_code, reason=seen.message)
+        key = (row.deployment_id, row.spec_revision)
+        before = self._failures.get(key, scaling.Failures())
+        stable = row.ready_at is not None and time.time() - row.ready_at > _STABLE
+        fatal = seen.message or "the replica refused the package" if seen.exit_code in FATAL_EXITS else None
+        crashes = 0 if row.ready_at is not None and before.crashes == 0 else before.crashes + 1
+        self._failures[key] = replace(before, crashes=0 if stable else crashes, last=self._clock(), fatal=fatal)
+
+    # what is to be done
+
+    def _step(self, deployment: Deployment) -> None:
+        rows = [row for row in self._replicas.values() if row.deployment_id == deployment.id]
+        failures = self._failures.get((deployment.id, deployment.spec_revision), scaling.Failures())
+        plan = scaling.plan(deployment, rows, failures, self._clock())
+        ready = sum(row.status == "ready" for row in rows)
+        shown = (deployment.status, deployment.message, deployment.ready_replicas)
+        if not (plan.start or plan.drain or plan.remove or shown != (plan.status, plan.message, ready)):
+            return
+        started: list[Replica] = []
+        with self._catalog.write() as tx:
+            if plan.remove:
+                self._remove(tx, deployment)
+                return
+            started = [self._new_row(tx, deployment) for _ in range(plan.start)]
+            for row in plan.drain:
+                self._replicas[row.id] = tx.update(row, status="draining")
+            if shown != (plan.status, plan.message, ready):
+                self._deployments[deployment.id] = tx.update(
+                    deployment, status=plan.status, message=plan.message, ready_replicas=ready
+                )
+        for row in started:
+            self._start(deployment, row)
+        for row in plan.drain:
+            if held := self._held.get(row.id):
+                held.draining_since = self._clock()
+
+    def _new_row(self, tx: Tx, deployment: Deployment) -> Replica:
+        row = tx.add(
+            Replica(
+                id=new_id(Replica.PREFIX),
+                project_id=deployment.project_id,
+                deployment_id=deployment.id,
+                spec_revision=deployment.spec_revision,
+                model_version=deployment.model_version,
+            )
+        )
+        self._prune(tx, deployment)
+        return row
+
+    def _start(self, deployment: Deployment, row: Replica) -> None:
+        spec = DeploymentSpec.model_validate(deployment.spec)
+        try:
+            manifest = self._blobs.path(deployment.digest)
+        except NotFound as error:
+            key = (deployment.id, deployment.spec_revision)
+            self._failures[key] = scaling.Failures(fatal=f"its package is gone: {error.message}")
+            self._write(row, status="failed", message=error.message)
+            return
+        handle = self._engine.start(
+            ReplicaSpec(
+                replica_id=row.id,
+                deployment=deployment.name,
+                home=str(self._home),
+                model_version=deployment.model_version,
+                manifest=str(manifest),
+                blobs=str(self._blobs.root),
+                secret=self._secret,
+                threads=spec.resources.threads,
+                memory_mb=spec.resources.memory_mb,
+                max_batch=spec.batching.max_batch,
+                max_rows=spec.batching.max_rows,
+                wait_ms=spec.batching.wait_ms,
+                drain_seconds=self._drain_seconds,
+            )
+        )
+        self._held[row.id] = _Held(handle)
+        self._replicas[row.id] = row
+        self._write(row, endpoint=handle.endpoint, pid=handle.pid)
+
+    def _tell_draining(self) -> None:
+        """Ask draining replicas to stop once gateways have had the time to turn away from them."""
+        now = self._clock()
+        for held in self._held.values():
+            if held.draining_since is not None and not held.told and now - held.draining_since >= _SETTLE:
+                held.told = True
+                self._engine.stop(held.handle, self._drain_seconds)
+
+    def _write(self, row: Replica, **changes: object) -> None:
+        with self._catalog.write() as tx:
+            changed = tx.update(row, **changes)
+        if changed.status in ACTIVE:
+            self._replicas[row.id] = changed
+        else:
+            self._replicas.pop(row.id, None)
+
+    def _remove(self, tx: Tx, deployment: Deployment) -> None:
+        for table in (Replica, DeploymentRevision):
+            tx.delete_where(table, tx.table(table).c.deployment_id == deployment.id)
+        tx.delete(deployment)
+        self._deployments.pop(deployment.id, None)
+        log.info("deployment removed", deployment=deployment.name)
+
+    def _prune(self, tx: Tx, deployment: Deployment) -> None:
+        ended = tx.list(Replica, deployment_id=deployment.id, status=["failed", "stopped"], newest_first=True)
+        for row in ended[_KEPT_ROWS:]:
+            tx.delete(row)
+            (self._home / "logs" / f"{row.id}.log").unlink(missing_ok=True)

@@ -1,0 +1,150 @@
+"""What may be asked for: each request is checked, and its references resolved, before anything is queued. Light."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+from modelworks.control.references import resolve_dataset, resolve_model
+from modelworks.core.errors import InvalidInput
+from modelworks.core.specs import ALIAS_PATTERN, NAME_PATTERN, EvaluationSpec, Method, TrainingSpec
+from modelworks.core.types import Dataset, ModelVersion
+from modelworks.ml.evaluate.catalogue import check_metrics
+from modelworks.ml.train.checks import check_method, check_training, find
+from modelworks.store.catalog import Tx
+
+SOURCES = ("sklearn:", "package:", "https://")
+TASKS = ("tabular-classification", "tabular-regression")
+MAX_CLASSES = 100_000
+
+
+def training(tx: Tx, project_id: str, spec: TrainingSpec) -> dict[str, Any]:
+    """The job's spec: `spec` with defaults filled in and each dataset by its version, beside their ids."""
+    dataset = resolve_dataset(tx, project_id, spec.dataset)
+    checked = check_training(spec, dataset.columns)
+    resolved = checked.model_copy(update={"dataset": dataset.ref}).model_dump(mode="json") | {"dataset_id": dataset.id}
+    if spec.validation and spec.validation.test:
+        test = resolve_dataset(tx, project_id, spec.validation.test, "validation.test")
+        find(test.columns, spec.target, "validation.test")
+        resolved["validation"]["test"] = test.ref
+        resolved["test_dataset_id"] = test.id
+    return resolved
+
+
+def evaluation(tx: Tx, project_id: str, spec: EvaluationSpec) -> dict[str, Any]:
+    """The job's spec: each model and dataset by its version, beside their ids."""
+    model = resolve_model(tx, project_id, spec.model)
+    if spec.method.test:  # then the test set is all the data there is
+        dataset = resolve_dataset(tx, project_id, spec.method.test, "method.test")
+    elif spec.dataset:
+        dataset = resolve_dataset(tx, project_id, spec.dataset)
+    else:
+        dataset = _trained_on(tx, project_id, model)
+    check_metrics(model.task, spec.metrics, spec.gates)
+    _check_split(spec.method, model, dataset)
+    resolved = spec.model_dump(mode="json") | {
+        "model": model.ref,
+        "model_version_id": model.id,
+        "dataset": dataset.ref,
+        "dataset_id": dataset.id,
+    }
+    if spec.method.test:
+        resolved["method"]["test"] = dataset.ref
+    if spec.compare:
+        other = resolve_model(tx, project_id, spec.compare)
+        if other.task != model.task:
+            raise InvalidInput(
+                f"{other.ref} does {other.task} and {model.ref} {model.task}; only models of one task can be compared",
+                param="compare",
+            )
+        resolved["compare"] = other.ref
+        resolved["compare_version_id"] = other.id
+    return resolved
+
+
+def _trained_on(tx: Tx, project_id: str, model: ModelVersion) -> Dataset:
+    found = None
+    if digest := model.lineage.get("dataset_digest"):
+        found = tx.find(Dataset, project_id=project_id, digest=digest)
+    if found is None:
+        raise InvalidInput(
+            f"the dataset that {model.ref} was trained on is not in this project; name one in dataset", param="dataset"
+        )
+    return found
+
+
+def _check_split(method: Method, model: ModelVersion, dataset: Dataset) -> None:
+    target = (model.lineage.get("spec") or {}).get("target")
+    if target:
+        find(dataset.columns, str(target), "dataset")
+    check_method(method, dataset.columns, str(target or ""))
+
+
+def check_name(name: str, what: str) -> str:
+    if not re.fullmatch(NAME_PATTERN, name):
+        raise InvalidInput(
+            f"{name[:100]!r} cannot be a {what}'s name: use 1 to 100 letters, digits, '.', '_' or '-', "
+            "starting with a letter or digit",
+            param="name",
+        )
+    return name
+
+
+def check_alias(alias: str) -> str:
+    if not re.fullmatch(ALIAS_PATTERN, alias):
+        raise InvalidInput(
+            f"{alias[:100]!r} cannot be an alias: use 1 to 100 letters, digits, '.', '_' or '-', "
+            "starting with a letter",
+            param="alias",
+        )
+    return alias
+
+
+def check_source(source: str) -> str:
+    """A file's path is no source: it would name a file of the server's machine, so clients upload what they have."""
+    if not source.startswith(SOURCES) or len(source) > 2000 or not source.isprintable():
+        raise InvalidInput(
+            f"{source[:100]!r} is not a source; give sklearn:NAME, package:DIST/PATH or an https URL, "
+            "or upload the file",
+            code="bad_source",
+            param="source",
+        )
+    return source
+
+
+def plain_filename(filename: str) -> str:
+    """The last part of what a client calls its file: it only tells the format and is never used as a path."""
+    name = "".join(letter for letter in re.split(r"[/\\]", filename)[-1] if letter.isprintable())
+    return name[-200:] or "data"
+
+
+def check_task(task: str | None) -> str | None:
+    if task is not None and task not in TASKS:
+        raise InvalidInput(f"there is no task {task[:80]!r}; choose one of: {', '.join(TASKS)}", param="task")
+    return task
+
+
+def check_classes(classes: list[Any] | None) -> list[Any] | None:
+    if classes is None:
+        return None
+    if not 2 <= len(classes) <= MAX_CLASSES:
+        raise InvalidInput(f"classes has {len(classes)} names; give 2 to {MAX_CLASSES}", param="classes")
+    kinds = {type(one) for one in classes}
+    if len(kinds) != 1 or kinds <= {list, dict, float, type(None)} or len(set(map(str, classes))) != len(classes):
+        raise InvalidInput("classes must be different texts, integers or booleans, all of one type", param="classes")
+    return classes
+
+
+def check_licence(licence: str | None) -> str | None:
+    if licence is not None and len(licence) > 200:
+        raise InvalidInput("licence has more than 200 characters; give its SPDX name", param="licence")
+    return licence
+
+
+def without_paths(text: str, home: Path) -> str:
+    """`text` without the folders of this machine, which are nobody's business."""
+    for folder, shown in ((str(home), "HOME"), (sys.prefix, "PYTHON"), (sys.base_prefix, "PYTHON")):
+        text = text.replace(folder, shown)
+    return text

@@ -1,0 +1,98 @@
+"""How a gateway follows the catalog: a thread polls two counters and hands over a new snapshot when one has grown."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections import defaultdict
+
+from modelworks.control import scaling
+from modelworks.core import telemetry
+from modelworks.core.errors import CatalogUnavailable
+from modelworks.core.types import Deployment, ModelVersion, Replica
+from modelworks.security.identity import Authenticator
+from modelworks.serve.router import Router
+from modelworks.serve.routes import Key, Limits, Route, Snapshot, Target
+from modelworks.store.catalog import Catalog, Tx
+
+log = telemetry.logger("follower")
+
+
+def snapshot(tx: Tx, number: int, limits: Limits) -> Snapshot:
+    """Every deployment with the replicas that its calls go to, and the signature of the version that these serve."""
+    replicas: dict[str, list[Replica]] = defaultdict(list)
+    for replica in tx.list(Replica, status="ready"):
+        replicas[replica.deployment_id].append(replica)
+    routes: dict[Key, Route] = {}
+    for deployment in tx.list(Deployment):
+        if deployment.status == "deleting":
+            continue
+        chosen = scaling.serving(deployment, replicas[deployment.id])
+        ref = chosen[0].model_version if chosen else deployment.model_version
+        name, _, version = ref.rpartition(":")
+        model = tx.find(ModelVersion, project_id=deployment.project_id, name=name, version=int(version))
+        if model is None:
+            continue
+        routes[deployment.project_id, deployment.name] = Route(
+            project_id=deployment.project_id,
+            name=deployment.name,
+            model_version=ref,
+            signature=model.signature,
+            task=model.task,
+            classes=model.classes,
+            replicas=tuple(Target(replica.id, replica.endpoint) for replica in chosen),
+            limits=limits,
+        )
+    return Snapshot(number, routes)
+
+
+class Follower:
+    """Keeps one gateway's router and authenticator current. While the catalog is away, the last picture stands."""
+
+    def __init__(
+        self, catalog: Catalog, router: Router, authenticator: Authenticator, *, limits: Limits, interval: float = 0.15
+    ) -> None:
+        self._catalog = catalog
+        self._router = router
+        self._authenticator = authenticator
+        self._limits = limits
+        self._interval = interval
+        self._number = -1
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._follow, name="follower", daemon=True)
+
+    async def start(self) -> None:
+        """Take the first snapshot, then follow in a thread."""
+        self._loop = asyncio.get_running_loop()
+        first = await asyncio.to_thread(self._look)
+        if first:
+            self._router.apply(first)
+        self._thread.start()
+
+    async def stop(self) -> None:
+        self._stopped.set()
+        await asyncio.to_thread(self._thread.join, 5.0)
+
+    def _look(self) -> Snapshot | None:
+        with self._catalog.read() as tx:
+            number = tx.counter("routing")
+            if number == self._number:
+                return None
+            taken = snapshot(tx, number, self._limits)
+        self._number = number
+        return taken
+
+    def _follow(self) -> None:
+        away = False
+        while not self._stopped.wait(self._interval):
+            try:
+                self._authenticator.refresh()
+                taken = self._look()
+                away = False
+            except CatalogUnavailable as error:
+                if not away:
+                    log.warning("the catalog is away; going on with the last picture", reason=error.message)
+                away = True
+                continue
+            if taken:
+                self._loop.call_soon_threadsafe(self._router.apply, taken)

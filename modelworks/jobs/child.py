@@ -1,0 +1,116 @@
+"""One job in one process: `python -m modelworks.jobs.child`, started by the worker with the job's id and token.
+
+How the job ended is written here, guarded by the token; a process that dies without a word is the worker's to judge.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import resource
+import sys
+import traceback
+from functools import partial
+from pathlib import Path
+from typing import IO, Any
+
+from modelworks.core.errors import CatalogUnavailable, LeaseLost, ModelworksError, PayloadTooLarge, Unavailable
+from modelworks.core.types import Job
+from modelworks.engines.process import attach
+from modelworks.jobs.context import Context, patiently
+from modelworks.jobs.queue import Queue, held
+from modelworks.ml.base import Cancelled
+from modelworks.store.blobs import Blobs
+from modelworks.store.catalog import Catalog
+
+CPU_SECONDS = {"import": 900}  # a graph from outside may loop for ever; SIGXCPU ends it
+FILE_BYTES = ("ingest", "import")  # kinds whose files grow with what comes from outside
+
+
+def main() -> int:
+    config = attach()
+    home = Path(config["home"])
+    queue = Queue(catalog := Catalog(home / "catalog.sqlite"))
+    blobs = Blobs(home / "blobs")
+    workdir = Path(config["workdir"])
+    os.chdir(workdir)
+
+    def read() -> Job:
+        with catalog.read() as tx:
+            return held(tx, config["job"], config["token"])
+
+    try:
+        job = patiently(read)
+    except LeaseLost:
+        return 0
+    _limit(job, config)
+    threads = min(int(job.spec.get("resources", {}).get("threads", 1)), os.cpu_count() or 1)
+    context = Context(queue, blobs, job, workdir=workdir, threads=threads)
+    return run(job, queue, catalog, blobs, context, config)
+
+
+def run(job: Job, queue: Queue, catalog: Catalog, blobs: Blobs, context: Context, config: dict[str, Any]) -> int:
+    """Do the work, and write how it ended: the one place where any exception of a job is met."""
+    from modelworks.jobs.steps import STEPS, Step
+
+    step = Step(job, queue, catalog, blobs, context, offline=bool(config.get("offline")))
+    try:
+        context.event("log", f"{job.kind} started (attempt {job.attempt})")
+        STEPS[job.kind](step)
+    except (LeaseLost, Cancelled) as error:
+        with contextlib.suppress(LeaseLost):
+            if isinstance(error, Cancelled):
+                patiently(lambda: queue.cancelled(job.id, job.token))
+    except Exception as error:
+        with _trace(Path(config["home"]), job.id) as file:
+            traceback.print_exc(file=file)
+        settle = partial(_settle, queue, job, error)
+        with contextlib.suppress(LeaseLost):
+            patiently(settle)
+    return 0
+
+
+def _settle(queue: Queue, job: Job, error: Exception) -> None:
+    if isinstance(error, OSError) and error.errno == errno.EFBIG:
+        error = PayloadTooLarge("the data grows past what this server takes as one upload; split it")
+    if isinstance(error, (CatalogUnavailable, Unavailable)):
+        queue.retry(job.id, job.token, error.as_dict())
+    elif isinstance(error, ModelworksError):
+        queue.fail(job.id, job.token, error.as_dict())
+    elif isinstance(error, MemoryError):
+        advice = "the job ran out of memory; give it more (resources.memory_mb), or fewer rows or features"
+        queue.retry(job.id, job.token, {"message": advice, "code": "out_of_memory", "status": 500})
+    elif isinstance(error, OSError):
+        reason = f"a file could not be read or written ({error.strerror or type(error).__name__})"
+        queue.retry(job.id, job.token, {"message": reason, "code": "io_error", "status": 500})
+    else:
+        where = f"logs/jobs/{job.id}.trace in the server's home has the details"
+        message = f"the job broke on an unexpected error ({type(error).__name__}); {where}"
+        queue.fail(job.id, job.token, {"message": message, "code": "internal", "status": 500})
+
+
+def _trace(home: Path, job_id: str) -> IO[str]:
+    """For the operator alone: a trace holds paths, which a job's own log must not show."""
+    return (home / "logs" / "jobs" / f"{job_id}.trace").open("a")
+
+
+def _limit(job: Job, config: dict[str, Any]) -> None:
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    if job.kind in FILE_BYTES:
+        _bound(resource.RLIMIT_FSIZE, int(config["max_file"]))
+    if job.kind in CPU_SECONDS:
+        _bound(resource.RLIMIT_CPU, CPU_SECONDS[job.kind])
+
+
+def _bound(kind: int, value: int) -> None:
+    _, hard = resource.getrlimit(kind)
+    value = value if hard == resource.RLIM_INFINITY else min(value, hard)
+    resource.setrlimit(kind, (value, value))
+
+
+if __name__ == "__main__":
+    code = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # a fit that was left behind on a daemon thread must not hold the process

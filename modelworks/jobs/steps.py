@@ -1,0 +1,251 @@
+"""What a job of each kind does, in its own process: read, compute, keep the bytes, then commit once under the lease.
+
+Compute (`modelworks.ml`) is imported inside the steps. What a step made is seen after one transaction, or never.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import modelworks
+from modelworks.core.errors import InvalidInput
+from modelworks.core.specs import EvaluationSpec, TableSchema, TrainingSpec
+from modelworks.core.types import Dataset, Job, ModelVersion
+from modelworks.jobs import registering
+from modelworks.jobs.context import Context, patiently
+from modelworks.jobs.queue import Queue, still_running
+from modelworks.ml.package import Manifest, Package
+from modelworks.store.blobs import Blobs
+from modelworks.store.catalog import Catalog, Tx
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+# what the library resolved, beside the spec that was asked for
+_RESOLVED = frozenset({"dataset_id", "test_dataset_id", "model_version_id", "compare_version_id"})
+
+
+@dataclass(frozen=True)
+class Step:
+    """A job with all it may touch."""
+
+    job: Job
+    queue: Queue
+    catalog: Catalog
+    blobs: Blobs
+    context: Context
+    offline: bool = False
+
+    def dataset(self, key: str) -> Dataset:
+        return self._kept(Dataset, key)
+
+    def model(self, key: str) -> ModelVersion:
+        return self._kept(ModelVersion, key)
+
+    def table(self, dataset: Dataset) -> pa.Table:
+        from pyarrow import parquet
+
+        return parquet.read_table(self.blobs.path(dataset.blob))
+
+    def package(self, model: ModelVersion) -> Package:
+        return Package(Manifest.parse(self.blobs.get(model.digest)), self.blobs.path)
+
+    def spec(self) -> dict[str, Any]:
+        """The spec as it was asked for, with references resolved."""
+        return {name: value for name, value in self.job.spec.items() if name not in _RESOLVED}
+
+    def commit(self, write: Callable[[Tx, Job], None]) -> None:
+        """All that `write` does, if the lease still holds and nobody cancelled; else nothing."""
+
+        def attempt() -> None:
+            with self.catalog.write() as tx:
+                write(tx, still_running(tx, self.job.id, self.job.token))
+
+        patiently(attempt)
+
+    def _kept(self, noun: Any, key: str) -> Any:
+        def read() -> Any:
+            with self.catalog.read() as tx:
+                return tx.get(noun, self.job.spec[key], project_id=self.job.project_id)
+
+        return patiently(read)
+
+
+def ingest(step: Step) -> None:
+    """A file or source becomes the next version of a dataset, or the version that has its content already."""
+    from modelworks.ml.data.ingest import ingest as read_table
+    from modelworks.ml.data.profile import profile
+
+    spec, context = step.job.spec, step.context
+    path, filename = _input(step)
+    out = context.workdir / "canonical.parquet"
+    schema = TableSchema.model_validate(spec["schema"])
+
+    def reading(part: float, stage: str) -> None:
+        context.progress(0.1 + 0.6 * part, stage)
+
+    found = read_table(path, filename=filename, schema=schema, out=out, progress=reading)
+    context.progress(0.7, "profiling")
+    described, warnings = profile(out, found.columns)
+    context.progress(0.95, "storing")
+    size = out.stat().st_size
+    blob = step.blobs.put_file(out, move=True)
+    dataset = Dataset(
+        project_id=step.job.project_id,
+        name=spec["name"],
+        version=0,
+        digest=found.digest,
+        blob=blob,
+        rows=found.rows,
+        size=size,
+        columns=found.columns,
+        profile=described,
+        warnings=warnings,
+        source=spec["source"] or spec["filename"],
+        created_by=step.job.created_by,
+    )
+
+    def write(tx: Tx, job: Job) -> None:
+        kept = registering.dataset(tx, job, dataset)
+        result = {"dataset": kept.ref, "dataset_id": kept.id, "name": kept.name, "version": kept.version}
+        step.queue.finish(tx, job, result=result)
+
+    step.commit(write)
+
+
+def _input(step: Step) -> tuple[Path, str]:
+    """The file to read and the name that tells its format."""
+    from modelworks.ml.data.sources import resolve
+
+    spec = step.job.spec
+    if digest := spec.get("upload"):
+        return step.blobs.path(digest), spec["filename"]
+    step.context.progress(0.0, "fetching")
+    folder = step.context.workdir / "source"
+    folder.mkdir()
+    path = resolve(spec["source"], folder, offline=step.offline)
+    return path, path.name
+
+
+def train(step: Step) -> None:
+    """A dataset becomes a model version; when a gate fails, only the report is kept."""
+    from modelworks.ml.train.train import train as fit
+
+    dataset = step.dataset("dataset_id")
+    test = step.table(step.dataset("test_dataset_id")) if "test_dataset_id" in step.job.spec else None
+    spec = TrainingSpec.model_validate(step.spec())
+    target = f"{dataset.name}:{dataset.version}"
+    try:
+        trained = fit(
+            step.table(dataset),
+            dataset.columns,
+            spec,
+            step.context,
+            test_table=test,
+            dataset_ref=target,
+            dataset_digest=dataset.digest,
+            code_version=modelworks.__version__,
+        )
+    except InvalidInput as error:
+        if error.code != "gate_failed":
+            raise
+        _refuse(step, error, spec.model, dataset)
+        return
+    digest = registering.store(step.blobs, trained.manifest, trained.files)
+
+    def write(tx: Tx, job: Job) -> None:
+        report = registering.report(
+            tx,
+            job,
+            trained.report,
+            model=spec.model,
+            dataset=dataset,
+            seed=spec.seed,
+            details={"warnings": trained.warnings},
+        )
+        model = registering.model(tx, job, spec.model, trained.manifest, digest, report_id=report.id)
+        if report.model_version != model.ref:
+            report = tx.update(report, model_version=model.ref)
+        if spec.alias:
+            registering.alias(tx, job, model, spec.alias)
+        _finish_model(step, tx, job, model, metrics=report.metrics, report_id=report.id)
+
+    step.commit(write)
+
+
+def evaluate(step: Step) -> None:
+    """A model version, or the way it was trained, measured on a dataset; and against another one on the same rows."""
+    from modelworks.ml.evaluate.evaluate import evaluate as measure
+
+    dataset, model = step.dataset("dataset_id"), step.model("model_version_id")
+    spec = EvaluationSpec.model_validate(step.spec())
+    other = step.package(step.model("compare_version_id")) if "compare_version_id" in step.job.spec else None
+    result = measure(spec, step.package(model), step.table(dataset), dataset.columns, step.context, other=other)
+    found = {"metrics": result.metrics, "details": result.details, "method": result.method}
+
+    def write(tx: Tx, job: Job) -> None:
+        report = registering.report(
+            tx, job, found, model=model.name, dataset=dataset, seed=spec.seed, model_version=model.ref
+        )
+        step.queue.finish(tx, job, metrics=report.metrics, model_version=model.ref, result={"report_id": report.id})
+
+    step.commit(write)
+
+
+def import_version(step: Step) -> None:
+    """An uploaded ONNX model or exported package, checked here in a limited process, becomes a model version."""
+    from modelworks.ml import build
+
+    spec = step.job.spec
+    step.context.progress(0.1, "checking")
+    manifest, files = build.import_file(
+        step.blobs.path(spec["upload"]),
+        filename=spec["filename"],
+        task=spec["task"],
+        classes=spec["classes"],
+        licence=spec["licence"],
+        workdir=step.context.workdir,
+    )
+    step.context.progress(0.9, "storing")
+    digest = registering.store(step.blobs, manifest, files)
+
+    def write(tx: Tx, job: Job) -> None:
+        model = registering.model(tx, job, spec["name"], manifest, digest)
+        _finish_model(step, tx, job, model, metrics=manifest.metrics)
+
+    step.commit(write)
+
+
+def _finish_model(
+    step: Step, tx: Tx, job: Job, model: ModelVersion, *, metrics: dict[str, Any], report_id: str | None = None
+) -> None:
+    result = {"model_version": model.ref, "model_version_id": model.id, "digest": model.digest, "report_id": report_id}
+    step.queue.finish(tx, job, metrics=metrics, model_version=model.ref, result=result)
+
+
+def _refuse(step: Step, error: InvalidInput, model: str, dataset: Dataset) -> None:
+    """A gate failed: the report stays, the job fails with the numbers, nothing is registered."""
+    detail = dict(error.detail)
+    found = detail.pop("report")
+    detail["metrics"] = found["metrics"]
+
+    def write(tx: Tx, job: Job) -> None:
+        gate = {"gate": detail["gate"], "value": detail["value"], "passed": False}
+        report = registering.report(
+            tx, job, found, model=model, dataset=dataset, seed=step.context.seed, details={"gate": gate}
+        )
+        kept = error.as_dict() | {"detail": detail | {"report_id": report.id}}
+        step.queue.finish(tx, job, "failed", error=kept, metrics=report.metrics, result={"report_id": report.id})
+
+    step.commit(write)
+
+
+STEPS: dict[str, Callable[[Step], None]] = {
+    "ingest": ingest,
+    "train": train,
+    "evaluate": evaluate,
+    "import": import_version,
+}

@@ -1,0 +1,206 @@
+"""The worker: `python -m modelworks.jobs.worker` claims jobs and runs each in a child process, one in each slot.
+
+Everything happens on the main thread, which starts the children (PDEATHSIG follows the thread that forked). A worker
+that is killed takes its children with it; the next one of the same home puts their jobs back at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import shutil
+import signal
+import socket
+import sys
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from modelworks.core import telemetry
+from modelworks.core.errors import CatalogUnavailable, LeaseLost
+from modelworks.core.settings import Settings
+from modelworks.core.types import Job, new_id
+from modelworks.engines.process import Child, attach, spawn, trim_log
+from modelworks.jobs.collection import collect
+from modelworks.jobs.queue import Queue
+from modelworks.store.blobs import Blobs
+from modelworks.store.catalog import Catalog
+
+log = telemetry.logger("worker")
+
+GRACE = 3.0  # seconds between SIGTERM and SIGKILL
+COLLECT_EVERY = 3600.0
+_MEMORY_MB = {"ingest": 8192, "import": 8192}  # kinds that decode what comes from outside
+
+
+@dataclass
+class Running:
+    """A job of this worker, from its claim until its process is gone."""
+
+    job: Job
+    child: Child
+    workdir: Path
+    stopping: bool = False
+
+
+class Worker:
+    """`slots` jobs at a time of the catalog in `home`. `turn` is one pass of the loop."""
+
+    def __init__(self, home: Path, settings: Settings, catalog: Catalog) -> None:
+        self._home = home
+        self._settings = settings
+        self._catalog = catalog
+        self._queue = Queue(catalog)
+        self._place = f"{socket.gethostname()}:{home}#"
+        self._owner = self._place + new_id("worker")
+        self._running: list[Running] = []
+        self._beat = 0.0
+        self._collected = time.monotonic()
+        self.stop = False
+
+    def run(self) -> None:
+        """Until `stop` is set; then what runs goes back to the queue."""
+        self._take_over()
+        while not self.stop:
+            try:
+                self.turn()
+            except CatalogUnavailable as error:  # nothing healthy is stopped for it: leases are renewed when it is back
+                log.warning("the catalog is away; jobs go on", reason=error.message)
+            time.sleep(random.uniform(0.05, 0.15))
+        self._put_back()
+
+    def turn(self) -> None:
+        """Reap what has ended, renew the leases, stop what must stop, start what can start."""
+        self._reap()
+        self._obey()
+        if self._queue.waiting():
+            self._queue.reclaim()
+            while len(self._running) < self._settings.workers and (
+                job := self._queue.claim(self._owner, self._settings.lease_seconds)
+            ):
+                self._start(job)
+        if time.monotonic() - self._collected > COLLECT_EVERY:
+            self._collected = time.monotonic()
+            threading.Thread(target=self._collect, name="collect", daemon=True).start()
+
+    def _take_over(self) -> None:
+        """What an earlier worker of this home left: its jobs, and its scratch folders."""
+        while not self.stop:
+            try:
+                count = self._queue.release_owner(self._place)
+                break
+            except CatalogUnavailable as error:
+                log.warning("the catalog is away", reason=error.message)
+                time.sleep(0.2)
+        else:
+            return
+        if count:
+            log.info("jobs of an earlier worker are queued again", count=count)
+        for folder in (self._home / "tmp").glob("job_*"):
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def _start(self, job: Job) -> None:
+        # by token: an attempt that is being stopped keeps its own
+        workdir = self._home / "tmp" / f"{job.id}.{job.token}"
+        workdir.mkdir(parents=True, exist_ok=True, mode=0o700)
+        wanted = job.spec.get("resources", {})
+        try:
+            child = spawn(
+                "modelworks.jobs.child",
+                {
+                    "home": str(self._home),
+                    "job": job.id,
+                    "token": job.token,
+                    "workdir": str(workdir),
+                    "offline": self._settings.offline,
+                    "max_file": self._settings.max_upload,
+                },
+                title=f"modelworks job {job.id} --home {self._home}",
+                log=self._home / "logs" / "jobs" / f"{job.id}.log",
+                threads=int(wanted.get("threads", 1)),
+                memory_mb=wanted.get("memory_mb") or _MEMORY_MB.get(job.kind),
+            )
+        except OSError as error:
+            log.error("a job's process could not be started", job=job.id, reason=str(error))
+            self._queue.ended(job.id, job.token, f"it could not be started ({error.strerror})")
+            return
+        log.info("a job started", job=job.id, kind=job.kind, attempt=job.attempt, pid=child.pid)
+        self._running.append(Running(job, child, workdir))
+
+    def _reap(self) -> None:
+        for running in list(self._running):
+            code = running.child.poll()
+            if code is None:
+                continue
+            job = running.job
+            after = self._queue.ended(job.id, job.token, _reason(code))
+            if after:
+                log.warning("a job's process died", job=job.id, exit_code=code, status=after.status)
+            shutil.rmtree(running.workdir, ignore_errors=True)
+            self._running.remove(running)
+
+    def _obey(self) -> None:
+        """Renew the leases when it is time, and end the processes of jobs that were cancelled, paused or lost."""
+        held = {running.job.id: running.job.token for running in self._running if not running.stopping}
+        now = time.monotonic()
+        if now - self._beat >= self._settings.lease_seconds / 4:
+            mine = {running.job.id: running.job.token for running in self._running if running.job.id not in held} | held
+            self._queue.heartbeat(mine, self._settings.lease_seconds)
+            self._beat = now
+        for job_id, why in self._queue.stops(held).items():
+            running = next(one for one in self._running if one.job.id == job_id and one.job.token == held[job_id])
+            log.info("a job is stopped", job=job_id, why=why)
+            running.stopping = True
+            running.child.terminate(GRACE)
+
+    def _put_back(self) -> None:
+        for running in self._running:
+            running.child.terminate(GRACE)
+        until = time.monotonic() + GRACE + 1
+        for running in self._running:
+            running.child.wait(max(until - time.monotonic(), 0.0))
+            with contextlib.suppress(LeaseLost, CatalogUnavailable):  # else its lease runs out
+                self._queue.release(running.job.id, running.job.token)
+            shutil.rmtree(running.workdir, ignore_errors=True)
+
+    def _collect(self) -> None:
+        try:
+            removed = collect(self._catalog, Blobs(self._home / "blobs"))
+        except (CatalogUnavailable, OSError) as error:
+            log.warning("unused blobs were not collected", reason=str(error))
+            return
+        log.info("unused blobs were collected", removed=removed)
+
+
+def _reason(code: int) -> str:
+    if code >= 0:
+        return f"its process ended with exit code {code} and no result"
+    try:
+        return f"its process was killed by {signal.Signals(-code).name}"
+    except ValueError:
+        return f"its process was killed by signal {-code}"
+
+
+def main() -> int:
+    config: dict[str, Any] = attach()
+    settings = Settings.model_validate(config["settings"])
+    telemetry.configure(settings.log_level, "worker")
+    home = Path(config["home"])
+    catalog = Catalog(home / "catalog.sqlite", busy_timeout=2.0)
+    worker = Worker(home, settings, catalog)
+
+    def on_signal(number: int, frame: object) -> None:
+        worker.stop = True
+
+    signal.signal(signal.SIGTERM, on_signal)
+    signal.signal(signal.SIGINT, on_signal)
+    trim_log(home / "logs" / "worker.log")
+    worker.run()
+    catalog.close()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,242 @@
+"""What a profile warns of: duplicates, constants, ids, gaps, class imbalance, irregular time steps and target leakage."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from modelworks.core.errors import InvalidInput
+from modelworks.core.types import Column
+
+if TYPE_CHECKING:
+    from modelworks.ml.data.profile import Data
+
+_ID_NAME = re.compile(
+    r"(^|[^a-z])(id|ids|uuid|guid|key|index|rowid|row|no|nr|number)$|^unnamed|^(id|uuid|guid)[^a-z]", re.I
+)
+_CAMEL_ID = re.compile(r"[a-z](Id|ID)$")
+_LEAST_ROWS = 20  # below, nothing is said of ids, classes and leakage
+_CLASSES = 20  # a column with more distinct values has no classes
+_RARE = 0.1  # a class with less than this share of the most frequent one's rows
+_MOSTLY_MISSING = 0.5
+_LEAKS = 0.02  # the share of the majority guess's errors that a leaking column leaves at most
+_CORRELATES = 0.999
+_LEAKAGE_COLUMNS = 500
+_DAY = 86_400_000_000  # microseconds
+# calendar steps, in days, that are regular though they differ
+_CALENDAR = {"1 month": {28, 29, 30, 31}, "1 quarter": {89, 90, 91, 92}, "1 year": {365, 366}}
+
+
+def warnings(profile: dict[str, Any], target: str | None = None) -> list[str]:
+    """What is told from the profile alone. Without a target, a last column of classes is looked at for imbalance."""
+    rows, columns = profile["rows"], profile["columns"]
+    out = []
+    if profile["duplicate_rows"]:
+        count = profile["duplicate_rows"]
+        said = "1 row repeats an earlier one" if count == 1 else f"{count} rows repeat earlier ones"
+        out.append(f"{said}; the transform drop_duplicates removes them")
+    for column in columns:
+        out += _of_column(column, rows)
+    chosen = [column for column in columns if column["name"] == target] if target else columns[-1:]
+    for column in chosen:
+        if target or column["type"] in ("category", "boolean"):
+            out += _imbalance(column)
+    return out
+
+
+def _of_column(column: dict[str, Any], rows: int) -> list[str]:
+    name, missing = _name(column["name"]), column["missing"]
+    out = []
+    if missing == rows:
+        return [f"column {name} has no values; leave it out"]
+    if missing > _MOSTLY_MISSING * rows:
+        out.append(f"column {name} is mostly missing ({missing / rows:.1%} of rows)")
+    if column["distinct"] == 1 and rows > 1:
+        out.append(f"column {name} has the same value in every row; it tells a model nothing")
+    elif _is_id(column, rows):
+        out.append(f"column {name} looks like an id, as each row has its own value; leave it out of the features")
+    steps = column.get("steps")
+    if steps and not steps["regular"]:
+        out.append(
+            f"the steps of time column {name} are irregular: {steps['usual_count']} of {steps['count']} are "
+            f"{steps['usual']}, the others differ; resample it before forecasting"
+        )
+    return out
+
+
+def _is_id(column: dict[str, Any], rows: int) -> bool:
+    """Different in every row, and a category, or integers without a gap, or integers named like an id."""
+    if rows < _LEAST_ROWS or column["distinct"] != rows or column.get("approximate"):
+        return False
+    if column["type"] == "category":
+        return True
+    if column["type"] != "integer":
+        return False
+    named = _ID_NAME.search(column["name"]) or _CAMEL_ID.search(column["name"])
+    return bool(named) or column["max"] - column["min"] + 1 == rows
+
+
+def _imbalance(column: dict[str, Any]) -> list[str]:
+    """Classes that are rare beside the most frequent one."""
+    top, present = column.get("top"), sum(item["count"] for item in column.get("top", []))
+    if not top or len(top) < 2 or column["distinct"] > _CLASSES or present < _LEAST_ROWS:
+        return []
+    most, least = top[0], top[-1]
+    if least["count"] >= _RARE * most["count"]:
+        return []
+    return [
+        f"the classes of {_name(column['name'])} are imbalanced: {_name(most['value'])} has {most['count']} rows and "
+        f"{_name(least['value'])} {least['count']}; prefer balanced_accuracy or f1 to accuracy"
+    ]
+
+
+def _name(value: object) -> str:
+    text = str(value)
+    return repr(text[:80]) + ("..." if len(text) > 80 else "")
+
+
+# time steps
+
+
+def time_steps(data: Data, name: str) -> dict[str, Any] | None:
+    """How a time column's distinct moments follow one another; None for fewer than three of them.
+
+    `regular`; `usual`: the most frequent step, in words; `usual_count` of `count` steps have it.
+    """
+    from modelworks.ml.data.profile import quoted
+
+    found = data.all(
+        f"""
+        WITH moments AS (SELECT DISTINCT epoch_us({quoted(name)}) AS t FROM data WHERE {quoted(name)} IS NOT NULL),
+             steps AS (SELECT t - lag(t) OVER (ORDER BY t) AS step FROM moments)
+        SELECT step, count(*) AS n, sum(count(*)) OVER () AS total FROM steps WHERE step IS NOT NULL
+        GROUP BY step ORDER BY n DESC, step LIMIT 8
+        """
+    )
+    if not found or found[0][2] < 2:
+        return None
+    usual, usual_count, total = found[0]
+    result = {
+        "regular": len(found) == 1,
+        "usual": _duration(usual),
+        "usual_count": int(usual_count),
+        "count": int(total),
+    }
+    if all(step % _DAY == 0 for step, _, _ in found):
+        days = {step // _DAY for step, _, _ in found}
+        for words, lengths in _CALENDAR.items():
+            if len(found) > 1 and days <= lengths:
+                return result | {"regular": True, "usual": words, "usual_count": int(total)}
+    return result
+
+
+def _duration(micros: int) -> str:
+    for unit, size in (("day", _DAY), ("hour", 3_600_000_000), ("minute", 60_000_000), ("second", 1_000_000)):
+        if micros >= size and micros % size == 0:
+            return f"{micros // size} {unit}" + ("s" if micros != size else "")
+    return f"{micros / 1e6:g} seconds"
+
+
+# leakage
+
+
+def leakage(parquet: Path, columns: Sequence[Column], target: str) -> list[str]:
+    """Warnings of columns that all but determine `target`. InvalidInput when there is no such column."""
+    from modelworks.ml.data.profile import open_parquet, profile
+
+    result, _ = profile(parquet, list(columns))
+    with open_parquet(parquet) as data:
+        return leakage_warnings(data, columns, target, result)
+
+
+def leakage_warnings(data: Data, columns: Sequence[Column], target: str, profile: dict[str, Any]) -> list[str]:
+    """As `leakage`, with the profile at hand. At most the first 500 columns are looked at."""
+    entries = {entry["name"]: entry for entry in profile["columns"]}
+    if target not in entries:
+        known = ", ".join(list(entries)[:20])
+        raise InvalidInput(f"there is no target {_name(target)}; the columns are {known}", param="target")
+    if profile["rows"] < _LEAST_ROWS or entries[target]["distinct"] < 2:
+        return []
+    out = []
+    for column in [column for column in columns if column.name != target][:_LEAKAGE_COLUMNS]:
+        entry = entries[column.name]
+        if entry["distinct"] > 1 and (how := _leaks(data, entry, entries[target])):
+            out.append(
+                f"column {_name(column.name)} may leak the target {_name(target)}: {how}; "
+                "leave it out unless it is known before the target is"
+            )
+    return out
+
+
+def _has_classes(entry: dict[str, Any]) -> bool:
+    return entry["type"] in ("category", "boolean") or (entry["type"] == "integer" and entry["distinct"] <= _CLASSES)
+
+
+def _leaks(data: Data, column: dict[str, Any], target: dict[str, Any]) -> str | None:
+    """In words how the column gives the target away; None if it does not."""
+    if "text" in (column["type"], target["type"]) or "time" in (column["type"], target["type"]):
+        return None
+    if _has_classes(column):
+        return _purity(data, column, target) if _has_classes(target) else _variance(data, column, target)
+    if _has_classes(target):
+        return _ranges(data, column, target)
+    return _correlation(data, column, target)
+
+
+def _pair(column: dict[str, Any], target: dict[str, Any]) -> str:
+    from modelworks.ml.data.profile import quoted
+
+    x, y = quoted(column["name"]), quoted(target["name"])
+    return f"(SELECT {x} AS x, {y} AS y FROM data WHERE {x} IS NOT NULL AND {y} IS NOT NULL)"
+
+
+def _purity(data: Data, column: dict[str, Any], target: dict[str, Any]) -> str | None:
+    """Guessing the most frequent class of each value is almost always right, and not just because one class is everywhere."""
+    pair = _pair(column, target)
+    groups, right, rows = data.one(
+        f"SELECT count(*), sum(m), sum(n) FROM (SELECT x, max(k) AS m, sum(k) AS n FROM "
+        f"(SELECT x, y, count(*) AS k FROM {pair} GROUP BY x, y) GROUP BY x)"
+    )
+    if not rows or rows < _LEAST_ROWS or groups * 5 > rows:
+        return None
+    (majority,) = data.one(f"SELECT max(k) FROM (SELECT count(*) AS k FROM {pair} GROUP BY y)")
+    if majority == rows or rows - right > _LEAKS * (rows - majority):
+        return None
+    return f"each of its values goes with one class in {float(right) / float(rows):.1%} of rows"
+
+
+def _variance(data: Data, column: dict[str, Any], target: dict[str, Any]) -> str | None:
+    pair = _pair(column, target)
+    groups, within, rows = data.one(
+        f"SELECT count(*), sum(v * n), sum(n) FROM (SELECT x, var_pop(y) AS v, count(*) AS n FROM {pair} GROUP BY x)"
+    )
+    (total,) = data.one(f"SELECT var_pop(y) FROM {pair}")
+    if not rows or rows < _LEAST_ROWS or groups * 5 > rows or not total:
+        return None
+    explained = 1 - float(within) / (total * float(rows))
+    return f"its values explain {explained:.2%} of the target's variance" if explained >= _CORRELATES else None
+
+
+def _ranges(data: Data, column: dict[str, Any], target: dict[str, Any]) -> str | None:
+    """Each class has a range of the column to itself."""
+    if target["distinct"] > _CLASSES:
+        return None
+    found = data.all(f"SELECT min(x), max(x), count(*) FROM {_pair(column, target)} GROUP BY y ORDER BY min(x), max(x)")
+    if len(found) < 2 or sum(count for _, _, count in found) < _LEAST_ROWS or min(count for _, _, count in found) < 3:
+        return None
+    apart = all(before[1] < after[0] for before, after in zip(found, found[1:], strict=False))
+    return "each class has a range of its values to itself" if apart else None
+
+
+def _correlation(data: Data, column: dict[str, Any], target: dict[str, Any]) -> str | None:
+    import duckdb
+
+    try:
+        found, rows = data.one(f"SELECT corr(x, y), count(*) FROM {_pair(column, target)}")
+    except duckdb.OutOfRangeException:
+        return None
+    if found is None or rows < _LEAST_ROWS or abs(found) < _CORRELATES:
+        return None
+    return f"its correlation with the target is {found:.4f}"

@@ -1,0 +1,145 @@
+"""From an uploaded file to a dataset's content: typed columns, canonical Parquet and the digest that names it."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from modelworks.core.errors import InvalidInput
+from modelworks.core.specs import TableSchema
+from modelworks.core.types import Column
+from modelworks.ml.data import cast
+from modelworks.ml.data.canonical import CanonicalFile, Digest, arrow_schema
+from modelworks.ml.data.faults import fault, shown
+from modelworks.ml.data.infer import Inferred, infer
+from modelworks.ml.data.readers import Table, open_table
+from modelworks.ml.data.types import parse_time
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+Progress = Callable[[float, str], None]
+_WORDS = {
+    "number": "a number",
+    "integer": "an integer",
+    "boolean": "true or false",
+    "time": "an ISO 8601 time",
+    "category": "a text",
+    "text": "a text",
+}
+
+
+@dataclass(frozen=True)
+class Ingested:
+    """`digest`: SHA-256 of the canonical content, as hexadecimal. A column is nullable when it has missing values."""
+
+    rows: int
+    columns: list[Column]
+    digest: str
+
+
+def ingest(path: Path, *, filename: str, schema: TableSchema, out: Path, progress: Progress | None = None) -> Ingested:
+    """Read the table at `path`, uploaded as `filename`, and write it as canonical Parquet at `out`.
+
+    Memory is bounded whatever the file's size. InvalidInput names row and column of what is wrong; UnsupportedMedia:
+    not a table. On an error there is no file at `out`.
+    """
+    report = progress or (lambda fraction, stage: None)
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix="ingest-") as folder:
+        report(0.0, "reading")
+        table = open_table(path, filename, schema, Path(folder))
+        meter = _Meter(report, path.stat().st_size)
+        given = schema.missing if schema.missing is not None else cast.MISSING if table.lexical else None
+        missing = cast.Missing(given)
+        columns = infer(table, schema, missing, meter.stage("telling types", 0.1))
+        partial = Path(folder) / "canonical.parquet"
+        result = _write(table, columns, missing, partial, meter.stage("writing", 0.5))
+        partial.replace(out)
+    report(1.0, "written")
+    return result
+
+
+class _Meter:
+    """Progress by the bytes seen of the file, as well as that can be told."""
+
+    def __init__(self, report: Progress, size: int) -> None:
+        self._report, self._size = report, max(1, size)
+
+    def stage(self, name: str, start: float) -> Callable[[int], None]:
+        seen = 0
+
+        def add(count: int) -> None:
+            nonlocal seen
+            seen += count
+            self._report(start + 0.4 * min(1.0, seen / self._size), name)
+
+        return add
+
+
+def _write(
+    table: Table, columns: list[Inferred], missing: cast.Missing, out: Path, seen: Callable[[int], None]
+) -> Ingested:
+    import pyarrow as pa
+
+    digest, file = Digest(columns), CanonicalFile(out, columns)
+    schema = arrow_schema(columns)
+    gaps = dict.fromkeys(table.names, False)
+    rows = 0
+    for batch in table.batches():
+        arrays = []
+        for column, values in zip(columns, batch.columns, strict=True):
+            array = _canonical(table, column, values, missing, rows)
+            gaps[column.name] = gaps[column.name] or array.null_count > 0
+            arrays.append(array)
+        ready = pa.RecordBatch.from_arrays(arrays, schema=schema)
+        digest.update(ready)
+        file.write(ready)
+        rows += batch.num_rows
+        seen(batch.nbytes)
+    file.close()
+    if rows == 0:
+        raise InvalidInput("the file has no rows of data; give it at least one", code="empty", param="file")
+    named = [Column(name=column.name, type=column.type, nullable=gaps[column.name]) for column in columns]
+    return Ingested(rows, named, digest.hexdigest())
+
+
+def _canonical(table: Table, column: Inferred, values: pa.Array, missing: cast.Missing, before: int) -> pa.Array:
+    """A batch of a column in its canonical type; `before` rows came before it."""
+    import pyarrow as pa
+
+    if pa.types.is_dictionary(values.type):
+        values = values.dictionary_decode()
+    if pa.types.is_large_string(values.type) or pa.types.is_string_view(values.type):
+        values = values.cast(pa.string())
+    given = values
+    if pa.types.is_string(values.type):
+        if column.type == "number" and not missing.among_numbers:
+            # mostly it parses as it is, at a fraction of the cost
+            array, bad = cast.cast(values, "number")
+            if bad is None:
+                return array
+        values = cast.blank(values, missing, trim=table.lexical and column.type != "text")
+    array, bad = cast.cast(values, column.type, zoned=column.zoned)
+    if bad is not None:
+        raise _wrong(table, column, given[bad].as_py(), before + bad + 1)
+    return array
+
+
+def _wrong(table: Table, column: Inferred, value: object, row: int) -> InvalidInput:
+    what = f"{shown(value)} is not {_WORDS[column.type]}"
+    if str(value).strip().lstrip("+-").lower() in ("inf", "infinity"):
+        what = f"{shown(value)} is infinite, which no column of numbers may hold"
+    elif column.type == "time" and parse_time(str(value).strip()):
+        other = "without" if column.zoned else "with"
+        what = f"{shown(value)} is a time {other} an offset, unlike most values of the column"
+    elif column.mixed:
+        what += f", while most values of the column are {column.type}s"
+    advice = "correct the value"
+    if table.lexical:
+        advice += ", or list it in schema.missing"
+    advice += ", or declare the column a category in schema.columns"
+    line = table.line(row)
+    return fault(f"{what}; {advice}", row=row, line=line, column=column.name, code="bad_value")

@@ -1,0 +1,335 @@
+"""Fits a recipe's transforms, one after another, on exactly what the graph of the earlier ones yields.
+
+The features that training sees come out of that same graph, run by onnxruntime: there is no second implementation.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from modelworks.core.errors import InvalidInput
+from modelworks.core.specs import TransformSpec
+from modelworks.core.types import Column
+from modelworks.ml import graph as onnx_graph
+from modelworks.ml.data.transforms import catalogue, labels, numeric
+from modelworks.ml.data.transforms.plan import Current, Key, Plan, Step, needed, run
+from modelworks.ml.data.transforms.rows import RowFilter, missing_mask
+from modelworks.ml.data.transforms.texts import fit_host
+from modelworks.ml.graph import STRING
+
+if TYPE_CHECKING:
+    import onnx
+
+    from modelworks.ml.base import Batch
+
+MAX_ONE_HOT_FOR_TREES = 50  # a tree splits an ordinal of many categories better than many columns of one each
+_NUMBER_OPS = "one-hot, ordinal, tf-idf, hashing or cast"
+
+
+class Preparation:
+    """Fitted transforms from raw columns to features. Make one with `Preparation.fit`; it does not change afterwards.
+
+    keep: bool [rows of the fit batch], which of them row ops kept.  host: JSON states that run before the graph.
+    feature_names: in the order of the features.  nullable: by raw column, whether serving accepts a missing value.
+    inputs: the raw columns that the features depend on.
+    """
+
+    def __init__(
+        self, plan: Plan, keep: np.ndarray, filters: list[RowFilter], fitting: Plan, nullable: dict[str, bool]
+    ) -> None:
+        self.keep = keep
+        self.nullable = nullable
+        self._model, self.feature_names = plan.features()
+        wanted = {onnx_graph.column_of(value.name) for value in self._model.graph.input}
+        self.host = needed(plan.host, wanted)
+        made = {state["output"] for state in self.host}
+        self.inputs = [name for name in nullable if name in (wanted - made) | {state["column"] for state in self.host}]
+        self._filters = filters
+        self._fitting = fitting
+
+    @classmethod
+    def fit(
+        cls,
+        batch: Batch,
+        columns: list[Column],
+        specs: list[TransformSpec] | None,
+        *,
+        accepts_missing: bool,
+        target: np.ndarray | None = None,
+    ) -> Preparation:
+        """Fit on `batch` (wire form, `columns` = the features). Without `specs` the default preparation is used.
+
+        `target` [n] only serves drop-duplicates: rows with different targets are not alike. InvalidInput names the
+        column that is unknown, of a wrong type for its op, or in the end not a number or missing where it must not be.
+        """
+        if not columns:
+            raise InvalidInput(
+                "there is no feature to learn from; name at least one column besides the target", param="features"
+            )
+        steps = (
+            default_transforms(batch, columns, accepts_missing) if specs is None else catalogue.check_transforms(specs)
+        )
+        fitting = _Fitting(batch, columns, target)
+        for index, spec in enumerate(steps):
+            fitting.step(spec, f"transforms[{index}]")
+        return fitting.finish(accepts_missing)
+
+    def graph(self) -> onnx.ModelProto:
+        """Raw columns (and the host's outputs) -> "features" FP32 [-1, f]. A copy."""
+        import onnx
+
+        copy = onnx.ModelProto()
+        copy.CopyFrom(self._model)
+        return copy
+
+    def features(self, batch: Batch) -> np.ndarray:
+        """float32 [n, f] for all rows of `batch`, through host transforms and onnxruntime as at serving."""
+        return run(self._session, self.host, batch)[0]
+
+    def fit_features(self, batch: Batch) -> np.ndarray:
+        """`features` of the kept rows of the batch that was fitted on."""
+        return self.features({name: batch[name][self.keep] for name in self.inputs})
+
+    def rows(self, batch: Batch, target: np.ndarray | None = None) -> np.ndarray:
+        """bool [n]: which rows of another batch, an evaluation set, the row ops keep."""
+        mask = np.ones(_rows(batch), dtype=bool)
+        for each in self._filters:
+            mask = each.apply(self._fitting, batch, mask, target)
+        return mask
+
+    @cached_property
+    def _session(self) -> Any:
+        return onnx_graph.session(onnx_graph.to_bytes(self._model))
+
+
+def default_transforms(batch: Batch, columns: list[Column], accepts_missing: bool) -> list[TransformSpec]:
+    """What happens to a table without `transforms`.
+
+    Times become date parts; numbers and date parts: mean, standardise; booleans: most frequent, kept as 0 and 1;
+    categories: most frequent, one-hot with unknowns as zeros; texts: tf-idf. A trainer that accepts missing values
+    (trees) gets numbers, date parts and booleans as they are, and categories of more than MAX_ONE_HOT_FOR_TREES values
+    as ordinals.
+    """
+    times = TransformSpec(op="date-parts", columns="time")
+    texts = TransformSpec(op="tf-idf", columns="text")
+    if accepts_missing:
+        many = [
+            column.name
+            for column in columns
+            if column.type == "category" and len(set(batch[column.name].tolist()) - {""}) > MAX_ONE_HOT_FOR_TREES
+        ]
+        ordinal = [TransformSpec(op="ordinal", columns=many)] if many else []
+        return [times, *ordinal, TransformSpec(op="one-hot", columns="category"), texts]
+    return [
+        times,
+        TransformSpec.model_validate({"op": "fill-missing", "columns": "numeric", "strategy": "mean"}),
+        TransformSpec(op="standardise", columns="numeric"),
+        TransformSpec.model_validate({"op": "fill-missing", "columns": "boolean", "strategy": "most-frequent"}),
+        TransformSpec.model_validate({"op": "fill-missing", "columns": "category", "strategy": "most-frequent"}),
+        TransformSpec(op="one-hot", columns="category"),
+        texts,
+    ]
+
+
+class _Fitting:
+    """The state of a fit: the plan so far and the rows that are still kept."""
+
+    def __init__(self, batch: Batch, columns: list[Column], target: np.ndarray | None) -> None:
+        self.batch = batch
+        self.raw = columns
+        self.target = target
+        self.plan = Plan(columns)
+        self.keep = np.ones(_rows(batch), dtype=bool)
+        self.filters: list[RowFilter] = []
+        self.steps: list[Step] = []
+        self._where = ""
+        self._need_rows()
+
+    def step(self, spec: TransformSpec, where: str) -> None:
+        self._where = where
+        params = catalogue.params_of(spec, where)
+        transform = catalogue.TRANSFORMS[spec.op]
+        chosen = self._choose(spec, params)
+        if not chosen:
+            return
+        if transform.kind == "rows":
+            self._filter(spec, chosen)
+        elif spec.op == "drop":
+            self._do(Step("drop", {column.key: True for column in chosen}))
+        elif transform.kind == "host":
+            self._fit_host(spec.op, params, chosen)
+        elif spec.op == "cast":
+            self._fit_cast(params, chosen)
+        else:
+            self._fit_graph(spec.op, params, chosen)
+
+    def finish(self, accepts_missing: bool) -> Preparation:
+        columns = self.plan.columns
+        if not columns:
+            raise InvalidInput(
+                "the transforms leave no feature to learn from; keep at least one column", param="transforms"
+            )
+        for column in columns:
+            if self.plan.kind(column) == STRING:
+                hint = "date-parts" if column.type == "time" else _NUMBER_OPS
+                raise InvalidInput(
+                    f"column {column.name!r} ({column.type}) is still text after the transforms; "
+                    f"make it numbers by {hint}, or drop it",
+                    param=column.name,
+                    code="not_numeric",
+                )
+            if not accepts_missing and not column.complete and missing_mask(self.batch[column.raw])[self.keep].any():
+                raise InvalidInput(
+                    f"column {column.name!r} has missing values, which this algorithm does not take; "
+                    "add fill-missing or drop-missing",
+                    param=column.name,
+                    code="missing_values",
+                )
+        used = {column.raw for column in columns}
+        final = Plan(self.raw, only=used)
+        for step in self.steps:
+            final.apply(step)
+        nullable = {
+            raw.name: accepts_missing or all(column.complete for column in columns if column.raw == raw.name)
+            for raw in self.raw
+        }
+        return Preparation(final, self.keep, self.filters, self.plan, nullable)
+
+    # which columns
+
+    def _choose(self, spec: TransformSpec, params: Any) -> list[Current]:
+        transform = catalogue.TRANSFORMS[spec.op]
+        if isinstance(spec.columns, list):
+            chosen = self._named(spec.columns)
+            for column in chosen:
+                if column.type not in transform.types:
+                    self._refuse(spec.op, column, f"{spec.op} works on {_or(transform.types)}")
+            return chosen
+        types = catalogue.selected_types(spec, params) if spec.columns is None else catalogue.SELECTORS[spec.columns]
+        chosen = [column for column in self.plan.columns if column.type in types]
+        if spec.columns is not None:
+            # "all" means all that the op can work on; a word for one type must fit
+            chosen = [column for column in chosen if spec.columns != "all" or column.type in transform.types]
+            for column in chosen:
+                if column.type not in transform.types:
+                    self._refuse(spec.op, column, f"{spec.op} works on {_or(transform.types)}")
+        return chosen
+
+    def _named(self, names: list[str]) -> list[Current]:
+        """By present name, else all that a raw column became (`species` after one-hot)."""
+        chosen: dict[Key, Current] = {}
+        unknown: list[str] = []
+        for name in names:
+            found = [c for c in self.plan.columns if c.name == name and c.raw == name]
+            found = (
+                found
+                or [c for c in self.plan.columns if c.name == name]
+                or [c for c in self.plan.columns if c.raw == name]
+            )
+            unknown += [] if found else [name]
+            chosen |= {column.key: column for column in found}
+        if unknown:
+            there = ", ".join(repr(column.name) for column in self.plan.columns[:20])
+            raise InvalidInput(
+                f"{self._where}: no column {', '.join(repr(name) for name in unknown[:10])} at this step; "
+                f"there are {there}",
+                param=unknown[0],
+                code="unknown_column",
+            )
+        return list(chosen.values())
+
+    def _refuse(self, op: str, column: Current, wanted: str) -> None:
+        raise InvalidInput(
+            f"{self._where}: {op} cannot take column {column.name!r}, which is of type {column.type} at this step; "
+            f"{wanted}",
+            param=column.name,
+            code="wrong_column_type",
+        )
+
+    # fits
+
+    def _filter(self, spec: TransformSpec, chosen: list[Current]) -> None:
+        each = RowFilter(spec.op, [(c.tensor, c.index) for c in chosen], with_target=spec.columns is None)
+        self.keep = each.apply(self.plan, self.batch, self.keep, self.target)
+        self.filters.append(each)
+        self._need_rows()
+
+    def _need_rows(self) -> None:
+        if not self.keep.any():
+            raise InvalidInput(
+                "no row is left to train on; give more data, or fill missing values instead of dropping rows",
+                param="transforms",
+            )
+
+    def _fit_graph(self, op: str, params: Any, chosen: list[Current]) -> None:
+        if op == "fill-missing":
+            chosen = [column for column in chosen if not column.complete]
+        fitted: dict[Key, Any] = {}
+        numbers = [c for c in chosen if op in numeric.NUMERIC and self.plan.kind(c) != STRING]
+        if numbers:
+            block, members = self.plan.block(self.plan.as_floats(numbers))
+            values = self._values(block)
+            for index, column in enumerate(members):
+                if op == "fill-missing":
+                    self._check_fill(params, column)
+                fitted[column.key] = numeric.NUMERIC[op][0](values[:, index], params, column.name, column.type)
+        for column in chosen:
+            if column.key not in fitted:
+                fitted[column.key] = self._fit_labels(op, params, column)
+        if fitted:
+            self._do(Step(op, fitted))
+
+    def _fit_labels(self, op: str, params: Any, column: Current) -> Any:
+        values = self._values(self.plan.as_labels(column).tensor)[:, 0]
+        if op == "fill-missing":
+            return labels.fit_fill(values, params, column.name, column.type)
+        if op == "group-rare":
+            return (labels.fit_group_rare(values, params), params.other)
+        if op == "ordinal":
+            return (labels.fit_ordinal(values, params, column.type), params.unknown)
+        return labels.fit_one_hot(values, params, column.type)
+
+    def _check_fill(self, params: catalogue.FillMissing, column: Current) -> None:
+        if column.type == "boolean" and params.strategy in ("mean", "median"):
+            self._refuse("fill-missing", column, "use most-frequent or constant for true and false")
+        if column.type == "boolean" and params.value is not None and params.value not in (0, 1):
+            self._refuse("fill-missing", column, "its value must be true or false")
+
+    def _fit_cast(self, params: catalogue.Cast, chosen: list[Current]) -> None:
+        texts = [c for c in chosen if self.plan.kind(c) == STRING and params.to != "category"]
+        for column in texts:
+            self._fit_host("cast", params, [column])
+        others = [c for c in chosen if self.plan.kind(c) != STRING or params.to == "category"]
+        if others:
+            self._do(Step("cast", {column.key: True for column in others}, to=params.to))
+
+    def _fit_host(self, op: str, params: Any, chosen: list[Current]) -> None:
+        for column in chosen:
+            if column.host_prior is None or column.raw != column.name:
+                self._refuse(
+                    op, column, f"{op} must be the first op on its column (only fill-missing may stand before it)"
+                )
+        fitted = {c.key: fit_host(params, self._texts(c), c.name) for c in chosen}
+        self._do(Step("host", fitted))
+
+    def _texts(self, column: Current) -> np.ndarray:
+        return self._values(self.plan.as_labels(column).tensor)[:, 0]
+
+    def _values(self, tensor: str) -> np.ndarray:
+        """[kept rows, width]"""
+        return self.plan.values([tensor], self.batch)[0][self.keep]
+
+    def _do(self, step: Step) -> None:
+        self.plan.apply(step)
+        self.steps.append(step)
+
+
+def _rows(batch: Batch) -> int:
+    return len(next(iter(batch.values()))) if batch else 0
+
+
+def _or(types: tuple[str, ...]) -> str:
+    return " or ".join((", ".join(types[:-1]), types[-1])) if len(types) > 1 else types[0]

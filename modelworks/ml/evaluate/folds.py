@@ -1,0 +1,164 @@
+"""Training and predicting fold by fold.
+
+Each finished fold is a checkpoint, so a job that was killed goes on after it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from modelworks.core.errors import InvalidInput
+from modelworks.ml.base import JobContext
+from modelworks.ml.evaluate import metrics as m
+from modelworks.ml.evaluate.catalogue import CLASSIFICATION
+from modelworks.ml.evaluate.intervals import LEVEL, over_folds, over_rows
+from modelworks.ml.evaluate.metrics import Predictions
+from modelworks.ml.evaluate.splits import Plan
+from modelworks.ml.train.fit import Span, fit
+from modelworks.ml.train.problem import Problem, class_text
+
+_QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
+
+
+def predict_folds(
+    problem: Problem,
+    plan: Plan,
+    wanted: Sequence[str],
+    ctx: JobContext,
+    span: tuple[float, float],
+    prefix: str = "fold",
+) -> list[Predictions]:
+    """For each part of `plan`:
+
+    fit on its training rows, predict its test rows. Rows outside the problem's are left out.
+    """
+    start, end = span
+    count = len(plan.parts)
+    done: list[Predictions] = []
+    for index, (train, test) in enumerate(plan.parts):
+        number = index + 1
+        left, right = start + (end - start) * index / count, start + (end - start) * number / count
+        name = f"{prefix}-{number}"
+        kept = ctx.restore(name)
+        found = _read(kept) if kept else None
+        if found is None:
+            label = f"fold {number} of {count}" if count > 1 else "hold-out"
+            part = Span(ctx, left, right, problem.spec.seed, label)
+            found = _predict(problem, train[np.isin(train, problem.rows)], test[np.isin(test, problem.rows)], part)
+            ctx.checkpoint(name, _write(found))
+        scores = m.score(problem.task, found, wanted)
+        first = next(iter(wanted))
+        shown = "undefined" if scores[first] is None else f"{scores[first]:.4f}"
+        ctx.event(
+            "fold",
+            f"fold {number} of {count}: {first} {shown}",
+            fold=number,
+            folds=count,
+            metrics=scores,
+            train_rows=len(train),
+            test_rows=len(found.rows),
+            resumed=kept is not None,
+        )
+        ctx.progress(
+            right, f"fold {number} of {count}", **{name: value for name, value in scores.items() if value is not None}
+        )
+        done.append(found)
+    return done
+
+
+def _predict(problem: Problem, train: np.ndarray, test: np.ndarray, ctx: Span) -> Predictions:
+    model = fit(problem, train, ctx)
+    batch = problem.part(test)
+    keep = model.preparation.rows(batch, problem.target[test])
+    test = test[keep]
+    if not len(test):
+        raise InvalidInput(
+            "the row ops leave no row to test on; give more data or use fewer folds",
+            code="too_few_rows",
+            param="transforms",
+        )
+    return Predictions(test, problem.target[test], model.predict(problem.part(test)))
+
+
+def summarise(
+    task: str, parts: Sequence[Predictions], wanted: Sequence[str], classes: list[Any] | None, seed: int
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(metrics, details) of a report:
+
+    means with intervals, and confusion matrix or residual quantiles over all parts.
+    """
+    scores = [m.score(task, part, wanted) for part in parts]
+    if len(parts) == 1:
+        found, resamples = over_rows(task, parts[0], scores[0], seed)
+        interval: dict[str, Any] = {
+            "method": "bootstrap over rows, percentiles",
+            "level": LEVEL,
+            "resamples": resamples,
+            "seed": seed,
+        }
+    else:
+        found = {name: over_folds(name, [score[name] for score in scores]) for name in wanted}
+        interval = {"method": "Student's t over folds", "level": LEVEL}
+    undefined = [
+        f"{name} is undefined in {missing} of {len(parts)} parts (a class or a spread is missing there)"
+        for name in wanted
+        if (missing := sum(score[name] is None for score in scores))
+    ]
+    whole = Predictions.join(parts)
+    details: dict[str, Any] = {
+        "interval": interval,
+        "notes": undefined,
+        "test_rows": [len(part.rows) for part in parts],
+    }
+    if task == CLASSIFICATION:
+        details |= _confusion(whole, classes or [])
+    else:
+        residuals = np.quantile(whole.true - whole.output, _QUANTILES)
+        details["residual_quantiles"] = {f"{q:g}": float(value) for q, value in zip(_QUANTILES, residuals, strict=True)}
+    return found, details
+
+
+def _confusion(whole: Predictions, classes: list[Any]) -> dict[str, Any]:
+    from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
+
+    places = np.arange(len(classes))
+    matrix = confusion_matrix(whole.true, whole.labels, labels=places)
+    columns = precision_recall_fscore_support(whole.true, whole.labels, labels=places, zero_division=0)
+    per_class = {
+        class_text(name): {"precision": float(p), "recall": float(r), "f1": float(f), "rows": int(n)}
+        for name, p, r, f, n in zip(classes, *columns, strict=True)
+    }
+    return {
+        "confusion_matrix": {"classes": classes, "rows": "true", "columns": "predicted", "counts": matrix.tolist()},
+        "per_class": per_class,
+    }
+
+
+def _write(predictions: Predictions) -> bytes:
+    """Predictions as an Arrow stream: exact to the last bit."""
+    output = predictions.output
+    width = output.shape[1] if output.ndim == 2 else 0
+    table = pa.table(
+        {
+            "row": predictions.rows,
+            "true": predictions.true,
+            "output": output.ravel() if not width else pa.FixedSizeListArray.from_arrays(output.ravel(), width),
+        }
+    ).replace_schema_metadata({"modelworks": json.dumps({"width": width})})
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, table.schema) as stream:
+        stream.write_table(table)
+    return bytes(sink.getvalue())
+
+
+def _read(data: bytes) -> Predictions:
+    table = pa.ipc.open_stream(data).read_all()
+    width = json.loads(table.schema.metadata[b"modelworks"])["width"]
+    output = table.column("output").combine_chunks()
+    values = output.flatten().to_numpy().reshape(-1, width) if width else output.to_numpy()
+    return Predictions(table.column("row").to_numpy(), table.column("true").to_numpy(), values)

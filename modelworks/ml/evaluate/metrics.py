@@ -1,0 +1,220 @@
+"""The metrics of one set of predictions: exact values by scikit-learn, and a fast weighted form for the bootstrap."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from modelworks.ml.evaluate.catalogue import CLASSIFICATION
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """What a model said about held-out rows, in the order predicted.
+
+    `rows` [n]: the rows' numbers in the table, from 0. `true` [n]: class indices int64, or values float64.
+    `output`: probabilities [n, classes] or values [n], float64.
+    """
+
+    rows: np.ndarray
+    true: np.ndarray
+    output: np.ndarray
+
+    @property
+    def labels(self) -> np.ndarray:
+        return labels(self.output)
+
+    @classmethod
+    def join(cls, parts: Sequence[Predictions]) -> Predictions:
+        return cls(*(np.concatenate([getattr(part, name) for part in parts]) for name in ("rows", "true", "output")))
+
+    def take(self, mask: np.ndarray) -> Predictions:
+        return Predictions(self.rows[mask], self.true[mask], self.output[mask])
+
+
+def labels(probabilities: np.ndarray) -> np.ndarray:
+    """The class index of each row of [n, classes]:
+
+    the first of the largest in float32, as the served graph picks it.
+    """
+    return probabilities.astype(np.float32).argmax(axis=1)
+
+
+def score(task: str, predictions: Predictions, wanted: Sequence[str]) -> dict[str, float | None]:
+    """Each wanted metric by scikit-learn; None where it is undefined (a class that does not occur, a constant target)."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of ill-defined metrics, which are handled here
+        values = _CLASSIFICATION if task == CLASSIFICATION else _REGRESSION
+        found = {name: values[name](predictions) for name in wanted}
+    return {name: float(value) if value is not None and math.isfinite(value) else None for name, value in found.items()}
+
+
+def _averaged(name: str, average: str) -> Any:
+    def compute(p: Predictions) -> float:
+        from sklearn import metrics
+
+        return float(getattr(metrics, name)(p.true, p.labels, average=average, zero_division=0))
+
+    return compute
+
+
+def _of_labels(name: str) -> Any:
+    def compute(p: Predictions) -> float:
+        from sklearn import metrics
+
+        return float(getattr(metrics, name)(p.true, p.labels))
+
+    return compute
+
+
+def _of_values(name: str) -> Any:
+    def compute(p: Predictions) -> float | None:
+        from sklearn import metrics
+
+        if name == "r2_score" and (len(p.true) < 2 or np.ptp(p.true) == 0):
+            return None
+        return float(getattr(metrics, name)(p.true, p.output))
+
+    return compute
+
+
+def _roc_auc(p: Predictions) -> float | None:
+    from sklearn.metrics import roc_auc_score
+
+    classes = p.output.shape[1]
+    if len(np.unique(p.true)) < classes:
+        return None
+    if classes == 2:
+        return float(roc_auc_score(p.true, p.output[:, 1]))
+    return float(roc_auc_score(p.true, p.output, multi_class="ovr", average="macro", labels=np.arange(classes)))
+
+
+def _log_loss(p: Predictions) -> float:
+    from sklearn.metrics import log_loss
+
+    return float(log_loss(p.true, p.output, labels=np.arange(p.output.shape[1])))
+
+
+def _brier(p: Predictions) -> float:
+    from sklearn.metrics import brier_score_loss
+
+    classes = p.output.shape[1]
+    if classes == 2:
+        return float(brier_score_loss(p.true, p.output[:, 1], pos_label=1))
+    return float(brier_score_loss(p.true, p.output, labels=np.arange(classes)))
+
+
+_CLASSIFICATION = {
+    "accuracy": _of_labels("accuracy_score"),
+    "balanced_accuracy": _of_labels("balanced_accuracy_score"),
+    "precision": _averaged("precision_score", "macro"),
+    "recall": _averaged("recall_score", "macro"),
+    "f1": _averaged("f1_score", "macro"),
+    "precision_weighted": _averaged("precision_score", "weighted"),
+    "recall_weighted": _averaged("recall_score", "weighted"),
+    "f1_weighted": _averaged("f1_score", "weighted"),
+    "roc_auc": _roc_auc,
+    "log_loss": _log_loss,
+    "brier": _brier,
+}
+_REGRESSION = {
+    "mse": _of_values("mean_squared_error"),
+    "rmse": _of_values("root_mean_squared_error"),
+    "mae": _of_values("mean_absolute_error"),
+    "mape": _of_values("mean_absolute_percentage_error"),
+    "r2": _of_values("r2_score"),
+}
+
+
+class WeightedScorer:
+    """The same metrics for weighted rows, without scikit-learn's checks: a bootstrap calls this a thousand times."""
+
+    def __init__(self, task: str, predictions: Predictions, wanted: Sequence[str]) -> None:
+        self._wanted = list(wanted)
+        self._task = task
+        if task == CLASSIFICATION:
+            self._prepare_classes(predictions)
+        else:
+            self._prepare_values(predictions)
+
+    def __call__(self, weights: np.ndarray) -> list[float]:
+        """One value for each wanted metric; NaN where undefined. `weights` [n]: how often each row was drawn."""
+        values = self._classes(weights) if self._task == CLASSIFICATION else self._values(weights)
+        return [values[name] for name in self._wanted]
+
+    def _prepare_classes(self, p: Predictions) -> None:
+        self._count = p.output.shape[1]
+        self._cells = p.true * self._count + p.labels
+        own = np.take_along_axis(p.output, p.true[:, None], axis=1)[:, 0]
+        self._losses = -np.log(np.clip(own, np.finfo(p.output.dtype).eps, None))
+        truth = np.eye(self._count)[p.true]
+        squares = ((p.output - truth) ** 2).sum(axis=1)
+        self._squares = squares / 2 if self._count == 2 else squares
+        self._ranks = []
+        if "roc_auc" in self._wanted:
+            for k in [1] if self._count == 2 else range(self._count):
+                order = np.argsort(p.output[:, k], kind="stable")
+                ordered = p.output[order, k]
+                starts = np.flatnonzero(np.r_[True, ordered[1:] != ordered[:-1]])
+                self._ranks.append((order, starts, p.true[order] == k))
+
+    def _classes(self, w: np.ndarray) -> dict[str, float]:
+        total = w.sum()
+        matrix = np.bincount(self._cells, w, self._count**2).reshape(self._count, self._count)
+        hits, support, predicted = matrix.diagonal(), matrix.sum(axis=1), matrix.sum(axis=0)
+        precision, recall = _ratio(hits, predicted), _ratio(hits, support)
+        f1 = _ratio(2 * hits, support + predicted)
+        seen = (support + predicted) > 0
+        return {
+            "accuracy": hits.sum() / total,
+            "balanced_accuracy": recall[support > 0].mean(),
+            "precision": precision[seen].mean(),
+            "recall": recall[seen].mean(),
+            "f1": f1[seen].mean(),
+            "precision_weighted": precision @ support / total,
+            "recall_weighted": recall @ support / total,
+            "f1_weighted": f1 @ support / total,
+            "roc_auc": float(np.mean([_auc(w, *rank) for rank in self._ranks])) if self._ranks else math.nan,
+            "log_loss": w @ self._losses / total,
+            "brier": w @ self._squares / total,
+        }
+
+    def _prepare_values(self, p: Predictions) -> None:
+        self._true = p.true
+        error = p.true - p.output
+        self._errors = np.column_stack(
+            [error**2, np.abs(error), np.abs(error) / np.maximum(np.abs(p.true), np.finfo(np.float64).eps)]
+        )
+
+    def _values(self, w: np.ndarray) -> dict[str, float]:
+        total = w.sum()
+        mse, mae, mape = w @ self._errors / total
+        spread = w @ (self._true - w @ self._true / total) ** 2 / total
+        return {
+            "mse": mse,
+            "rmse": math.sqrt(mse),
+            "mae": mae,
+            "mape": mape,
+            "r2": 1 - mse / spread if spread > 0 else math.nan,
+        }
+
+
+def _ratio(top: np.ndarray, bottom: np.ndarray) -> np.ndarray:
+    """top / bottom, 0 where bottom is 0."""
+    return np.divide(top, bottom, out=np.zeros_like(top, dtype=np.float64), where=bottom > 0)
+
+
+def _auc(w: np.ndarray, order: np.ndarray, starts: np.ndarray, positive: np.ndarray) -> float:
+    """Weighted area under the ROC curve; `starts` are the first places of equal scores in `order`."""
+    ordered = w[order]
+    up = np.add.reduceat(ordered * positive, starts)
+    down = np.add.reduceat(ordered * ~positive, starts)
+    if not up.any() or not down.any():
+        return math.nan
+    below = np.cumsum(down) - down
+    return float(up @ (below + down / 2) / (up.sum() * down.sum()))

@@ -1,0 +1,163 @@
+"""Runs a package's ONNX graph by onnxruntime. Imports numpy alone; onnxruntime comes in with `load`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from modelworks.core.errors import InvalidInput, ModelworksError
+from modelworks.core.types import Signature, TensorSpec
+from modelworks.ml import graph
+from modelworks.ml.data.transforms.host import compile_host
+from modelworks.ml.data.transforms.rows import missing_mask
+from modelworks.ml.package import Package
+
+if TYPE_CHECKING:
+    from modelworks.ml.base import Batch
+
+MODEL_FILE = "model.onnx"
+_COLUMN_DTYPES: dict[str, Any] = {"FP32": np.float32, "INT64": np.int64, "BOOL": np.uint8}
+_DTYPES: dict[str, Any] = {
+    "BOOL": np.bool_, "FP16": np.float16, "FP32": np.float32, "FP64": np.float64,
+    **{f"{sign}INT{bits}": np.dtype(f"{sign.lower()}int{bits}") for sign in ("", "U") for bits in (8, 16, 32, 64)},
+}  # fmt: skip
+
+
+class OnnxRuntime:
+    """One graph in one session.
+
+    A tabular model's inputs are columns, [n] or [n, 1]; any other's have the shapes it declares.
+    """
+
+    def __init__(self) -> None:
+        self._session: Any = None
+        self._signature: Signature | None = None
+        self._host: Callable[[Batch], Batch] | None = None
+        self._refusals: tuple[type[Exception], ...] = ()
+        self._failures: tuple[type[Exception], ...] = ()
+
+    def load(self, package: Package, threads: int = 1) -> Signature:
+        """InvalidInput when onnxruntime cannot load the graph or it lacks what the manifest's signature promises."""
+        from onnxruntime.capi import onnxruntime_pybind11_state as state
+
+        manifest = package.manifest
+        self._refusals = (state.InvalidArgument,)
+        self._failures = (state.Fail, state.RuntimeException, state.EPFail, state.NotImplemented)
+        try:
+            self._session = graph.session(package.path(MODEL_FILE).read_bytes(), threads)
+        except (*self._refusals, *self._failures, state.InvalidProtobuf, state.InvalidGraph, state.NoSuchFile) as error:
+            raise InvalidInput(f"onnxruntime cannot load the model: {_brief(error)}", code="bad_model") from error
+        self._signature = manifest.signature
+        try:
+            self._host = compile_host(manifest.host_transforms) if manifest.host_transforms else None
+        except (KeyError, TypeError, ValueError) as error:
+            raise InvalidInput(
+                f"the package's host transforms are malformed: {error!r:.200}", code="bad_package"
+            ) from error
+        self._check()
+        return manifest.signature
+
+    def predict(self, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Outputs by name. InvalidInput names the input that is missing, unknown, mistyped or of a wrong shape."""
+        signature = self._loaded()
+        if unknown := next((name for name in inputs if all(spec.name != name for spec in signature.inputs)), None):
+            raise InvalidInput(f"the model has no input {unknown[:80]!r}", code="unknown_feature", param=unknown[:80])
+        arrays = {spec.name: _array(spec, inputs) for spec in signature.inputs}
+        tabular = bool(signature.inputs and signature.inputs[0].column)
+        feed = self._columns(arrays) if tabular else arrays
+        names = [spec.name for spec in signature.outputs]
+        try:
+            return dict(zip(names, self._session.run(names, feed), strict=True))
+        except self._refusals as error:
+            raise InvalidInput(f"the model refuses this input: {_brief(error)}", code="bad_input") from error
+        except self._failures as error:
+            raise ModelworksError(
+                "the model failed on this input; the replica's log has the reason", code="model_failed"
+            ) from error
+
+    def close(self) -> None:
+        self._session = None
+
+    def _columns(self, batch: Batch) -> dict[str, np.ndarray]:
+        counts = {len(column) for column in batch.values()}
+        if len(counts) > 1:
+            raise InvalidInput(f"the inputs have different numbers of rows: {sorted(counts)[:5]}", code="bad_shape")
+        return graph.feed(self._inputs, self._host(batch) if self._host else batch)
+
+    def _check(self) -> None:
+        signature = self._loaded()
+        self._inputs = self._session.get_inputs()
+        outputs = {output.name for output in self._session.get_outputs()}
+        for spec in signature.outputs:
+            if spec.name not in outputs:
+                raise InvalidInput(
+                    f"the graph has no output {spec.name!r}, which the signature promises", code="bad_package"
+                )
+        if any(bool(spec.column) != bool(signature.inputs[0].column) for spec in signature.inputs):
+            raise InvalidInput("the signature mixes columns and plain tensors", code="bad_package")
+
+    def _loaded(self) -> Signature:
+        if self._session is None or self._signature is None:
+            raise ModelworksError("the runtime has no model; call load first")
+        return self._signature
+
+
+def _array(spec: TensorSpec, inputs: dict[str, np.ndarray]) -> np.ndarray:
+    """The input in the dtype that the graph takes; a column as [n]."""
+    try:
+        array = np.asarray(inputs[spec.name])
+    except KeyError:
+        raise InvalidInput(f"the input {spec.name!r} is missing", code="missing_feature", param=spec.name) from None
+    array = _texts(spec, array) if spec.datatype == "BYTES" else _numbers(spec, array)
+    if not spec.column:
+        return array
+    if array.ndim != 1:
+        if array.ndim != 2 or array.shape[1] != 1:
+            raise InvalidInput(
+                f"the input {spec.name!r} has shape {list(array.shape)}, not [rows, 1]",
+                code="bad_shape",
+                param=spec.name,
+            )
+        array = array[:, 0]
+    if not spec.nullable and missing_mask(array).any():
+        raise InvalidInput(
+            f"the feature {spec.name!r} is missing in row {int(missing_mask(array).argmax())}, and the model was "
+            "not made to accept that",
+            code="missing_value",
+            param=spec.name,
+        )
+    return array
+
+
+def _numbers(spec: TensorSpec, array: np.ndarray) -> np.ndarray:
+    wanted = np.dtype((_COLUMN_DTYPES if spec.column else _DTYPES)[spec.datatype])
+    if array.dtype == wanted:
+        return array
+    if array.dtype.kind not in "biuf" or (array.dtype.kind == "f" and wanted.kind != "f"):
+        raise InvalidInput(
+            f"the input {spec.name!r} must be {spec.datatype}, not {array.dtype}", code="bad_datatype", param=spec.name
+        )
+    return array.astype(wanted)
+
+
+def _texts(spec: TensorSpec, array: np.ndarray) -> np.ndarray:
+    if array.dtype.kind not in "OUS":
+        raise InvalidInput(
+            f"the input {spec.name!r} must be texts, not {array.dtype}", code="bad_datatype", param=spec.name
+        )
+    out = np.empty(array.size, dtype=object)
+    try:
+        out[:] = [value.decode() if isinstance(value, bytes) else str(value) for value in array.ravel().tolist()]
+    except UnicodeDecodeError:
+        raise InvalidInput(
+            f"the input {spec.name!r} has a text that is not UTF-8", code="bad_value", param=spec.name
+        ) from None
+    return out.reshape(array.shape)
+
+
+def _brief(error: Exception) -> str:
+    """onnxruntime's words without its source file and line, on one line."""
+    text = " ".join(str(error).split())
+    return text.partition(" : ")[2].rpartition(".cc:")[2][:300] or text[:300]

@@ -1,0 +1,10 @@
+"""The runtimes a package can name. Light: each is imported when it is first asked for."""
+
+from __future__ import annotations
+
+from modelworks.core.registry import Registry
+from modelworks.ml.base import Runtime
+
+RUNTIMES: Registry[type[Runtime]] = Registry(
+    "modelworks.runtimes", "runtime", {"onnx": "modelworks.ml.runtimes.onnx:OnnxRuntime"}
+)

@@ -1,0 +1,114 @@
+"""What can be said about a training job before it is queued: from its spec and the dataset's columns alone. Light."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from modelworks.core.errors import InvalidInput
+from modelworks.core.specs import Method, TrainingSpec
+from modelworks.core.types import Column
+from modelworks.ml.data.transforms.catalogue import check_transforms
+from modelworks.ml.evaluate.catalogue import check_metrics
+from modelworks.ml.train.algorithms import CLASSIFICATION, REGRESSION, TRAINERS, check_hyperparameters
+
+_TASK_OF_TYPE = {"category": CLASSIFICATION, "boolean": CLASSIFICATION, "text": CLASSIFICATION, "number": REGRESSION}
+_SHOWN = 30
+
+
+def check_training(spec: TrainingSpec, columns: Sequence[Column]) -> TrainingSpec:
+    """`spec` with features, hyperparameters' defaults and canonical transforms filled in.
+
+    InvalidInput names the field to change.
+    """
+    target = find(columns, spec.target, "target")
+    features = feature_columns(spec, columns)
+    task = task_of(spec, target)
+    if task:
+        check_metrics(task, spec.metrics, spec.gates)
+    if spec.validation:
+        check_method(spec.validation, columns, spec.target)
+    if not features:
+        raise InvalidInput(
+            "there is no feature to learn from; name at least one column besides the target", param="features"
+        )
+    return spec.model_copy(
+        update={
+            "features": [column.name for column in features],
+            "hyperparameters": check_hyperparameters(spec.algorithm, spec.hyperparameters),
+            "transforms": None if spec.transforms is None else check_transforms(spec.transforms),
+        }
+    )
+
+
+def find(columns: Sequence[Column], name: str, param: str) -> Column:
+    """The column `name`; InvalidInput that lists those there are."""
+    for column in columns:
+        if column.name == name:
+            return column
+    there = ", ".join(column.name for column in columns[:_SHOWN]) + (", ..." if len(columns) > _SHOWN else "")
+    raise InvalidInput(
+        f"the dataset has no column {name[:80]!r} for {param}; it has: {there}", code="unknown_column", param=param
+    )
+
+
+def feature_columns(spec: TrainingSpec, columns: Sequence[Column]) -> list[Column]:
+    """The columns to learn from, in the dataset's order:
+
+    those named, else all but target, group and time of the split.
+    """
+    if spec.features is None:
+        method = spec.validation
+        aside = {spec.target} | ({method.group, method.time} if method else set())
+        return [column for column in columns if column.name not in aside]
+    if spec.target in spec.features:
+        raise InvalidInput(
+            f"the target {spec.target!r} is also among the features; take it out of features",
+            code="target_among_features",
+            param="features",
+        )
+    named = {find(columns, name, "features").name for name in spec.features}
+    return [column for column in columns if column.name in named]
+
+
+def task_of(spec: TrainingSpec, target: Column) -> str | None:
+    """The task, or None while only the values of an integer target can tell.
+
+    InvalidInput when algorithm and target do not fit.
+    """
+    tasks = TRAINERS.get(spec.algorithm).tasks
+    if spec.task and spec.task not in tasks:
+        raise InvalidInput(
+            f"{spec.algorithm} does {' and '.join(tasks)}, not {spec.task}; choose another algorithm", param="task"
+        )
+    task = spec.task or (tasks[0] if len(tasks) == 1 else _TASK_OF_TYPE.get(target.type))
+    if target.type == "time":
+        raise InvalidInput(
+            f"the target {target.name!r} is a time, which cannot be predicted; choose another column, or turn it "
+            "into a number",
+            code="bad_target",
+            param="target",
+        )
+    if task == REGRESSION and target.type not in ("number", "integer"):
+        raise InvalidInput(
+            f"{spec.algorithm} predicts numbers but the target {target.name!r} is of type {target.type}; "
+            "choose a classification algorithm such as logistic-regression, or correct the column's type",
+            code="bad_target",
+            param="algorithm",
+        )
+    return task
+
+
+def check_method(method: Method, columns: Sequence[Column], target: str) -> None:
+    """InvalidInput unless the columns that the method names are there and are not the target."""
+    for param in ("group", "time"):
+        name = getattr(method, param)
+        if name is None:
+            continue
+        column = find(columns, name, param)
+        if name == target:
+            raise InvalidInput(f"{param} must be another column than the target {target!r}", param=param)
+        if param == "time" and column.type not in ("time", "number", "integer"):
+            raise InvalidInput(
+                f"the column {name!r} is of type {column.type}; time needs one of type time, number or integer",
+                param="time",
+            )

@@ -1,0 +1,115 @@
+"""One fit: a preparation and an estimator on some rows of a problem, and what they say about others."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from modelworks.core.errors import InvalidInput
+from modelworks.ml.base import Fitted, JobContext
+from modelworks.ml.data.transforms.preparation import Preparation
+from modelworks.ml.train.algorithms import TRAINERS
+from modelworks.ml.train.problem import Problem
+
+if TYPE_CHECKING:
+    from modelworks.ml.base import Batch
+
+_EVERY = 0.25  # seconds between two reports of progress
+
+
+@dataclass
+class Span:
+    """A JobContext for a part of a job: fractions are mapped to [start, end], and reports are thinned out."""
+
+    ctx: JobContext
+    start: float
+    end: float
+    seed: int
+    label: str = ""
+    threads: int = field(init=False)
+    workdir: Path = field(init=False)
+    _last: float = field(init=False, default=0.0)
+
+    def __post_init__(self) -> None:
+        self.threads, self.workdir = self.ctx.threads, self.ctx.workdir
+
+    def progress(self, fraction: float, stage: str, **metrics: Any) -> None:
+        now = time.monotonic()
+        if now - self._last >= _EVERY:
+            self._last = now
+            self.ctx.progress(
+                self.start + (self.end - self.start) * fraction,
+                f"{self.label}: {stage}" if self.label else stage,
+                **metrics,
+            )
+
+    def event(self, kind: str, message: str, **data: Any) -> None:
+        self.ctx.event(kind, f"{self.label}: {message}" if self.label else message, **data)
+
+    def checkpoint(self, name: str, data: bytes) -> None:
+        self.ctx.checkpoint(name, data)
+
+    def restore(self, name: str) -> bytes | None:
+        return self.ctx.restore(name)
+
+
+@dataclass(frozen=True)
+class Model:
+    """`seen`: the classes that the training rows had, as indices; the others get probability 0."""
+
+    preparation: Preparation
+    fitted: Fitted
+    accepts_missing: bool
+    classes: int
+    seen: np.ndarray
+
+    def predict(self, batch: Batch) -> np.ndarray:
+        """Probabilities [n, classes] or values [n], float64. InvalidInput for a missing value that it cannot take."""
+        features = self.preparation.features(batch)
+        if not self.accepts_missing and np.isnan(features).any():
+            column = int(np.isnan(features).any(axis=0).argmax())
+            raise InvalidInput(
+                f"the feature {self.preparation.feature_names[column]!r} is missing in rows to predict but never "
+                "in training; "
+                "add the transform fill-missing",
+                code="missing_values",
+                param="transforms",
+            )
+        answer = self.fitted.predict(features)
+        if not self.classes:
+            return answer["value"]
+        if len(self.seen) == self.classes:
+            return answer["probabilities"]
+        whole = np.zeros((len(features), self.classes))
+        whole[:, self.seen] = answer["probabilities"]
+        return whole
+
+
+def fit(problem: Problem, rows: np.ndarray, ctx: JobContext) -> Model:
+    """Fit preparation and estimator on `rows` alone."""
+    trainer: Any = TRAINERS.get(problem.spec.algorithm)()
+    batch = problem.part(rows)
+    ctx.progress(0.0, "preparing")
+    preparation = Preparation.fit(
+        batch, problem.columns, problem.transforms, accepts_missing=trainer.accepts_missing, target=problem.target[rows]
+    )
+    features = preparation.fit_features(batch)
+    target = problem.target[rows][preparation.keep]
+    seen = np.empty(0, dtype=np.int64)
+    if problem.classes is not None:
+        seen, target = np.unique(target, return_inverse=True)
+        target = target.ravel().astype(np.int64)
+        if len(seen) < 2:
+            raise InvalidInput(
+                "the rows to train on have one class only; give more data, or drop fewer rows",
+                code="too_few_rows",
+                param="transforms",
+            )
+    params = trainer.Params.model_validate(problem.spec.hyperparameters)
+    ctx.progress(0.1, "fitting")
+    fitted = trainer.train(features, target, params, ctx)
+    return Model(preparation, fitted, trainer.accepts_missing, len(problem.classes or ()), seen)

@@ -1,0 +1,146 @@
+"""From a fitted model to a package:
+
+one graph from raw columns to answers, its manifest, and proof that it answers alike.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from modelworks.core.errors import ModelworksError
+from modelworks.core.specs import TrainingSpec
+from modelworks.core.types import Signature, TensorSpec
+from modelworks.ml.data.transforms.rows import missing_mask
+from modelworks.ml.data.types import batch_to_rows, signature_inputs
+from modelworks.ml.evaluate.metrics import labels
+from modelworks.ml.graph import compose, to_bytes
+from modelworks.ml.package import Manifest, Package, PackageFile, ParitySamples
+from modelworks.ml.runtimes.onnx import MODEL_FILE, OnnxRuntime
+from modelworks.ml.runtimes.parity import difference, replay_parity
+from modelworks.ml.train.fit import Model
+from modelworks.ml.train.fitted import with_label
+from modelworks.ml.train.problem import Problem, class_text
+
+SAMPLES = 32
+_CHUNK = 8192
+_LIBRARIES = ("numpy", "scikit-learn", "lightgbm", "onnx", "onnxruntime", "modelworks")
+
+
+def write_graph(problem: Problem, model: Model) -> bytes:
+    """The ONNX graph from raw columns (and host outputs) to `label` and `probabilities`, or `value`."""
+    estimator = model.fitted.to_onnx(len(model.preparation.feature_names))
+    if problem.classes is not None:
+        estimator = with_label(estimator, [class_text(name) for name in problem.classes])
+    return to_bytes(compose(model.preparation.graph(), estimator))
+
+
+def signature_of(problem: Problem, model: Model) -> Signature:
+    """Only the columns that the features depend on; whether each may be missing is the preparation's word."""
+    used = [column for column in problem.columns if column.name in set(model.preparation.inputs)]
+    inputs = [
+        spec.model_copy(update={"nullable": model.preparation.nullable[spec.name]}) for spec in signature_inputs(used)
+    ]
+    if problem.classes is None:
+        return Signature(inputs=inputs, outputs=[TensorSpec(name="value", datatype="FP32", shape=[-1])])
+    outputs = [
+        TensorSpec(name="label", datatype="BYTES", shape=[-1]),
+        TensorSpec(name="probabilities", datatype="FP32", shape=[-1, len(problem.classes)]),
+    ]
+    return Signature(inputs=inputs, outputs=outputs)
+
+
+def package(
+    problem: Problem, model: Model, metrics: dict[str, Any], lineage: dict[str, Any], workdir: Path, threads: int
+) -> tuple[Manifest, dict[str, bytes]]:
+    """The manifest and its files.
+
+    ModelworksError when the graph does not answer as training did on every row of the data.
+    """
+    graph = write_graph(problem, model)
+    digest = hashlib.sha256(graph).hexdigest()
+    spec = problem.spec
+    manifest = Manifest(
+        task=problem.task,
+        algorithm=spec.algorithm,
+        signature=signature_of(problem, model),
+        classes=problem.classes,
+        host_transforms=model.preparation.host,
+        files={MODEL_FILE: PackageFile(digest=digest, size=len(graph))},
+        lineage=lineage,
+        metrics=metrics,
+        licence=spec.licence,
+        description=spec.description,
+    )
+    path = workdir / f"{digest}.onnx"
+    path.write_bytes(graph)
+    try:
+        runtime = OnnxRuntime()
+        runtime.load(Package(manifest, lambda _: path), threads)
+        check_every_row(problem, model, runtime, manifest)
+        manifest = manifest.model_copy(update={"parity": parity_samples(problem, model, manifest)})
+        replay_parity(Package(manifest, lambda _: path), runtime)
+        runtime.close()
+    finally:
+        path.unlink()
+    return manifest, {MODEL_FILE: graph}
+
+
+def training_side(problem: Problem, model: Model, rows: np.ndarray) -> dict[str, np.ndarray]:
+    """What training says about `rows`, as outputs by name, rounded to float32 once."""
+    answer = model.predict(problem.part(rows))
+    if problem.classes is None:
+        return {"value": answer.astype(np.float32)}
+    names = np.array([class_text(name) for name in problem.classes], dtype=object)
+    return {"label": names[labels(answer)], "probabilities": answer.astype(np.float32)}
+
+
+def check_every_row(problem: Problem, model: Model, runtime: OnnxRuntime, manifest: Manifest) -> None:
+    rows = problem.rows
+    for start in range(0, len(rows), _CHUNK):
+        chunk = rows[start : start + _CHUNK]
+        part = problem.part(chunk)
+        got = runtime.predict({spec.name: part[spec.name] for spec in manifest.signature.inputs})
+        found = difference(training_side(problem, model, chunk), got, manifest.parity.tolerance)
+        if found:
+            raise ModelworksError(
+                f"the packaged graph does not answer as training did ({found}, counted from row {start} of those "
+                "trained on); "
+                "please report this with the algorithm and the transforms",
+                code="parity_mismatch",
+            )
+
+
+def parity_samples(problem: Problem, model: Model, manifest: Manifest) -> ParitySamples:
+    """Rows spread over the data, among them one with a missing value where there is one."""
+    rows = problem.rows
+    chosen = np.unique(np.linspace(0, len(rows) - 1, min(SAMPLES, len(rows))).round().astype(np.int64))
+    batch = problem.part(rows)
+    gaps = np.zeros(len(rows), dtype=bool)
+    for spec in manifest.signature.inputs:
+        gaps |= missing_mask(batch[spec.name])
+    if gaps.any() and not gaps[chosen].any():
+        chosen[-1] = int(gaps.argmax())
+        chosen = np.unique(chosen)
+    picked = rows[chosen]
+    outputs = training_side(problem, model, picked)
+    return ParitySamples(
+        inputs=batch_to_rows(problem.part(picked), manifest.signature.inputs),
+        outputs={name: values.tolist() for name, values in outputs.items()},
+    )
+
+
+def lineage_of(spec: TrainingSpec, dataset: str, dataset_digest: str, code_version: str) -> dict[str, Any]:
+    """Where a model comes from: nothing in it depends on the clock."""
+    return {
+        "dataset": dataset,
+        "dataset_digest": dataset_digest,
+        "spec": spec.model_dump(mode="json"),
+        "seeds": {"split": spec.seed, "training": spec.seed},
+        "code_version": code_version,
+        "libraries": {name: version(name) for name in _LIBRARIES},
+    }

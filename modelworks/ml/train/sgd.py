@@ -1,0 +1,155 @@
+"""Linear models by stochastic gradient descent:
+
+scikit-learn's steps, one epoch at a time, with the curve of the training loss.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from modelworks.ml.base import JobContext
+from modelworks.ml.train import params as p
+from modelworks.ml.train.algorithms import CLASSIFICATION, REGRESSION
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from modelworks.ml.train.fitted import LinearFitted
+
+_OWN = ("class_weight", "tol", "n_iter_no_change", "penalty", "max_iter")  # handled here, not passed on as they are
+
+
+class SgdClassifier:
+    """Linear classification by stochastic gradient descent with L1 or L2 penalty; one against the rest with more than
+    two classes.
+    """
+
+    tasks: ClassVar[tuple[str, ...]] = (CLASSIFICATION,)
+    accepts_missing: ClassVar[bool] = False
+    Params: ClassVar[type[p.SgdClassifierParams]] = p.SgdClassifierParams
+
+    def train(self, features: np.ndarray, target: np.ndarray, params: Any, ctx: JobContext) -> LinearFitted:
+        import numpy as np
+        from sklearn.linear_model import SGDClassifier
+        from sklearn.utils.class_weight import compute_sample_weight
+
+        classes = int(target.max()) + 1
+        estimator = SGDClassifier(**_arguments(params, ctx.seed))
+        weights = compute_sample_weight("balanced", target) if params.class_weight else None
+
+        def epoch(rows: np.ndarray) -> None:
+            estimator.partial_fit(rows, target, classes=np.arange(classes), sample_weight=weights)
+
+        def loss(rows: np.ndarray) -> float:
+            scores = estimator.decision_function(rows).reshape(len(rows), -1)
+            signs = np.where(target[:, None] == (np.arange(classes) if classes > 2 else 1), 1.0, -1.0)
+            return float(np.average(_margin_loss(scores * signs, params.loss).sum(axis=1), weights=weights))
+
+        _descend(estimator, features, params, ctx, epoch, loss)
+        return _fitted(estimator, "sigmoid" if classes == 2 else "softmax")
+
+
+class SgdRegressor:
+    """Linear regression by stochastic gradient descent with L1 or L2 penalty. Scale the features."""
+
+    tasks: ClassVar[tuple[str, ...]] = (REGRESSION,)
+    accepts_missing: ClassVar[bool] = False
+    Params: ClassVar[type[p.SgdRegressorParams]] = p.SgdRegressorParams
+
+    def train(self, features: np.ndarray, target: np.ndarray, params: Any, ctx: JobContext) -> LinearFitted:
+        import numpy as np
+        from sklearn.linear_model import SGDRegressor
+
+        estimator = SGDRegressor(**_arguments(params, ctx.seed))
+
+        def epoch(rows: np.ndarray) -> None:
+            estimator.partial_fit(rows, target)
+
+        def loss(rows: np.ndarray) -> float:
+            return float(np.mean(_residual_loss(estimator.predict(rows) - target, params)))
+
+        _descend(estimator, features, params, ctx, epoch, loss)
+        return _fitted(estimator, "identity")
+
+
+def _arguments(params: Any, seed: int) -> dict[str, Any]:
+    import numpy as np
+
+    given = {name: value for name, value in params.model_dump().items() if name not in _OWN}
+    penalty = None if params.penalty == "none" else params.penalty
+    # a RandomState, not a number: each epoch must be shuffled differently
+    return given | {"penalty": penalty, "random_state": np.random.RandomState(seed)}
+
+
+def _descend(estimator: Any, features: np.ndarray, params: Any, ctx: JobContext, epoch: Any, loss: Any) -> None:
+    """Epochs until the loss stands still; `adaptive` then first divides the rate by 5, down to 1e-6, as scikit-learn
+    does.
+    """
+    import numpy as np
+    from threadpoolctl import threadpool_limits
+
+    from modelworks.core.errors import InvalidInput
+
+    rows = features.astype(np.float64)
+    best, still = np.inf, 0
+    with threadpool_limits(ctx.threads), warnings.catch_warnings(), np.errstate(all="ignore"):
+        warnings.simplefilter("ignore")
+        for number in range(1, params.max_iter + 1):
+            try:
+                epoch(rows)
+                now = loss(rows)
+            except ValueError:  # scikit-learn's word for coefficients that overflowed
+                now = np.inf
+            if not np.isfinite(now):
+                raise InvalidInput(
+                    f"gradient descent diverged in epoch {number}; scale the features (standardise) or lower eta0",
+                    code="diverged",
+                    param="hyperparameters.eta0",
+                )
+            ctx.progress(number / params.max_iter, "fitting", epoch=number, loss=now)
+            still = 0 if params.tol is None or now < best - params.tol else still + 1
+            best = min(best, now)
+            if still >= params.n_iter_no_change:
+                if params.learning_rate != "adaptive" or estimator.eta0 <= 1e-6:
+                    return
+                estimator.eta0, still = estimator.eta0 / 5, 0
+    if params.tol is not None:
+        ctx.event(
+            "warning",
+            f"the fit did not converge in {params.max_iter} epochs; raise max_iter, scale the features or raise tol",
+        )
+
+
+def _margin_loss(margins: np.ndarray, name: str) -> np.ndarray:
+    import numpy as np
+
+    if name == "log_loss":
+        return np.logaddexp(0, -margins)
+    if name == "modified_huber":
+        return np.where(margins >= -1, np.maximum(0, 1 - margins) ** 2, -4 * margins)
+    if name == "perceptron":
+        return np.maximum(0, -margins)
+    hinge = np.maximum(0, 1 - margins)
+    return hinge**2 if name == "squared_hinge" else hinge
+
+
+def _residual_loss(residuals: np.ndarray, params: Any) -> np.ndarray:
+    import numpy as np
+
+    size = np.abs(residuals)
+    if params.loss == "squared_error":
+        return size**2 / 2
+    if params.loss == "huber":
+        return np.where(size <= params.epsilon, size**2 / 2, params.epsilon * size - params.epsilon**2 / 2)
+    beyond = np.maximum(0, size - params.epsilon)
+    return beyond if params.loss == "epsilon_insensitive" else beyond**2
+
+
+def _fitted(estimator: Any, link: Any) -> LinearFitted:
+    import numpy as np
+
+    from modelworks.ml.train.fitted import LinearFitted
+
+    coefficients = np.atleast_2d(np.asarray(estimator.coef_, dtype=np.float64))
+    return LinearFitted(coefficients, np.asarray(estimator.intercept_, dtype=np.float64).reshape(-1), link)

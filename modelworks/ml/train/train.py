@@ -1,0 +1,156 @@
+"""A training job from table to package: pose the problem, evaluate it, hold the gates, fit on all rows, package."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from modelworks.core.errors import InvalidInput
+from modelworks.core.specs import Gate, Method, TrainingSpec
+from modelworks.core.types import Column
+from modelworks.ml.base import JobContext
+from modelworks.ml.evaluate.catalogue import check_metrics, failed_gate, gate_results
+from modelworks.ml.evaluate.folds import predict_folds, summarise
+from modelworks.ml.evaluate.metrics import Predictions, score
+from modelworks.ml.evaluate.splits import Plan, describe_method, plan
+from modelworks.ml.package import Manifest
+from modelworks.ml.train.fit import Span, fit
+from modelworks.ml.train.packaging import lineage_of, package
+from modelworks.ml.train.problem import Problem, class_text, pose, pose_test, split_values
+from modelworks.ml.train.rows import split_leading
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+DEFAULT_METHOD = Method(holdout=0.2)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """`report`: metrics, details and method of the evaluation. `warnings`: what the job warned of, each once."""
+
+    manifest: Manifest
+    files: dict[str, bytes]
+    report: dict[str, Any]
+    warnings: list[str]
+
+
+def train(
+    table: pa.Table,
+    columns: Sequence[Column],
+    spec: TrainingSpec,
+    ctx: JobContext,
+    *,
+    test_table: pa.Table | None = None,
+    dataset_ref: str = "",
+    dataset_digest: str,
+    code_version: str,
+) -> Trained:
+    """Train `spec` on `table` (canonical). `test_table`: the rows of `spec.validation.test`, when that is the method.
+
+    InvalidInput for what cannot be learned; with code gate_failed when a gate fails: its detail has gate, value and
+    report.
+    """
+    listening = _Listening(ctx)
+    ctx.progress(0.0, "checking")
+    problem = pose(table, columns, spec)
+    spec = problem.spec
+    wanted = check_metrics(problem.task, spec.metrics, spec.gates)
+    method = spec.validation or DEFAULT_METHOD
+    report = _validate(problem, method, wanted, table, columns, test_table, listening)
+    check_gates(spec.gates, report)
+    model = fit(problem, problem.rows, Span(listening, 0.8, 0.95, spec.seed, "final fit"))
+    if problem.classes is not None and len(model.seen) < len(problem.classes):
+        lost = next(name for index, name in enumerate(problem.classes) if index not in set(model.seen.tolist()))
+        raise InvalidInput(
+            f"the row ops drop every row of the class {class_text(lost)[:80]!r}; correct the transforms",
+            param="transforms",
+        )
+    ctx.progress(0.95, "packaging")
+    lineage = lineage_of(spec, dataset_ref, dataset_digest, code_version)
+    manifest, files = package(problem, model, report["metrics"], lineage, ctx.workdir, ctx.threads)
+    ctx.progress(1.0, "packaged")
+    return Trained(manifest, files, report, list(listening.warnings))
+
+
+def _validate(
+    problem: Problem,
+    method: Method,
+    wanted: list[str],
+    table: pa.Table,
+    columns: Sequence[Column],
+    test_table: pa.Table | None,
+    ctx: JobContext,
+) -> dict[str, Any]:
+    if method.test:
+        if test_table is None:
+            raise InvalidInput(f"the test dataset {method.test!r} was not given", param="validation.test")
+        found, made = [_on_test(problem, test_table, ctx)], Plan([], {"name": "test", "dataset": method.test})
+        shown = {name: value for name, value in score(problem.task, found[0], wanted).items() if value is not None}
+        ctx.progress(0.8, "tested", **shown)
+    else:
+        along = split_values(table, columns, method, problem.spec.target)
+        made = plan(method, problem.task, problem.rows, problem.target, along, problem.spec.seed)
+        found = predict_folds(problem, made, wanted, ctx, (0.0, 0.8))
+    for note in made.notes:
+        ctx.event("warning", note)
+    metrics, details = summarise(problem.task, found, wanted, problem.classes, problem.spec.seed)
+    details |= {"splitter": made.splitter, "notes": [*made.notes, *details["notes"]]}
+    if problem.spec.gates:
+        details["gates"] = gate_results(problem.spec.gates, metrics)
+    return {"metrics": metrics, "details": details, "method": describe_method(method)}
+
+
+def _on_test(problem: Problem, test_table: pa.Table, ctx: JobContext) -> Predictions:
+    leading, _ = split_leading(problem.spec.transforms)
+    test = pose_test(test_table, problem.columns, problem.spec.target, problem.classes, leading)
+    model = fit(problem, problem.rows, Span(ctx, 0.0, 0.8, problem.spec.seed, "test"))
+    rows = test.rows[model.preparation.rows(test.part(test.rows), test.target[test.rows])]
+    if not len(rows):
+        raise InvalidInput("the row ops leave no row of the test set", code="too_few_rows", param="transforms")
+    return Predictions(rows, test.target[rows], model.predict(test.part(rows)))
+
+
+def check_gates(gates: Sequence[Gate], report: dict[str, Any]) -> None:
+    """InvalidInput with code gate_failed for the first gate that the report does not pass."""
+    failed = failed_gate(gates, report["metrics"])
+    if failed is None:
+        return
+    gate, value = failed
+    bounds = [
+        f"{word} {bound:g}"
+        for word, bound in (("at least", gate.at_least), ("at most", gate.at_most))
+        if bound is not None
+    ]
+    raise InvalidInput(
+        f"the gate failed: {gate.metric} is {'undefined' if value is None else f'{value:.4g}'} and must be "
+        f"{' and '.join(bounds)}; "
+        "nothing was registered",
+        code="gate_failed",
+        param="gates",
+        detail={"gate": gate.model_dump(mode="json", exclude_none=True), "value": value, "report": report},
+    )
+
+
+class _Listening:
+    """The job's context, remembering the warnings that pass through."""
+
+    def __init__(self, ctx: JobContext) -> None:
+        self._ctx = ctx
+        self.seed, self.threads, self.workdir = ctx.seed, ctx.threads, ctx.workdir
+        self.warnings: dict[str, None] = {}
+
+    def progress(self, fraction: float, stage: str, **metrics: Any) -> None:
+        self._ctx.progress(fraction, stage, **metrics)
+
+    def event(self, kind: str, message: str, **data: Any) -> None:
+        if kind == "warning":
+            self.warnings[message] = None
+        self._ctx.event(kind, message, **data)
+
+    def checkpoint(self, name: str, data: bytes) -> None:
+        self._ctx.checkpoint(name, data)
+
+    def restore(self, name: str) -> bytes | None:
+        return self._ctx.restore(name)

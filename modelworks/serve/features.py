@@ -1,0 +1,413 @@
+"""Between named raw features (JSON rows) and tensors, by a signature. Pure Python: a few rows are faster without numpy.
+
+The rules are those of ml/data/types.py `rows_to_batch` (a test holds the two together): null is a missing value, a
+boolean is no number, an integer is a number, and every refusal names the feature, the row, what was expected and came.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+import struct
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from modelworks.core.errors import InvalidInput, ModelworksError
+from modelworks.core.tensors import BOOL_MISSING, DATATYPES, INT64_MISSING, Tensor, unpack
+from modelworks.core.types import Answer, TensorSpec
+
+if TYPE_CHECKING:
+    from modelworks.serve.routes import Route
+
+MAX_TEXT = 1024 * 1024  # bytes of one text
+MAX_ROWS = 65_536
+_SHOWN = 80  # characters of a value that an error quotes
+_FLOATS = {
+    "FP16": 65504.0,
+    "BF16": 3.3895313892515355e38,
+    "FP32": 3.4028234663852886e38,
+    "FP64": 1.7976931348623157e308,
+}
+_EXPECTED = {
+    "number": "a number",
+    "integer": "an integer",
+    "boolean": "true or false",
+    "category": "a text",
+    "text": "a text",
+    "time": "an ISO 8601 time as a text",
+}
+_FAST_TYPES = {"number": (float, int), "integer": (int, int), "boolean": (bool, bool), "text": (str, str)}
+
+
+class Field:
+    """One input, ready to encode."""
+
+    __slots__ = ("code", "datatype", "first", "kind", "name", "one", "pack_one", "plain", "second", "single", "spec")
+
+    def __init__(self, spec: TensorSpec) -> None:
+        self.spec = spec
+        self.name = spec.name
+        self.datatype = spec.datatype
+        self.kind = _kind(spec)
+        self.plain = bool(spec.shape) and spec.shape[1:] in ([], [1])
+        self.single = self.plain and spec.shape[0] in (-1, 1)
+        self.one = [1] * len(spec.shape)
+        self.code = DATATYPES[spec.datatype][1]
+        family = "text" if spec.datatype == "BYTES" else self.kind
+        self.first, self.second = _FAST_TYPES[family]
+        self.pack_one: Callable[[Any], bytes] | None = struct.Struct(f"<{self.code}").pack if self.code else None
+
+
+def fields(inputs: Sequence[TensorSpec]) -> list[Field]:
+    """What `encode_features` needs to know of a signature; made once a route."""
+    return [Field(spec) for spec in inputs]
+
+
+def encode_rows(route: Route, rows: Any) -> list[Tensor]:
+    """Rows of named raw features as the tensors of the route's signature, for a table [n, 1] each. InvalidInput otherwise."""
+    return _encode(route.fields, rows)
+
+
+def encode_features(inputs: Sequence[TensorSpec], rows: Any) -> list[Tensor]:
+    """`encode_rows` by a bare signature."""
+    return _encode(fields(inputs), rows)
+
+
+def _encode(plan: list[Field], rows: Any) -> list[Tensor]:
+    if type(rows) is not list or not rows or len(rows) > MAX_ROWS:
+        _refuse_rows(rows)
+    count = len(rows)
+    width = len(plan)
+    for row in rows:
+        if type(row) is not dict or len(row) != width:
+            _refuse(plan, rows)
+    tensors: list[Tensor] = []
+    try:
+        if count == 1:
+            row = rows[0]
+            for field in plan:
+                tensors.append(_encode_one(field, row[field.name]))
+        else:
+            for field in plan:
+                name = field.name
+                tensors.append(_encode_many(field, [row[name] for row in rows], count))
+    except KeyError:
+        _refuse(plan, rows)
+    return tensors
+
+
+def _encode_one(field: Field, value: Any) -> Tensor:
+    kind = type(value)
+    if field.single and (kind is field.first or kind is field.second):
+        try:
+            if kind is str:
+                if value and field.kind != "time" and len(value) < _SHOWN:
+                    raw = value.encode()
+                    return Tensor(field.name, "BYTES", field.one, len(raw).to_bytes(4, "little") + raw)
+            elif field.pack_one is not None and value - value == 0 and value != INT64_MISSING:
+                return Tensor(field.name, field.datatype, field.one, field.pack_one(value))
+        except (struct.error, OverflowError, UnicodeEncodeError):
+            pass  # told below, in words
+    return _encode_many(field, [value], 1)
+
+
+def _encode_many(field: Field, values: list[Any], count: int) -> Tensor:
+    if not field.plain:
+        return _encode_nested(field, values)
+    shape = [count, 1] if len(field.spec.shape) == 2 else [count]
+    if field.spec.shape and field.spec.shape[0] not in (-1, count):
+        raise InvalidInput(
+            f"the model takes exactly {field.spec.shape[0]} rows at once, not {count}", code="bad_shape", param="inputs"
+        )
+    return Tensor(field.name, field.datatype, shape, _flat(field, values, None))
+
+
+def _flat(field: Field, values: list[Any], rows: Sequence[int] | None) -> bytes:
+    """The bytes of a flat list; `rows`: the row of each value where it is not its place in the list."""
+    if field.datatype == "BYTES":
+        return b"".join([_text_bytes(field, value, rows[i] if rows else i) for i, value in enumerate(values)])
+    types = set(map(type, values))
+    if field.code and types <= {field.first, field.second}:
+        try:
+            packed = struct.pack(f"<{len(values)}{field.code}", *values)
+            if field.kind == "boolean" or (INT64_MISSING not in values and all(map(math.isfinite, values))):
+                return packed
+        except (struct.error, OverflowError):
+            pass  # one of them is out of range: told below, in words
+    checked = [_scalar(field, value, rows[i] if rows else i) for i, value in enumerate(values)]
+    if not field.code:
+        raise InvalidInput(f"{field.name!r}: {field.datatype} travels only as binary data", param=field.name)
+    return struct.pack(f"<{len(checked)}{field.code}", *checked)
+
+
+def _text_bytes(field: Field, value: Any, row: int) -> bytes:
+    if type(value) is str and value and field.kind != "time" and len(value) <= MAX_TEXT:
+        try:
+            raw = value.encode()
+        except UnicodeEncodeError:
+            _mistyped(field, value, row, "a text without lone surrogates")
+    else:
+        raw = _text(field, value, row).encode()
+    if len(raw) > MAX_TEXT:
+        _mistyped(field, value, row, f"a text of at most {MAX_TEXT} bytes")
+    return struct.pack("<I", len(raw)) + raw
+
+
+def _text(field: Field, value: Any, row: int) -> str:
+    if value is None or value == "":
+        # an input that is no table's column has no notion of missing: its empty text is a text
+        if field.spec.column or value is None:
+            _missing(field, row)
+        return ""
+    if type(value) is not str:
+        _mistyped(field, value, row, _EXPECTED[field.kind])
+    if len(value) > MAX_TEXT:
+        _mistyped(field, value, row, f"a text of at most {MAX_TEXT} bytes")
+    if field.kind != "time":
+        return value
+    moment = _parse_time(value)
+    if moment is None:
+        _mistyped(field, value, row, _EXPECTED["time"])
+    return moment
+
+
+def _parse_time(text: str) -> str | None:
+    """The form in which times travel (`2024-01-31T12:00:00`, `Z` if it has a zone); None when it is not ISO 8601."""
+    if not 8 <= len(text) <= 64:
+        return None
+    try:
+        moment = datetime.fromisoformat(text.strip())
+        if moment.tzinfo is None:
+            return moment.isoformat()
+        return moment.astimezone(UTC).replace(tzinfo=None).isoformat() + "Z"
+    except (ValueError, OverflowError):
+        return None
+
+
+def _scalar(field: Field, value: Any, row: int) -> Any:
+    """One number or boolean, checked with all care."""
+    if value is None:
+        _missing(field, row)
+        if field.datatype in _FLOATS:
+            return math.nan
+        if field.kind == "boolean":
+            return BOOL_MISSING
+        if field.datatype == "INT64":
+            return INT64_MISSING
+        _mistyped(field, value, row, f"an integer ({field.datatype} has no missing value)")
+    if field.kind == "boolean":
+        if type(value) is not bool:
+            _mistyped(field, value, row, _EXPECTED["boolean"])
+        return value
+    if type(value) not in (int, float):
+        _mistyped(field, value, row, _EXPECTED[field.kind])
+    if type(value) is float and not math.isfinite(value):
+        _mistyped(field, value, row, "a finite number")
+    if field.kind == "integer" and type(value) is float and not value.is_integer():
+        _mistyped(field, value, row, "an integer")
+    if field.datatype in _FLOATS:
+        if abs(value) > _FLOATS[field.datatype]:
+            _mistyped(field, value, row, f"a number within the range of {field.datatype}")
+        return float(value)
+    whole = int(value)
+    try:
+        struct.pack(f"<{field.code}", whole)
+    except (struct.error, OverflowError):
+        _mistyped(field, value, row, f"an integer within the range of {field.datatype}")
+    if field.datatype == "INT64" and whole == INT64_MISSING:
+        _mistyped(field, value, row, "an integer within the range of INT64")
+    return whole
+
+
+def _encode_nested(field: Field, values: list[Any]) -> Tensor:
+    """Inputs that are no columns: every row's value is a nested list of the shape after the first axis."""
+    wanted = field.spec.shape[1:]
+    if not field.spec.shape or field.spec.shape[0] not in (-1, len(values)):
+        raise InvalidInput(
+            f"the input {field.name!r} has shape {field.spec.shape} and cannot be given row by row; use /v2 infer",
+            code="bad_shape",
+            param=field.name,
+        )
+    shape: tuple[int, ...] | None = None
+    leaves: list[Any] = []
+    rows: list[int] = []
+    for row, value in enumerate(values):
+        found = _shape_of(value, len(wanted))
+        fits = found is not None and all(want in (-1, have) for want, have in zip(wanted, found, strict=True))
+        if not fits or (shape is not None and found != shape):
+            _mistyped(field, value, row, f"nested lists of shape {list(shape or wanted)}")
+        shape = found
+        before = len(leaves)
+        _collect(value, len(wanted), leaves)
+        rows += [row] * (len(leaves) - before)
+    return Tensor(field.name, field.datatype, [len(values), *(shape or ())], _flat(field, leaves, rows))
+
+
+def _shape_of(value: Any, depth: int) -> tuple[int, ...] | None:
+    """The shape of lists nested `depth` deep; None when they are ragged or something else."""
+    if depth == 0:
+        return None if isinstance(value, list | dict) else ()
+    if type(value) is not list:
+        return None
+    inner = {_shape_of(item, depth - 1) for item in value}
+    if len(inner) > 1 or None in inner:
+        return None
+    rest = inner.pop() if inner else (0,) * (depth - 1)
+    return None if rest is None else (len(value), *rest)
+
+
+def _collect(value: Any, depth: int, leaves: list[Any]) -> None:
+    if depth == 0:
+        leaves.append(value)
+    elif depth == 1:
+        leaves.extend(value)
+    else:
+        for item in value:
+            _collect(item, depth - 1, leaves)
+
+
+def _kind(spec: TensorSpec) -> str:
+    """The column type to check against; told from the datatype for inputs that are not a table's columns."""
+    if spec.column:
+        return spec.column
+    if spec.datatype == "BOOL":
+        return "boolean"
+    if spec.datatype == "BYTES":
+        return "text"
+    return "number" if spec.datatype in _FLOATS else "integer"
+
+
+# refusals
+
+
+def _refuse_rows(rows: Any) -> NoReturn:
+    if isinstance(rows, list) and len(rows) > MAX_ROWS:
+        raise InvalidInput(
+            f"inputs has {len(rows)} rows; send at most {MAX_ROWS} at once", code="too_many_rows", param="inputs"
+        )
+    raise InvalidInput(
+        f"inputs must be a list with at least one object of feature names and values, not {_shown(rows)}",
+        code="bad_inputs",
+        param="inputs",
+    )
+
+
+def _refuse(plan: list[Field], rows: list[Any]) -> NoReturn:
+    """Find what is wrong with the names of the rows' features, in the order in which a reader would."""
+    names = [field.name for field in plan]
+    known = set(names)
+    for index, row in enumerate(rows):
+        if type(row) is not dict:
+            raise InvalidInput(
+                f"inputs[{index}] must be an object of feature names and values, not {_shown(row)}",
+                code="bad_row",
+                param=f"inputs[{index}]",
+            )
+        unknown = [str(name)[:_SHOWN] for name in row if name not in known]
+        missing = [name for name in names if name not in row]
+        if missing:
+            near = difflib.get_close_matches(missing[0], unknown[:50], 1, 0.6)
+            hint = f" ({near[0]!r} is not known: did you mean {missing[0]!r}?)" if near else ""
+            raise InvalidInput(
+                f"inputs[{index}] lacks the feature {missing[0]!r}{hint}; "
+                "give it a value, or null where a missing value is accepted",
+                code="missing_feature",
+                param=missing[0],
+                detail={"row": index, "feature": missing[0]},
+            )
+        if unknown:
+            near = difflib.get_close_matches(unknown[0], names[:500], 1, 0.6)
+            hint = f"did you mean {near[0]!r}? " if near else ""
+            listed = ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")
+            raise InvalidInput(
+                f"inputs[{index}] has the feature {unknown[0]!r}, which the model does not know; "
+                f"{hint}its features are {listed}",
+                code="unknown_feature",
+                param=unknown[0],
+                detail={"row": index, "feature": unknown[0]},
+            )
+    raise AssertionError("the names are right")  # pragma: no cover
+
+
+def _missing(field: Field, row: int) -> None:
+    if not field.spec.nullable:
+        expected = _EXPECTED[field.kind]
+        raise InvalidInput(
+            f"inputs[{row}]: the feature {field.name!r} expects {expected} but its value is missing, "
+            "and the model was not made to accept that",
+            code="missing_value",
+            param=field.name,
+            detail={"row": row, "feature": field.name, "expected": expected, "got": "null"},
+        )
+
+
+def _mistyped(field: Field, value: Any, row: int, expected: str) -> NoReturn:
+    raise InvalidInput(
+        f"inputs[{row}]: the feature {field.name!r} expects {expected}, not {_shown(value)}",
+        code="bad_value",
+        param=field.name,
+        detail={"row": row, "feature": field.name, "expected": expected, "got": _shown(value)},
+    )
+
+
+def _shown(value: Any) -> str:
+    """A short, bounded picture of a value for an error: `the text 'abc'`, `true`, `a list`."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, str):
+        return f"the text {value[:_SHOWN]!r}" + ("..." if len(value) > _SHOWN else "")
+    if isinstance(value, int):  # str() of a huge int is slow and refused beyond 4300 digits
+        return f"the number {value}" if value.bit_length() <= 128 else f"an integer of {value.bit_length()} bits"
+    if isinstance(value, float):
+        return f"the number {value!r}"
+    if isinstance(value, list):
+        return "a list" if value else "an empty list"
+    return "an object" if isinstance(value, dict) else f"a {type(value).__name__}"
+
+
+# answers
+
+
+def decode_outputs(route: Route, answer: Answer) -> list[dict[str, Any]]:
+    """JSON rows of an answer: {"label", "probabilities": {class: p}}, {"value"}, or outputs by name. NaN is null."""
+    columns = {tensor.name: _rows(tensor) for tensor in answer.outputs}
+    if len({len(column) for column in columns.values()}) > 1:
+        raise ModelworksError("the model's outputs have different numbers of rows", code="bad_model_output")
+    if route.classes is not None and "label" in columns:
+        labels = route.labels
+        columns["label"] = [labels.get(label, label) if isinstance(label, str) else label for label in columns["label"]]
+    if route.classes is not None and "probabilities" in columns:
+        names = route.class_names
+        columns["probabilities"] = [
+            dict(zip(names, row, strict=True)) if isinstance(row, list) and len(row) == len(names) else row
+            for row in columns["probabilities"]
+        ]
+    if len(columns) == 1:
+        ((name, column),) = columns.items()
+        return [{name: value} for value in column]
+    names = list(columns)
+    return [dict(zip(names, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+
+
+def _rows(tensor: Tensor) -> list[Any]:
+    """The JSON value of each row: a scalar for [n] and [n, 1], nested lists otherwise."""
+    flat = unpack(tensor)
+    if tensor.datatype == "BYTES":
+        flat = [raw.decode(errors="replace") for raw in flat]
+    elif tensor.datatype in _FLOATS and not all(map(math.isfinite, flat)):
+        flat = [value if math.isfinite(value) else None for value in flat]
+    shape = tensor.shape
+    if len(shape) <= 1 or shape[1:] == [1]:
+        return flat
+    for size in reversed(shape[1:]):
+        flat = [flat[i : i + size] for i in range(0, len(flat), size)] if size else []
+    return flat
+
+
+def class_name(value: Any) -> str:
+    """A class as the key of a JSON object: a text as it is, anything else as JSON."""
+    return value if isinstance(value, str) else json.dumps(value)

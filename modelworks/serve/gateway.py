@@ -1,0 +1,115 @@
+"""The one way into the data plane: every dialect decodes to a Call, asks the gateway, and encodes the answer."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from typing import Any
+
+from modelworks.core.errors import Forbidden, ModelworksError, NotFound
+from modelworks.core.types import Answer, Call, Principal
+from modelworks.serve.channel import Deliver
+from modelworks.serve.router import Pending, Router
+from modelworks.serve.routes import Route
+from modelworks.serve.wire import Part
+
+MayCall = Callable[[Principal, str], bool]
+Check = Callable[[Principal, Call], None]
+
+
+def allowed(principal: Principal, deployment: str) -> bool:
+    """The default policy: a key's allow-list of deployments."""
+    return principal.models is None or deployment in principal.models
+
+
+class Gateway:
+    """`may_call` decides who may call which deployment; each of `checks` may refuse a call by raising (quota)."""
+
+    def __init__(
+        self, router: Router, *, may_call: MayCall = allowed, checks: Sequence[Check] = (), timeout: float = 30.0
+    ) -> None:
+        self.router = router
+        self._may_call = may_call
+        self._checks = tuple(checks)
+        self._timeout = timeout
+
+    def deadline(self, seconds: float | None = None) -> float:
+        """The deadline of a call that begins now: `seconds` from now, or the default."""
+        return time.monotonic() + (self._timeout if seconds is None else seconds)
+
+    def route(self, principal: Principal, deployment: str, version: str | None = None) -> Route:
+        """The route of a deployment in the principal's project. Forbidden; NotFound, also for a version not served."""
+        if not self._may_call(principal, deployment):
+            raise Forbidden(
+                f"this key may not call {str(deployment)[:100]!r}; its list of models does not name it",
+                param="deployment",
+            )
+        route = self.router.route((principal.project_id, deployment))
+        if route is None:
+            raise NotFound(
+                f"there is no deployment {str(deployment)[:100]!r}", code="deployment_not_found", param="deployment"
+            )
+        if version is not None and version != route.model_version.rpartition(":")[2]:
+            raise NotFound(
+                f"{deployment!r} does not serve version {version[:20]!r}; it serves {route.model_version}",
+                code="version_not_found",
+                param="version",
+            )
+        return route
+
+    def ready(self, principal: Principal, deployment: str, version: str | None = None) -> bool:
+        """Whether a replica of the deployment could answer now."""
+        return self.router.ready(self.route(principal, deployment, version).key)
+
+    def routes(self, principal: Principal) -> list[Route]:
+        """What the principal may call, by name."""
+        mine = [route for route in self.router.routes() if route.project_id == principal.project_id]
+        return sorted((route for route in mine if self._may_call(principal, route.name)), key=lambda route: route.name)
+
+    def submit(self, principal: Principal, call: Call, deliver: Deliver) -> Pending:
+        """Start a call; its parts or one error come to `deliver`. For dialects without tasks; `abort` ends it."""
+        route = self.route(principal, call.deployment, call.version)
+        for check in self._checks:
+            check(principal, call)
+        return self.router.submit(route.key, call, deliver)
+
+    def abort(self, pending: Pending) -> None:
+        self.router.abort(pending)
+
+    async def infer(self, principal: Principal, call: Call) -> Answer:
+        """The whole answer. Cancelling the task (the client went away) aborts the call in the replica too."""
+        future: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
+        outputs: list[Any] = []
+
+        def deliver(item: Part | ModelworksError) -> None:
+            if future.done():
+                return
+            if isinstance(item, ModelworksError):
+                future.set_exception(item)
+            elif not item.done:
+                outputs.extend(item.outputs)
+            else:
+                future.set_result(Answer(outputs + item.outputs if outputs else item.outputs, item.model_version))
+
+        pending = self.submit(principal, call, deliver)
+        try:
+            return await future
+        finally:
+            if not pending.done:
+                self.router.abort(pending)
+
+    async def stream(self, principal: Principal, call: Call) -> AsyncIterator[Part]:
+        """The parts of the answer as they come. Leaving the loop early aborts the call."""
+        arrived: asyncio.Queue[Part | ModelworksError] = asyncio.Queue()
+        pending = self.submit(principal, call, arrived.put_nowait)
+        try:
+            while True:
+                item = await arrived.get()
+                if isinstance(item, ModelworksError):
+                    raise item
+                yield item
+                if item.done:
+                    return
+        finally:
+            self.router.abort(pending)

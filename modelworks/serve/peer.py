@@ -1,0 +1,128 @@
+"""One replica as a gateway's router sees it: keeps a link open, tells whether it is healthy, and lets it go gently."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+
+import msgspec
+
+from modelworks.core.telemetry import logger
+from modelworks.serve.channel import Link, LinkLost, connect
+from modelworks.serve.routes import Target
+
+PING_EVERY = 0.5
+HUNG_AFTER = 2.5  # with the ping's interval, a replica that hangs is noticed within 3 seconds
+_FIRST_RETRY, _LAST_RETRY = 0.02, 0.5
+
+log = logger("router")
+
+
+class PeerState(msgspec.Struct, frozen=True):
+    """What a gateway knows of a replica. `hung_seconds`: for how long it has not answered, once that is too long."""
+
+    replica_id: str
+    connected: bool
+    outstanding: int
+    hung_seconds: float
+    draining: bool
+
+
+class Peer:
+    """Connects, reconnects with back-off, and pings. `on_change(peer)`: its state changed."""
+
+    def __init__(self, target: Target, secret: str, on_change: Callable[[Peer], None]) -> None:
+        self.target = target
+        self.link: Link | None = None
+        self.hung = False
+        self.retiring_until: float | None = None  # set: no new calls; closed when those aboard are done, or then
+        self.suspect = False  # a call that a replica died with is aboard, and no second one may join
+        self._secret = secret
+        self._on_change = on_change
+        self._task: asyncio.Task[None] | None = None
+
+    @property
+    def usable(self) -> bool:
+        return self.link is not None and self.link.usable and not self.hung and self.retiring_until is None
+
+    @property
+    def outstanding(self) -> int:
+        return len(self.link.calls) if self.link is not None else 0
+
+    def open(self) -> None:
+        self.retiring_until = None
+        if self._task is None and (self.link is None or self.link.lost):
+            self._task = asyncio.get_running_loop().create_task(self._connect())
+
+    def retire(self, seconds: float) -> None:
+        """No new calls; close once those aboard are answered, at the latest in `seconds`."""
+        if self.retiring_until is None:
+            self.retiring_until = time.monotonic() + seconds
+
+    def close(self) -> None:
+        if self._task is not None:
+            self._task.cancel()
+            self._task = None
+        if self.link is not None:
+            self.link.close()
+
+    def check(self, now: float, lateness: float) -> bool:
+        """Ping, and judge the last ping; `lateness`: seconds this loop itself stood still. True: just found hung."""
+        link = self.link
+        if link is None or not link.ready or link.lost:
+            return False
+        if link.ping_sent is None:
+            if self.hung:
+                self.hung = False
+                log.info("replica_answers_again", replica=self.target.replica_id)
+                self._on_change(self)
+            if now - link.last_ping >= PING_EVERY:
+                link.ping(now)
+            return False
+        link.ping_sent += lateness
+        if not self.hung and now - link.ping_sent >= HUNG_AFTER:
+            self.hung = True
+            log.warning("replica_hung", replica=self.target.replica_id, seconds=round(now - link.ping_sent, 1))
+            return True
+        return False
+
+    def state(self, now: float) -> PeerState:
+        link = self.link
+        sent = link.ping_sent if link is not None and self.hung else None
+        return PeerState(
+            self.target.replica_id,
+            link is not None and link.ready and not link.lost,
+            self.outstanding,
+            now - sent if sent is not None else 0.0,
+            self.retiring_until is not None or (link is not None and link.draining),
+        )
+
+    async def _connect(self) -> None:
+        pause = _FIRST_RETRY
+        told = False
+        while True:
+            try:
+                self.link = await connect(self.target.endpoint, self._secret, on_change=self._changed)
+            except (OSError, TimeoutError, LinkLost) as error:
+                if pause >= _LAST_RETRY and not told:
+                    told = True
+                    log.warning("replica_unreachable", replica=self.target.replica_id, reason=type(error).__name__)
+                await asyncio.sleep(pause)
+                pause = min(_LAST_RETRY, pause * 2)
+                continue
+            self._task = None
+            self.hung = False
+            self._changed(self.link)
+            return
+
+    def _changed(self, link: Link) -> None:
+        if link is not self.link:
+            return  # still in its handshake
+        if link.lost:
+            self.link = None
+            self.hung = False
+            self.suspect = False
+            if self.retiring_until is None:
+                self.open()
+        self._on_change(self)

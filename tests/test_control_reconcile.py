@@ -1,0 +1,212 @@
+"""The reconcile loop against a hand-driven engine: what it starts, when calls move, what a crash or a refusal leads to."""
+
+import pytest
+
+from modelworks.control.deployments import Deployments
+from modelworks.control.reconcile import Reconciler
+from modelworks.core.errors import InvalidInput, NotFound
+from modelworks.core.specs import DeploymentSpec
+from modelworks.core.types import Caller, Deployment, ModelVersion, Principal, Project, Replica, Signature
+from modelworks.engines.base import Handle, Observed
+from modelworks.store.blobs import Blobs
+from modelworks.store.catalog import Catalog
+
+
+class HandEngine:
+    """Starts nothing: the test says what became of each replica."""
+
+    def __init__(self):
+        self.specs = {}
+        self.seen = {}
+        self.stopped = []
+
+    def start(self, spec):
+        self.specs[spec.replica_id] = spec
+        self.set(spec.replica_id)
+        return Handle(spec.replica_id, 1, f"/run/{spec.replica_id}")
+
+    def set(self, replica_id, **fields):
+        base = {
+            "replica_id": replica_id, "deployment": "iris", "pid": 1, "alive": True, "exit_code": None, "started": 0.0,
+            "endpoint": "", "phase": "loading", "message": "",
+        }  # fmt: skip
+        self.seen[replica_id] = Observed(**{**base, **fields})
+
+    def stop(self, handle, grace):
+        self.stopped.append(handle.replica_id)
+
+    def list(self):
+        seen = list(self.seen.values())
+        self.seen = {key: value for key, value in self.seen.items() if value.alive}
+        return seen
+
+    def logs(self, handle):
+        return ""
+
+
+class House:
+    def __init__(self, folder):
+        self.now = 0.0
+        self.catalog = Catalog(folder / "catalog.sqlite")
+        self.catalog.migrate()
+        self.blobs = Blobs(folder / "blobs")
+        self.engine = HandEngine()
+        self.folder = folder
+        self.reconciler = self.fresh()
+        self.deployments = Deployments(self.catalog, folder / "logs")
+        with self.catalog.write() as tx:
+            self.project = tx.add(Project(name="default"))
+        principal = Principal(key_id="key_1", key_name="k", project_id=self.project.id, role="admin", scopes=frozenset())
+        self.caller = Caller(principal)
+        self.add_version(1)
+
+    def fresh(self):
+        return Reconciler(
+            self.catalog, self.blobs, self.engine, home=self.folder, secret="s" * 64, clock=lambda: self.now
+        )
+
+    def add_version(self, number):
+        with self.catalog.write() as tx:
+            tx.add(
+                ModelVersion(
+                    project_id=self.project.id, name="iris", version=number, task="tabular-classification", size=1,
+                    digest=self.blobs.put_bytes(b"manifest %d" % number), signature=Signature(inputs=[], outputs=[]),
+                )
+            )  # fmt: skip
+
+    def put(self, **spec):
+        return self.deployments.put(self.caller, "iris", DeploymentSpec(**{"model": "iris", **spec}))
+
+    def turn(self, times=1, seconds=1.0):
+        for _ in range(times):
+            self.now += seconds
+            self.reconciler.turn()
+
+    def get(self):
+        return self.deployments.get(self.caller, "iris")
+
+    def active(self):
+        with self.catalog.read() as tx:
+            return tx.list(Replica, status=["starting", "ready", "draining"])
+
+
+@pytest.fixture
+def house(tmp_path):
+    return House(tmp_path)
+
+
+def bring_up(house, **spec):
+    house.put(**spec)
+    house.turn()
+    for replica in house.active():
+        house.engine.set(replica.id, phase="ready")
+    house.turn(2)
+    assert house.get().status == "ready"
+
+
+def test_from_desired_to_ready(house):
+    house.put(replicas={"min": 2})
+    house.turn()
+    assert [row.status for row in house.active()] == ["starting", "starting"]
+    assert all(row.endpoint for row in house.active())
+    for replica in house.active():
+        house.engine.set(replica.id, phase="ready")
+    house.turn(2)
+    assert (house.get().status, house.get().ready_replicas) == ("ready", 2)
+
+
+def test_the_same_put_again_changes_nothing(house):
+    bring_up(house)
+    assert house.put().spec_revision == 1
+    house.turn()
+    assert len(house.engine.specs) == 1
+
+
+def test_a_new_version_replaces_the_old_only_when_ready(house):
+    bring_up(house)
+    (old,) = house.active()
+    house.add_version(2)
+    assert house.put().model_version == "iris:2"
+    house.turn()
+    new = next(row for row in house.active() if row.id != old.id)
+    assert house.get().status == "updating"
+    assert old.id not in house.engine.stopped
+    house.engine.set(new.id, phase="ready")
+    house.turn(3)
+    assert house.get().status == "ready"
+    assert house.engine.stopped == [old.id]
+    house.engine.set(old.id, alive=False, exit_code=0, phase="stopped")
+    house.turn()
+    assert [row.id for row in house.active()] == [new.id]
+
+
+def test_a_refused_package_fails_the_revision_and_the_old_one_serves_on(house):
+    bring_up(house)
+    (old,) = house.active()
+    house.add_version(2)
+    house.put()
+    house.turn()
+    new = next(row for row in house.active() if row.id != old.id)
+    house.engine.set(new.id, alive=False, exit_code=3, phase="failed", message="parity sample 4 differs")
+    house.turn(5)
+    found = house.get()
+    assert found.status == "failed"
+    assert "parity sample 4 differs" in found.message
+    assert [row.id for row in house.active()] == [old.id]
+    assert len(house.engine.specs) == 2, "a package that was refused is not started again"
+    back = house.deployments.rollback(house.caller, "iris")
+    assert (back.status, back.model_version, back.spec_revision) == ("rolling_back", "iris:1", 3)
+
+
+def test_a_crashed_replica_is_replaced_at_once_and_repeated_crashes_wait(house):
+    bring_up(house)
+    (first,) = house.active()
+    house.engine.set(first.id, alive=False, exit_code=-9, message="killed")
+    house.turn(1, 0.05)
+    assert len(house.active()) == 1, "replaced in the same turn"
+    for _ in range(3):
+        (row,) = house.active()
+        house.engine.set(row.id, alive=False, exit_code=1)
+        house.turn(1, 0.05)
+        house.turn(1, 1.0)
+    (row,) = house.active()
+    house.engine.set(row.id, alive=False, exit_code=1)
+    house.turn(1, 0.05)
+    assert house.active() == []
+    house.turn(1, 2.0)
+    assert len(house.active()) == 1
+
+
+def test_after_a_restart_the_deployments_are_started_anew(house):
+    bring_up(house)
+    house.engine = HandEngine()
+    house.reconciler = house.fresh()
+    house.turn()
+    assert [row.status for row in house.active()] == ["starting"]
+    assert len(house.engine.specs) == 1
+
+
+def test_delete_drains_then_frees_the_name(house):
+    bring_up(house)
+    house.deployments.delete(house.caller, "iris")
+    house.turn(3)
+    (row,) = house.active()
+    assert row.status == "draining"
+    house.engine.set(row.id, alive=False, exit_code=0)
+    house.turn(2)
+    with pytest.raises(NotFound):
+        house.get()
+    with house.catalog.read() as tx:
+        assert tx.count(Deployment) == tx.count(Replica) == 0
+
+
+def test_references_are_resolved_at_the_moment_of_the_call_or_refused_by_name(house):
+    with pytest.raises(NotFound, match="roses"):
+        house.put(model="roses")
+    with pytest.raises(NotFound, match="champion"):
+        house.put(model="iris@champion")
+    with pytest.raises(InvalidInput, match="does not name a model"):
+        house.put(model="iris:0")
+    bring_up(house)
+    house.add_version(2)
+    assert house.get().model_version == "iris:1"

@@ -1,0 +1,86 @@
+"""The plan for one deployment: pure, so every case is a row in, a plan out."""
+
+from modelworks.control import scaling
+from modelworks.control.scaling import Failures
+from modelworks.core.types import Deployment, Replica, Signature
+
+
+def deployment(**changes):
+    fields = {
+        "id": "dep_1",
+        "project_id": "proj_1",
+        "name": "iris",
+        "spec": {"model": "iris:1", "replicas": {"min": 2}},
+        "spec_revision": 2,
+        "model_version": "iris:1",
+        "model_version_id": "mv_1",
+        "digest": "0" * 64,
+        "task": "tabular-classification",
+        "signature": Signature(inputs=[], outputs=[]),
+    }
+    return Deployment(**{**fields, **changes})
+
+
+def replica(id, revision=2, status="ready"):
+    return Replica(
+        id=id, project_id="proj_1", deployment_id="dep_1", spec_revision=revision, model_version="iris:1", status=status
+    )
+
+
+def test_a_new_deployment_starts_all_it_wants_at_once():
+    plan = scaling.plan(deployment(), [], Failures(), now=0)
+    assert (plan.status, plan.start, plan.drain) == ("creating", 2, [])
+
+
+def test_ready_when_enough_are_ready_and_the_old_drain_only_then():
+    old = [replica("a", 1), replica("b", 1)]
+    half = scaling.plan(deployment(status="updating"), [*old, replica("c"), replica("d", status="starting")], Failures(), 0)
+    assert (half.status, half.start, half.drain) == ("updating", 0, [])
+    done = scaling.plan(deployment(status="updating"), [*old, replica("c"), replica("d")], Failures(), 0)
+    assert (done.status, done.drain) == ("ready", old)
+
+
+def test_a_revision_that_cannot_start_leaves_the_old_one_serving():
+    observed = [replica("a", 1), replica("b", 1)]
+    plan = scaling.plan(deployment(status="updating"), observed, Failures(crashes=1, fatal="parity differs"), 0)
+    assert plan.status == "failed"
+    assert plan.start == 0
+    assert plan.drain == []
+    assert "parity differs" in plan.message
+    assert "revision 1 goes on serving" in plan.message
+    assert scaling.serving(deployment(), observed) == observed
+
+
+def test_crashes_wait_ever_longer_before_the_next_start():
+    failures = Failures(crashes=3, last=100.0)
+    assert scaling.plan(deployment(), [], failures, now=100.9).start == 0
+    assert scaling.plan(deployment(), [], failures, now=101.0).start == 2
+    many = Failures(crashes=50, last=100.0)
+    assert scaling.retry_at(many) == 130.0
+    assert scaling.plan(deployment(), [], many, now=101).status == "failed"
+
+
+def test_a_lost_replica_of_a_ready_deployment_degrades_it_and_is_replaced():
+    plan = scaling.plan(deployment(status="ready"), [replica("a")], Failures(), 0)
+    assert (plan.status, plan.start) == ("degraded", 1)
+
+
+def test_surplus_drains_starting_ones_first():
+    rows = [replica("a"), replica("b"), replica("c", status="starting")]
+    assert [row.id for row in scaling.plan(deployment(status="ready"), rows, Failures(), 0).drain] == ["c"]
+
+
+def test_deleting_drains_all_and_is_removed_when_nothing_is_left():
+    gone = deployment(status="deleting")
+    draining = replica("a", status="draining")
+    assert scaling.plan(gone, [replica("b"), draining], Failures(), 0).drain == [replica("b")]
+    assert not scaling.plan(gone, [draining], Failures(), 0).remove
+    assert scaling.plan(gone, [], Failures(), 0).remove
+
+
+def test_calls_go_to_the_old_revision_until_enough_new_ones_are_ready():
+    old, new = replica("a", 1), replica("c")
+    assert scaling.serving(deployment(), [old, new]) == [old]
+    assert scaling.serving(deployment(), [old, new, replica("d")]) == [new, replica("d")]
+    assert scaling.serving(deployment(), [new]) == [new]
+    assert scaling.serving(deployment(), []) == []
