@@ -312,7 +312,7 @@ async def _gateway(config: dict[str, Any], settings: Settings) -> None:
     import uvicorn
 
     from modelworks.api.app import create_app
-    from modelworks.api.protocol import protocol_class
+    from modelworks.api.protocol import bounded
     from modelworks.api.services import Services
     from modelworks.control.access import Access
     from modelworks.control.deployments import Deployments
@@ -334,7 +334,6 @@ async def _gateway(config: dict[str, Any], settings: Settings) -> None:
     router = Router(config["secret"])
     services = Services(
         settings=settings,
-        home=home.root,
         catalog=catalog,
         library=Library(catalog, blobs),
         deployments=Deployments(catalog, home.logs),
@@ -349,11 +348,11 @@ async def _gateway(config: dict[str, Any], settings: Settings) -> None:
     server = uvicorn.Server(
         uvicorn.Config(
             create_app(services),
-            http=protocol_class(settings),
+            http=bounded(settings),
             log_config=None,
             access_log=False,
             server_header=False,
-            lifespan="off",
+            lifespan="on",
             ssl_certfile=settings.tls_cert,
             ssl_keyfile=settings.tls_key,
             timeout_graceful_shutdown=int(settings.shutdown_grace),

@@ -74,7 +74,9 @@ def mixed(rows: int = 200, seed: int = 0) -> Table:
     table = pa.table(
         {
             "age": pa.array([None if g else v for g, v in zip(gap, age, strict=True)], pa.float64()),
-            "visits": pa.array([None if g else int(v) for g, v in zip(np.roll(gap, 3), visits, strict=True)], pa.int64()),
+            "visits": pa.array(
+                [None if g else int(v) for g, v in zip(np.roll(gap, 3), visits, strict=True)], pa.int64()
+            ),
             "member": pa.array([None if g else bool(v) for g, v in zip(np.roll(gap, 5), member, strict=True)]),
             "city": pa.array([None if g else v for g, v in zip(np.roll(gap, 7), city, strict=True)]),
             "clinic": pa.array([f"clinic {i // 10}" for i in range(rows)]),

@@ -66,6 +66,12 @@ def finish(catalog: Catalog, queue: Queue, job: Job, **changes: Any) -> Job:
         return queue.finish(tx, still_running(tx, job.id, job.token), **changes)
 
 
+def commit_with_artifact(catalog: Catalog, queue: Queue, job: Job) -> None:
+    with catalog.write() as tx:
+        tx.add(Artifact(project_id="proj_a", digest="0" * 64, kind="model", size=1, owner_id="mv_1"))
+        queue.finish(tx, still_running(tx, job.id, job.token))
+
+
 def test_a_job_is_claimed_once_and_each_claim_raises_the_token(catalog: Catalog, queue: Queue, clock: Clock) -> None:
     job = put(catalog)
     assert queue.waiting()
@@ -79,8 +85,9 @@ def test_a_job_is_claimed_once_and_each_claim_raises_the_token(catalog: Catalog,
 
 
 def test_the_oldest_job_of_the_project_with_the_fewest_running_comes_first(catalog: Catalog, queue: Queue) -> None:
-    a1, a2, b1 = put(catalog, "proj_a"), put(catalog, "proj_a"), put(catalog, "proj_b")
-    assert [claimed(queue).id for _ in range(3)] == [a1.id, b1.id, a2.id]
+    for id, project in (("job_1", "proj_a"), ("job_2", "proj_a"), ("job_3", "proj_b")):
+        put(catalog, project, id=id)
+    assert [claimed(queue).id for _ in range(3)] == ["job_1", "job_3", "job_2"]
 
 
 def test_a_lease_lasts_as_long_as_its_heart_beats(catalog: Catalog, queue: Queue, clock: Clock) -> None:
@@ -130,9 +137,8 @@ def test_what_a_stale_worker_writes_is_void(catalog: Catalog, queue: Queue, cloc
         queue.fail(stale.id, stale.token, {"message": "stale", "code": "x"})
     with pytest.raises(LeaseLost):
         queue.release(stale.id, stale.token)
-    with pytest.raises(LeaseLost), catalog.write() as tx:
-        tx.add(Artifact(project_id="proj_a", digest="0" * 64, kind="model", size=1, owner_id="mv_1"))
-        queue.finish(tx, still_running(tx, stale.id, stale.token))
+    with pytest.raises(LeaseLost):
+        commit_with_artifact(catalog, queue, stale)
     assert queue.ended(stale.id, stale.token, "killed") is None
 
     assert read(catalog, fresh) == before
@@ -152,7 +158,8 @@ def test_a_job_that_was_put_back_is_nobodys_until_it_is_claimed(catalog: Catalog
 
 
 def test_a_new_worker_takes_back_at_once_what_its_predecessor_held(catalog: Catalog, queue: Queue) -> None:
-    put(catalog), put(catalog)
+    put(catalog)
+    put(catalog)
     mine, others = claimed(queue, "host:/home_a#1"), claimed(queue, "host:/homeXa#1")
     assert queue.release_owner("host:/home_a#") == 1
     assert read(catalog, others).status == "running"
@@ -301,7 +308,7 @@ def test_events_are_numbered_and_bounded(catalog: Catalog, queue: Queue, monkeyp
         queue.event(job.id, job.token, "log", "x" * 5000, {"number": number})
     finish(catalog, queue, job)
     with catalog.read() as tx:
-        events = tx.list(JobEvent, job_id=job.id)
+        events = tx.list(JobEvent, job_id=job.id, order_by=tx.table(JobEvent).c.seq)
     assert [event.seq for event in events] == list(range(1, 12))
     assert max(len(event.message) for event in events) == q.MAX_TEXT
     assert events[-1].data == {"status": "succeeded"}
@@ -314,7 +321,8 @@ def test_progress_is_an_event_only_when_it_tells_something(catalog: Catalog, que
         queue.progress(job.id, job.token, step / 100, "fitting")
     queue.progress(job.id, job.token, 1.0, "packaging", {"accuracy": 0.9})
     with catalog.read() as tx:
-        events = [event for event in tx.list(JobEvent, job_id=job.id) if event.kind == "progress"]
+        ordered = tx.list(JobEvent, job_id=job.id, order_by=tx.table(JobEvent).c.seq)
+    events = [event for event in ordered if event.kind == "progress"]
     assert 2 < len(events) < 30
     assert events[-1].data == {"progress": 1.0, "accuracy": 0.9}
     assert read(catalog, job).progress == 1.0

@@ -76,8 +76,6 @@ def render(error: ModelworksError, path: str, request_id: str) -> tuple[int, lis
         headers.append((b"retry-after", b"%d" % max(1, math.ceil(error.retry_after))))
     if error.status == HTTPStatus.CONFLICT:
         headers.append((b"x-should-retry", b"false"))
-    if error.status == HTTPStatus.REQUEST_TIMEOUT:
-        headers.append((b"connection", b"close"))
     return error.status, headers, content
 
 

@@ -35,6 +35,7 @@ log = logger("api.guard")
 MIB = 1024 * 1024
 MAX_CONTROL_BODY = 4 * MIB  # JSON that describes something; tensors and files have the limits of the settings
 MIN_RATE = 128  # bytes a second that a body must reach on average once body_timeout has passed
+MAX_IGNORED = 64 * 1024  # bytes of a refused body that are read and thrown away
 LOOKUP_THREADS = 8  # key look-ups at a time, so that a flood of unknown keys does not take the other threads
 _REQUEST_ID = re.compile(rb"^[A-Za-z0-9._:=+/-]{1,128}$")
 _JSON = re.compile(r"^application/(?:[a-z0-9.+-]+\+)?json$")
@@ -64,14 +65,14 @@ class Guard:
 
     async def _http(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers = _Headers(scope["headers"])
-        exchange = _Exchange(headers.request_id, scope["path"], send)
+        exchange = _Exchange(headers, scope["path"], send)
         state = scope.setdefault("state", {})
         state["request_id"] = exchange.request_id
         try:
             rule = await self._admit(scope, headers, exchange)
             if scope["method"] == "HEAD":
                 scope = {**scope, "method": "GET"}  # the server leaves the body out
-            receive = await self._receive(rule, headers, scope, receive)
+            receive = await self._receive(rule, headers, exchange, receive)
             await self.inner(scope, receive, exchange.send)
         except ModelworksError as error:
             await exchange.refuse(error)
@@ -132,7 +133,7 @@ class Guard:
                 f"this key may make {limit} requests a minute; try again in {math.ceil(reset)} s", retry_after=reset
             )
 
-    async def _receive(self, rule: Rule, headers: _Headers, scope: Scope, receive: Receive) -> Receive:
+    async def _receive(self, rule: Rule, headers: _Headers, exchange: _Exchange, receive: Receive) -> Receive:
         """What the application reads its body from: streamed for forms, else read here whole."""
         settings = self._services.settings
         if not headers.has_body:
@@ -142,7 +143,7 @@ class Guard:
         )
         if headers.length is not None and headers.length > limit:
             raise too_large(limit)
-        bounded = _BoundedBody(receive, limit, settings.body_timeout)
+        bounded = exchange.body = _BoundedBody(receive, limit, settings.body_timeout)
         if rule.body == "form":
             return bounded.receive
         data = await bounded.read()
@@ -207,13 +208,15 @@ class _Headers:
 class _Exchange:
     """The answer's side of one request: adds the headers that every answer has, and knows whether it has begun."""
 
-    __slots__ = ("_path", "_send", "limits", "request_id", "started")
+    __slots__ = ("_headers", "_path", "_send", "body", "limits", "request_id", "started")
 
-    def __init__(self, request_id: str, path: str, send: Send) -> None:
-        self.request_id = request_id
+    def __init__(self, headers: _Headers, path: str, send: Send) -> None:
+        self.request_id = headers.request_id
+        self._headers = headers
         self._path = path
         self._send = send
         self.started = False
+        self.body: _BoundedBody | None = None
         self.limits: list[tuple[bytes, bytes]] = []
 
     async def send(self, message: Message) -> None:
@@ -225,8 +228,16 @@ class _Exchange:
                 (b"x-content-type-options", b"nosniff"),
                 *self.limits,
             ]
+            if self._is_unread():
+                headers.append((b"connection", b"close"))
             message = {**message, "headers": headers}
         await self._send(message)
+
+    def _is_unread(self) -> bool:
+        """Whether more is still to come than is worth reading just to keep the connection."""
+        if self.body is not None:
+            return not self.body.complete
+        return self._headers.has_body and (self._headers.length is None or self._headers.length > MAX_IGNORED)
 
     async def refuse(self, error: ModelworksError) -> None:
         if self.started:  # too late to say anything; the server closes the connection
@@ -246,10 +257,10 @@ class _BoundedBody:
         self._loop = asyncio.get_running_loop()
         self._began = self._loop.time()
         self._size = 0
-        self._complete = False
+        self.complete = False
 
     async def receive(self) -> Message:
-        if self._complete:
+        if self.complete:
             return await self._receive()  # waits for the client to go away
         try:
             async with asyncio.timeout(self._timeout):
@@ -257,20 +268,20 @@ class _BoundedBody:
         except TimeoutError:
             raise RequestTimeout(f"no byte of the announced body came for {self._timeout:g} s; send it again") from None
         if message["type"] == "http.disconnect":
-            self._complete = True
+            self.complete = True
             return message
         self._size += len(message.get("body", b""))
         if self._size > self._limit:
             raise too_large(self._limit)
-        self._complete = not message.get("more_body", False)
+        self.complete = not message.get("more_body", False)
         seconds = self._loop.time() - self._began
-        if not self._complete and seconds > self._timeout and self._size < seconds * MIN_RATE:
+        if not self.complete and seconds > self._timeout and self._size < seconds * MIN_RATE:
             raise RequestTimeout("the body comes too slowly; send it again over a faster connection")
         return message
 
     async def read(self) -> bytes:
         whole: bytes | bytearray = b""
-        while not self._complete:
+        while not self.complete:
             message = await self.receive()
             if message["type"] == "http.disconnect":
                 raise Disconnected

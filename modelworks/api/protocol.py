@@ -45,6 +45,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self._head_bytes = 0
         self._discarded = 0
         self._refusal: ModelworksError | None = None
+        self._lingering: _Lingering | None = None
 
     # -- the connection ------------------------------------------------------------------------------------------------
 
@@ -114,6 +115,9 @@ class BoundedProtocol(HttpToolsProtocol):
         self._enter(BUSY, None)
         self._discarded = 0
         super().on_headers_complete()
+        if self._lingering is None:
+            self._lingering = _Lingering(self)
+        self.cycle.transport = self._lingering  # type: ignore[assignment]
 
     def on_body(self, body: bytes) -> None:
         super().on_body(body)
@@ -129,7 +133,7 @@ class BoundedProtocol(HttpToolsProtocol):
     def on_response_complete(self) -> None:
         """As uvicorn's, but the keep-alive deadline is one of this connection's only timer."""
         self.server_state.total_requests += 1
-        if self.transport.is_closing():
+        if self.transport.is_closing() or self._phase == LINGERING:
             return
         self.flow.resume_reading()
         if self.pipeline:
@@ -163,8 +167,23 @@ class BoundedProtocol(HttpToolsProtocol):
             if name != b"connection":
                 lines.append(name + b": " + value + b"\r\n")
         self.transport.write(b"".join([*lines, b"connection: close\r\n\r\n", body]))
+        self.linger()
+
+    def close(self) -> None:
+        """The answer is written and the connection is to end: at once, or, with a body still coming, a little later."""
+        if self._message_open:
+            self.linger()
+        else:
+            self.transport.close()
+
+    def linger(self) -> None:
+        """Say that nothing more will be sent and read on for a moment: closing now would reset the connection, and the
+        client might never see its answer."""
+        if self.transport.is_closing():
+            return
         if self.transport.can_write_eof():
             self.transport.write_eof()
+        self.flow.resume_reading()
         self._enter(LINGERING, LINGER)
 
     def _discard(self, size: int) -> None:
@@ -222,6 +241,17 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def _unset_keepalive_if_required(self) -> None:
         """uvicorn's own keep-alive timer is not used."""
+
+
+class _Lingering:
+    """The transport as a request's cycle sees it: its `close` lets the client read the answer first."""
+
+    __slots__ = ("close", "is_closing", "write")
+
+    def __init__(self, protocol: BoundedProtocol) -> None:
+        self.write = protocol.transport.write
+        self.is_closing = protocol.transport.is_closing
+        self.close = protocol.close
 
 
 def bounded(settings: Settings) -> type[BoundedProtocol]:

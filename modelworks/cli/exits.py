@@ -32,7 +32,7 @@ MEANINGS = {
 
 
 class Failed(ModelworksError):
-    """The command was understood, but what it asked for failed (a job, a deployment): exit code 1 whatever the reason."""
+    """What was asked for was tried and failed (a job, a deployment): exit code 1, whatever the reason."""
 
     default_code = "failed"
 
@@ -66,5 +66,5 @@ def edge() -> Iterator[None]:
         raise typer.Exit(INTERRUPTED) from None
     except BrokenPipeError:
         # the reader (`head`, `less`) has seen enough; keep the interpreter from writing to it once more
-        sys.stdout = None  # type: ignore[assignment]
+        sys.stdout = None
         raise typer.Exit(OK) from None

@@ -91,7 +91,7 @@ class Session:
 
 
 def command(app: typer.Typer, name: str, **options: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Register `function(session, ...)` as a command that also takes the options of every command that calls a server."""
+    """Register `function(session, ...)` as a command that also takes the options which all calls to a server have."""
 
     def register(function: Callable[..., None]) -> Callable[..., None]:
         own = list(inspect.signature(function, eval_str=True).parameters.values())[1:]
@@ -126,9 +126,7 @@ def _console(*, stderr: bool) -> Console:
     from rich.console import Console
 
     stream = sys.stderr if stderr else sys.stdout
-    return Console(
-        stderr=stderr, highlight=False, markup=False, emoji=False, width=None if stream.isatty() else _WIDE
-    )
+    return Console(stderr=stderr, highlight=False, markup=False, emoji=False, width=None if stream.isatty() else _WIDE)
 
 
 def _jsonable(value: Any) -> Any:

@@ -38,6 +38,8 @@ def locate(url: str | None = None, api_key: str | None = None, home: str | Path 
     A home's admin key is only ever given to the server of that home, never to another address.
     """
     settings = _settings(home)
+    if home is not None and url is None:  # an argument, as good as the others
+        settings = settings.model_copy(update={"url": None, "api_key": None})
     wanted = url or settings.url
     running = _running(settings.home_path)
     if wanted is None:

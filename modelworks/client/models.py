@@ -57,7 +57,7 @@ class Models(Resource[Mode]):
         progress: Progress | None = None,
         idempotency_key: str | None = None,
     ) -> ModelVersion:
-        """Register a package (as `export` wrote it) or an ONNX model as a new version of `name`; waits for its check."""
+        """Register a package (as `export` wrote it) or an ONNX model as a new version of `name`; waits for it."""
         with opened(file, filename) as (content, known_as):
             form: dict[str, Any] = {
                 field: (None, value)
@@ -81,11 +81,11 @@ class Models(Resource[Mode]):
     async def export(
         self, name: str, out: str | os.PathLike[str], version: int | None = None, *, progress: Progress | None = None
     ) -> Path:
-        """Write the package of a version as one file to `out` (a file, or a folder that gets `name-version.mwp`)."""
+        """Write the package of a version as one file to `out` (a file, or a folder that gets `name-version.mwpkg`)."""
         ref, number = await self._resolve(name, version)
         target = Path(out)
         if target.is_dir():
-            target = target / f"{ref}-{number}.mwp"
+            target = target / f"{ref}-{number}.mwpkg"
         request = Request("GET", path("/api/v1/models/{}/versions/{}/export", ref, number))
         try:
             with _written(target) as file:
@@ -101,7 +101,7 @@ class Models(Resource[Mode]):
 
     @call
     async def set_alias(self, name: str, alias: str, version: int) -> Alias:
-        """Point `name@alias` at a version. Deployments made from the alias stay as they are until they are put again."""
+        """Point `name@alias` at a version. Deployments made from it stay as they are until they are put again."""
         where = path("/api/v1/models/{}/aliases/{}", name, alias)
         return await self._http.model(Request("PUT", where, json={"version": version}), Alias)
 

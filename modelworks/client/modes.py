@@ -1,7 +1,7 @@
 """One implementation, two faces: methods are written once as coroutines, and typed for both kinds of client.
 
 A resource's `@call` method is a coroutine function. On an async resource it is called as it stands. On a sync resource
-the coroutine is driven to its end on the spot: its transport answers without ever suspending, so there is no event loop.
+the coroutine is driven to its end on the spot: its transport never suspends, so there is no event loop.
 """
 
 from __future__ import annotations

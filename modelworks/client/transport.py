@@ -1,4 +1,4 @@
-"""One request and its answer: retries, deadlines, errors rebuilt from problem+json. Carried by httpx2, sync or async."""
+"""One request and its answer: retries, deadlines, errors rebuilt from problem+json; by httpx2, sync or async."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ B = TypeVar("B", bound=BaseModel)
 
 @dataclass(frozen=True)
 class Request:
-    """`idempotent`: may be sent again when nobody knows whether it arrived. `form`: multipart parts as httpx2 takes them."""
+    """`idempotent`: may be sent again when it may have arrived. `form`: multipart parts as httpx2 takes them."""
 
     method: str
     path: str
@@ -294,7 +294,7 @@ def _should_retry(request: Request, response: httpx2.Response, error: Modelworks
 
 
 def _pause(attempt: int, retry_after: float | None) -> float:
-    """Seconds until the next try: what the server asked for, else doubling; a quarter either way, so that clients spread."""
+    """Seconds until the next try: what the server asked for, else doubling, give or take a quarter."""
     if retry_after is not None:
         return retry_after
     return min(_FIRST_PAUSE * 2**attempt, _LONGEST_PAUSE) * random.uniform(0.75, 1.25)

@@ -65,6 +65,7 @@ class WhoAmI(Answer):
     key_id: str
     key_name: str = ""
     project_id: str
+    project_name: str = ""
     role: str
     scopes: list[str] = []
 

@@ -258,10 +258,11 @@ class Library:
     def export_version(self, caller: Caller, ref: str, out: Path) -> Path:
         """Write the package of a model version as one file at `out`."""
         from modelworks.ml.build import export_package
-        from modelworks.ml.package import Manifest, Package
+        from modelworks.ml.package import Manifest
 
-        model = self.model_version(caller, ref)
-        return export_package(Package(Manifest.parse(self._blobs.get(model.digest)), self._blobs.path), out)
+        manifest = Manifest.parse(self._blobs.get(self.model_version(caller, ref).digest))
+        export_package(manifest, self._blobs.path, out)
+        return out
 
     def _create(
         self,

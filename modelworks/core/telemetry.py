@@ -29,4 +29,4 @@ def configure(level: str = "info", process: str = "") -> None:
 
 
 def logger(name: str) -> Any:
-    return structlog.get_logger().bind(logger=name)
+    return structlog.get_logger(source=name)  # lazy: `configure` may come after it

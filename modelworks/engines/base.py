@@ -10,7 +10,7 @@ from modelworks.core.registry import Registry
 
 
 class ReplicaSpec(msgspec.Struct, frozen=True, kw_only=True):
-    """All that a replica needs to serve one model version. `secret`: what links must present; it never leaves memory."""
+    """All that a replica needs to serve a model version. `secret`: what links must present; it never leaves memory."""
 
     replica_id: str
     deployment: str

@@ -227,7 +227,7 @@ def _die_with_parent() -> None:
 
 
 def _die_with_pipe(pipe: int) -> None:
-    """Have the kernel SIGKILL this process's group when the pipe's last writer is gone; nothing more is written to it."""
+    """Have the kernel SIGKILL this process's group when the pipe's last writer is gone; nothing more is written."""
     if sys.platform != "linux" or os.getpgrp() != os.getpid():
         return
     fcntl.fcntl(pipe, fcntl.F_SETOWN, -os.getpgrp())

@@ -176,7 +176,7 @@ class Queue:
             job = still_running(tx, job_id, token)
             stage = stage[:200]
             tx.update(job, progress=fraction, stage=stage)
-            if metrics or stage != job.stage or fraction - job.progress >= 0.05:
+            if metrics or stage != job.stage or int(fraction * 20) > int(job.progress * 20):
                 add_event(tx, job_id, "progress", stage, {"progress": round(fraction, 4), **(metrics or {})})
 
     def event(self, job_id: str, token: int, kind: str, message: str, data: dict[str, Any]) -> None:

@@ -118,11 +118,11 @@ def ingest(step: Step) -> None:
 
 def _input(step: Step) -> tuple[Path, str]:
     """The file to read and the name that tells its format."""
-    from modelworks.ml.data.sources import resolve
-
     spec = step.job.spec
     if digest := spec.get("upload"):
         return step.blobs.path(digest), spec["filename"]
+    from modelworks.ml.data.sources import resolve
+
     step.context.progress(0.0, "fetching")
     folder = step.context.workdir / "source"
     folder.mkdir()
@@ -199,16 +199,16 @@ def import_version(step: Step) -> None:
     """An uploaded ONNX model or exported package, checked here in a limited process, becomes a model version."""
     from modelworks.ml import build
 
-    spec = step.job.spec
-    step.context.progress(0.1, "checking")
-    manifest, files = build.import_file(
-        step.blobs.path(spec["upload"]),
-        filename=spec["filename"],
-        task=spec["task"],
-        classes=spec["classes"],
-        licence=spec["licence"],
-        workdir=step.context.workdir,
-    )
+    spec, context = step.job.spec, step.context
+    path = step.blobs.path(spec["upload"])
+    context.progress(0.1, "checking")
+    if build.sniff(path) == "onnx":
+        manifest, files = build.import_onnx(
+            path, context.workdir, task=spec["task"], classes=spec["classes"], licence=spec["licence"]
+        )
+    else:
+        _refuse_options(spec)
+        manifest, files = build.import_package(path, context.workdir)
     step.context.progress(0.9, "storing")
     digest = registering.store(step.blobs, manifest, files)
 
@@ -217,6 +217,12 @@ def import_version(step: Step) -> None:
         _finish_model(step, tx, job, model, metrics=manifest.metrics)
 
     step.commit(write)
+
+
+def _refuse_options(spec: dict[str, Any]) -> None:
+    for name in ("task", "classes", "licence"):
+        if spec[name] is not None:
+            raise InvalidInput(f"a package declares its {name} itself; leave {name} out, or upload the ONNX", param=name)
 
 
 def _finish_model(

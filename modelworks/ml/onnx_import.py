@@ -32,8 +32,10 @@ _MAX_PORTS = 10_000
 _MAX_DUMMY = 64 * 1024**2  # elements of one dummy input
 _MAX_SAMPLE = 4096  # numbers that parity samples may hold
 _FREE_SIZES = (1, 8, 64, 224)  # tried in turn for free dimensions but the first
-_ELEMENTS = {1: "FP32", 2: "UINT8", 3: "INT8", 4: "UINT16", 5: "INT16", 6: "INT32", 7: "INT64", 8: "BYTES", 9: "BOOL", 10: "FP16",
-             11: "FP64", 12: "UINT32", 13: "UINT64"}  # fmt: skip
+_ELEMENTS = {  # TensorProto's codes
+    1: "FP32", 2: "UINT8", 3: "INT8", 4: "UINT16", 5: "INT16", 6: "INT32", 7: "INT64", 8: "BYTES", 9: "BOOL",
+    10: "FP16", 11: "FP64", 12: "UINT32", 13: "UINT64",
+}  # fmt: skip
 _COLUMN_OF: dict[str, ColumnType] = {"FP32": "number", "INT64": "integer", "BOOL": "boolean", "BYTES": "category"}
 
 

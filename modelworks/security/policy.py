@@ -3,7 +3,7 @@
 A principal's scopes are the intersection of what its key's role has, what the key was narrowed to and, for a key that
 is bound to a user, what the user's role in that project has. A key with role admin of the project `default`, which
 every home begins with, is a system administrator's: only it can hold SYSTEM_SCOPES, and with projects:write among them
-it may act in another project, named by the header x-project. Administrators of other projects administer just their own.
+it may act in another project, named by the header x-project. Administrators of other projects administer their own.
 """
 
 from __future__ import annotations

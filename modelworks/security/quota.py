@@ -42,7 +42,7 @@ class RateLimiter:
             else:
                 self._buckets.move_to_end(key_id)
                 bucket.tokens = min(float(per_minute), bucket.tokens + max(0.0, now - bucket.at) * rate)
-                bucket.at = now
+                bucket.at = max(bucket.at, now)
             if bucket.tokens < 1.0:
                 return False, 0, (1.0 - bucket.tokens) / rate
             bucket.tokens -= 1.0

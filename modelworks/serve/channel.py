@@ -271,7 +271,7 @@ class Link(Channel):
 async def connect(
     endpoint: str, secret: str, *, timeout: float = 5.0, on_change: Callable[[Link], None] | None = None
 ) -> Link:
-    """A ready link to the replica at the Unix socket `endpoint`; LinkLost, OSError or TimeoutError when there is none."""
+    """A ready link to the replica at the Unix socket `endpoint`; LinkLost, OSError or TimeoutError if there is none."""
     async with asyncio.timeout(timeout):
         _, link = await asyncio.get_running_loop().create_unix_connection(lambda: Link(secret, on_change), endpoint)
         try:

@@ -82,12 +82,12 @@ class Shape:
                 alone = True
             if row >= 0:
                 if len(tensor.data) != lead * row:
-                    check_size(tensor)
+                    _refuse_size(tensor)
                 data.append(tensor.data)
             else:
                 texts = _texts(tensor)
                 if len(texts) != lead * width:
-                    check_size(tensor)
+                    _refuse_size(tensor)
                 data.append(texts)
         return Reading(max(rows, 0) if tensors else 1, data, alone)
 
@@ -180,6 +180,15 @@ def _texts(tensor: Tensor) -> list[str]:
         raise InvalidInput(
             f"the input {tensor.name!r} has a text that is not UTF-8", code="bad_value", param=tensor.name
         ) from None
+
+
+def _refuse_size(tensor: Tensor) -> None:
+    """InvalidInput that tells how far shape and data are apart."""
+    try:
+        check_size(tensor)
+    except InvalidInput as error:
+        error.param = tensor.name
+        raise
 
 
 def _bad_shape(spec: TensorSpec, have: Sequence[int]) -> InvalidInput:

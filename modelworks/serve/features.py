@@ -66,7 +66,7 @@ def fields(inputs: Sequence[TensorSpec]) -> list[Field]:
 
 
 def encode_rows(route: Route, rows: Any) -> list[Tensor]:
-    """Rows of named raw features as the tensors of the route's signature, for a table [n, 1] each. InvalidInput otherwise."""
+    """Rows of named raw features as the tensors of the route's signature, for a table [n, 1] each. InvalidInput."""
     return _encode(route.fields, rows)
 
 
@@ -288,7 +288,7 @@ def _refuse_rows(rows: Any) -> NoReturn:
             f"inputs has {len(rows)} rows; send at most {MAX_ROWS} at once", code="too_many_rows", param="inputs"
         )
     raise InvalidInput(
-        f"inputs must be a list with at least one object of feature names and values, not {_shown(rows)}",
+        f"inputs must be a list with at least one object of feature names and values, not {_shown(rows) if rows != [] else 'an empty one'}",
         code="bad_inputs",
         param="inputs",
     )
@@ -365,7 +365,7 @@ def _shown(value: Any) -> str:
     if isinstance(value, float):
         return f"the number {value!r}"
     if isinstance(value, list):
-        return "a list" if value else "an empty list"
+        return "a list"
     return "an object" if isinstance(value, dict) else f"a {type(value).__name__}"
 
 

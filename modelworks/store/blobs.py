@@ -14,7 +14,7 @@ from typing import BinaryIO
 
 from modelworks.core.errors import InvalidInput, NotFound
 
-_DIGEST = re.compile(r"^[0-9a-f]{64}$")
+_DIGEST = re.compile(r"[0-9a-f]{64}")
 _CHUNK = 1 << 20
 
 
@@ -85,7 +85,7 @@ class Blobs:
     def digests(self) -> Iterator[str]:
         for folder in self.root.iterdir():
             if len(folder.name) == 2:
-                yield from (file.name for file in folder.iterdir() if _DIGEST.match(file.name))
+                yield from (file.name for file in folder.iterdir() if _DIGEST.fullmatch(file.name))
 
     def collect(self, marked: set[str], *, older_than: float = 86_400.0) -> int:
         """Remove blobs that are not `marked` and are older than `older_than` seconds; returns how many."""
@@ -106,17 +106,24 @@ class Blobs:
         if target.exists():
             os.utime(target)  # young again, so that a collection under way spares it
             source.unlink()
-            return
-        target.parent.mkdir(exist_ok=True, mode=0o700)
-        source.chmod(0o400)
-        source.replace(target)
-        folder = os.open(target.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        else:
+            if not target.parent.exists():
+                target.parent.mkdir(exist_ok=True, mode=0o700)
+                _sync(self.root)
+            source.chmod(0o400)
+            source.replace(target)
+        _sync(target.parent)  # also for a blob that another process put a moment ago and has not synced yet
 
     def _place(self, digest: str) -> Path:
-        if not _DIGEST.match(digest):
+        if not _DIGEST.fullmatch(digest):
             raise InvalidInput(f"{digest[:80]!r} is not a digest", code="bad_digest")
         return self.root / digest[:2] / digest
+
+
+def _sync(folder: Path) -> None:
+    """Make the names in `folder` survive a power cut."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,9 +1,10 @@
-"""What a profile warns of: duplicates, constants, ids, gaps, class imbalance, irregular time steps and target leakage."""
+"""What a profile warns of: duplicates, constants, ids, gaps, class imbalance, irregular time steps, target leakage."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -193,7 +194,7 @@ def _pair(column: dict[str, Any], target: dict[str, Any]) -> str:
 
 
 def _purity(data: Data, column: dict[str, Any], target: dict[str, Any]) -> str | None:
-    """Guessing the most frequent class of each value is almost always right, and not just because one class is everywhere."""
+    """Guessing the usual class of each value is almost always right, more so than guessing one class throughout."""
     pair = _pair(column, target)
     groups, right, rows = data.one(
         f"SELECT count(*), sum(m), sum(n) FROM (SELECT x, max(k) AS m, sum(k) AS n FROM "
@@ -226,7 +227,7 @@ def _ranges(data: Data, column: dict[str, Any], target: dict[str, Any]) -> str |
     found = data.all(f"SELECT min(x), max(x), count(*) FROM {_pair(column, target)} GROUP BY y ORDER BY min(x), max(x)")
     if len(found) < 2 or sum(count for _, _, count in found) < _LEAST_ROWS or min(count for _, _, count in found) < 3:
         return None
-    apart = all(before[1] < after[0] for before, after in zip(found, found[1:], strict=False))
+    apart = all(before[1] < after[0] for before, after in pairwise(found))
     return "each class has a range of its values to itself" if apart else None
 
 

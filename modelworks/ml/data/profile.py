@@ -1,4 +1,4 @@
-"""The profile of a dataset: what is in each column, by duckdb on the Parquet file, out of core; findings.py adds warnings."""
+"""The profile of a dataset: what is in each column, by duckdb on the Parquet file, out of core."""
 
 from __future__ import annotations
 
@@ -20,6 +20,8 @@ TOP = 10
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 _EXACT_ROWS = 2_000_000  # beyond, distinct values and quantiles are estimated
 _CELLS = 4_000_000  # values that exact aggregates of one query may hold
+_IN_MEMORY = 16 << 20  # bytes of a file that is loaded at once
+_IN_MEMORY_CELLS = 5_000_000
 _SHOWN = 200  # characters of a top value
 _FEW = 20  # distinct integers that are counted one by one
 _EPOCH = datetime(1970, 1, 1)
@@ -29,7 +31,7 @@ def profile(parquet: Path, columns: list[Column], target: str | None = None) -> 
     """(profile, warnings) of a canonical Parquet file.
 
     The profile: `rows`, `duplicate_rows` and `columns`, each with name, type, missing, distinct and by type
-    number, integer: min, max, mean, std (of a sample), quantiles p5 to p95, histogram {edges, counts}, and top for few integers;
+    number, integer: min, max, mean, std (of a sample), quantiles p5 to p95, histogram {edges, counts}, top if few;
     time: min, max (ISO 8601), histogram, steps; category, boolean: top [{value, count}]; text: length {min, mean, max}.
     `approximate` is true where distinct values and quantiles are estimates.
     """
@@ -66,6 +68,8 @@ class Data:
 
     def __init__(self, connection: duckdb.DuckDBPyConnection) -> None:
         self._connection = connection
+        described = connection.execute("SELECT column_name, column_type FROM (DESCRIBE data)").fetchall()
+        self.zoned = {name for name, kind in described if kind == "TIMESTAMP WITH TIME ZONE"}
 
     def all(self, sql: str, parameters: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
         return self._connection.execute(sql, list(parameters)).fetchall()
@@ -99,7 +103,13 @@ def open_parquet(path: Path, *, threads: int = 2, memory: str = "1GB") -> Iterat
             connection.execute("SET enable_external_access = false")
             connection.execute("SET TimeZone = 'UTC'")
             connection.execute("SET lock_configuration = true")
-            connection.execute(f"CREATE VIEW data AS SELECT * FROM read_parquet({literal})")
+            source = f"read_parquet({literal})"
+            rows, columns = connection.execute(
+                f"SELECT (SELECT count(*) FROM {source}), (SELECT count(*) FROM (DESCRIBE FROM {source}))"
+            ).fetchall()[0]
+            # each query on a Parquet file reads all of its footer anew, which is slow for a wide one
+            small = rows * columns < _IN_MEMORY_CELLS and path.stat().st_size < _IN_MEMORY
+            connection.execute(f"CREATE {'TABLE' if small else 'VIEW'} data AS FROM {source}")
             yield Data(connection)
         finally:
             connection.close()
@@ -189,16 +199,16 @@ def _histograms(data: Data, columns: Sequence[Column], described: dict[str, dict
             edges: list[Any] = [low + width * index for index in range(bins)]
             edges.append(low + width * bins if bins < BINS and column.type == "integer" else float(entry["max"]))
             if column.type == "time":
-                edges = [_iso(edge, column) for edge in edges]
+                edges = [_iso(edge, column.name in data.zoned) for edge in edges]
             entry["histogram"] = {"edges": edges, "counts": [counts.get(index, 0) for index in range(bins)]}
     for column in columns:
         if column.type == "time":
             entry = described[column.name]
-            entry["min"], entry["max"] = _iso(entry["min"], column), _iso(entry["max"], column)
+            entry["min"], entry["max"] = (_iso(entry[key], column.name in data.zoned) for key in ("min", "max"))
 
 
 def _grid(entry: dict[str, Any], kind: str) -> tuple[float, float, int]:
-    """(lower edge, width, bins): BINS of equal width, or one for each value of a few integers, or one for a constant."""
+    """(lower edge, width, bins): BINS of equal width, or one for each of a few integers, or one for a constant."""
     low, high = entry["min"], entry["max"]
     if low == high:
         return float(low), 1.0, 1
@@ -208,8 +218,10 @@ def _grid(entry: dict[str, Any], kind: str) -> tuple[float, float, int]:
     return float(low), width or 5e-324, BINS
 
 
-def _iso(micros: float | None, column: Column) -> str | None:
-    return None if micros is None else format_time(_EPOCH + timedelta(microseconds=round(micros)))
+def _iso(micros: float | None, zoned: bool) -> str | None:
+    if micros is None:
+        return None
+    return format_time(_EPOCH + timedelta(microseconds=round(micros))) + ("Z" if zoned else "")
 
 
 def _top(data: Data, column: Column) -> list[dict[str, Any]]:

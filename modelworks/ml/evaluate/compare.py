@@ -21,9 +21,8 @@ def compare(
     """`model` against `other`, part by part on the rows that both answered for; differences are model - other.
 
     Each metric over all those rows: both values, difference, its 95 % paired-bootstrap interval, a two-sided
-    p-value and the
-    verdict (`better`: model is). For classification also McNemar's exact test of the labels. `verdict` is that of the task's
-    primary metric when it is among `wanted`, else of the first.
+    p-value and the verdict (`better`: model is). For classification also McNemar's exact test of the labels. `verdict`
+    is that of the task's primary metric when it is among `wanted`, else of the first.
     """
     pairs = [_common(a, b) for a, b in zip(model, other, strict=True)]
     a, b = Predictions.join([pair[0] for pair in pairs]), Predictions.join([pair[1] for pair in pairs])

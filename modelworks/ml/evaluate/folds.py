@@ -42,7 +42,7 @@ def predict_folds(
     done: list[Predictions] = []
     for index, (train, test) in enumerate(plan.parts):
         number = index + 1
-        left, right = start + (end - start) * index / count, start + (end - start) * number / count
+        left, right = start + (end - start) * (index / count), start + (end - start) * (number / count)
         name = f"{prefix}-{number}"
         kept = ctx.restore(name)
         found = _read(kept) if kept else None

@@ -1,7 +1,4 @@
-"""From folds or rows to mean, deviation and 95 % interval:
-
-Student's t over folds, a bootstrap over the rows of a single split.
-"""
+"""Means, deviations and 95 % intervals: Student's t over folds, a bootstrap over the rows of a single split."""
 
 from __future__ import annotations
 

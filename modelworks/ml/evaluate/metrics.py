@@ -46,7 +46,7 @@ def labels(probabilities: np.ndarray) -> np.ndarray:
 
 
 def score(task: str, predictions: Predictions, wanted: Sequence[str]) -> dict[str, float | None]:
-    """Each wanted metric by scikit-learn; None where it is undefined (a class that does not occur, a constant target)."""
+    """Each wanted metric by scikit-learn; None where it is undefined (a class that is absent, a constant target)."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of ill-defined metrics, which are handled here
         values = _CLASSIFICATION if task == CLASSIFICATION else _REGRESSION

@@ -28,6 +28,7 @@ class GradientBoostedTrees:
         from sklearn.utils.class_weight import compute_sample_weight
 
         from modelworks.ml.train.fitted import TreesFitted
+        from modelworks.ml.train.sgd import thin
 
         classes = int(target.max()) + 1 if target.dtype.kind == "i" else 0
         weights = compute_sample_weight("balanced", target) if params.class_weight and classes else None
@@ -36,13 +37,17 @@ class GradientBoostedTrees:
             features.astype(np.float64), label=target, weight=weights, params=settings, free_raw_data=False
         )
 
+        curve: list[float] = []
+
         def report(env: Any) -> None:
             losses = {name: value for _, name, value, _ in env.evaluation_result_list}
+            curve.extend(losses.values())
             ctx.progress((env.iteration + 1) / params.n_estimators, "boosting", round=env.iteration + 1, **losses)
 
         booster = lightgbm.train(
             settings, data, num_boost_round=params.n_estimators, valid_sets=[data], callbacks=[report]
         )
+        ctx.event("log", f"{len(curve)} rounds, training loss {curve[-1]:.6g}", curve=thin(curve), rounds=len(curve))
         if all("split_feature" not in tree["tree_structure"] for tree in booster.dump_model()["tree_info"]):
             ctx.event(
                 "warning",

@@ -1,8 +1,7 @@
 """What trainers return: linear models and trees that predict in float64 and write themselves down as ONNX.
 
-The graphs are emitted here and not by skl2onnx or onnxmltools, because those compute in float32 and name things at
-random:
-ours compute in float64 (as training does) and round once at the end, so training and serving agree to the last bit or two.
+The graphs are emitted here and not by skl2onnx or onnxmltools, because those compute in float32 and name
+things at random: ours compute in float64, as training does, and round once at the end, so training and serving agree.
 """
 
 from __future__ import annotations

@@ -1,13 +1,11 @@
-"""Linear models by stochastic gradient descent:
-
-scikit-learn's steps, one epoch at a time, with the curve of the training loss.
-"""
+"""Linear models by stochastic gradient descent: scikit-learn's steps, epoch by epoch, with the curve of the loss."""
 
 from __future__ import annotations
 
 import warnings
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from modelworks.core.errors import InvalidInput
 from modelworks.ml.base import JobContext
 from modelworks.ml.train import params as p
 from modelworks.ml.train.algorithms import CLASSIFICATION, REGRESSION
@@ -46,7 +44,7 @@ class SgdClassifier:
             signs = np.where(target[:, None] == (np.arange(classes) if classes > 2 else 1), 1.0, -1.0)
             return float(np.average(_margin_loss(scores * signs, params.loss).sum(axis=1), weights=weights))
 
-        _descend(estimator, features, params, ctx, epoch, loss)
+        _descend(estimator, features, params, ctx, epoch, loss, np.inf)  # a margin's loss may be large and its labels right
         return _fitted(estimator, "sigmoid" if classes == 2 else "softmax")
 
 
@@ -69,7 +67,7 @@ class SgdRegressor:
         def loss(rows: np.ndarray) -> float:
             return float(np.mean(_residual_loss(estimator.predict(rows) - target, params)))
 
-        _descend(estimator, features, params, ctx, epoch, loss)
+        _descend(estimator, features, params, ctx, epoch, loss, float(np.mean(_residual_loss(target, params))))
         return _fitted(estimator, "identity")
 
 
@@ -82,43 +80,58 @@ def _arguments(params: Any, seed: int) -> dict[str, Any]:
     return given | {"penalty": penalty, "random_state": np.random.RandomState(seed)}
 
 
-def _descend(estimator: Any, features: np.ndarray, params: Any, ctx: JobContext, epoch: Any, loss: Any) -> None:
-    """Epochs until the loss stands still; `adaptive` then first divides the rate by 5, down to 1e-6, as scikit-learn
-    does.
+def _descend(
+    estimator: Any, features: np.ndarray, params: Any, ctx: JobContext, epoch: Any, loss: Any, idle: float
+) -> None:
+    """Epochs until the loss stands still; `adaptive` then first divides the rate by 5, down to 1e-6, as scikit-learn does.
+
+    `idle`: the loss of a model that says nothing; one that ends far above it has diverged, which is refused.
     """
     import numpy as np
     from threadpoolctl import threadpool_limits
 
-    from modelworks.core.errors import InvalidInput
-
     rows = features.astype(np.float64)
-    best, still = np.inf, 0
+    curve: list[float] = []
+    best, still, stalled = np.inf, 0, False
     with threadpool_limits(ctx.threads), warnings.catch_warnings(), np.errstate(all="ignore"):
         warnings.simplefilter("ignore")
-        for number in range(1, params.max_iter + 1):
-            try:
-                epoch(rows)
-                now = loss(rows)
-            except ValueError:  # scikit-learn's word for coefficients that overflowed
-                now = np.inf
-            if not np.isfinite(now):
-                raise InvalidInput(
-                    f"gradient descent diverged in epoch {number}; scale the features (standardise) or lower eta0",
-                    code="diverged",
-                    param="hyperparameters.eta0",
-                )
-            ctx.progress(number / params.max_iter, "fitting", epoch=number, loss=now)
-            still = 0 if params.tol is None or now < best - params.tol else still + 1
-            best = min(best, now)
+        while len(curve) < params.max_iter and not stalled:
+            curve.append(_epoch(rows, epoch, loss))
+            if not np.isfinite(curve[-1]):
+                break
+            ctx.progress(len(curve) / params.max_iter, "fitting", epoch=len(curve), loss=curve[-1])
+            still = 0 if params.tol is None or curve[-1] < best - params.tol else still + 1
+            best = min(best, curve[-1])
             if still >= params.n_iter_no_change:
-                if params.learning_rate != "adaptive" or estimator.eta0 <= 1e-6:
-                    return
+                stalled = params.learning_rate != "adaptive" or estimator.eta0 <= 1e-6
                 estimator.eta0, still = estimator.eta0 / 5, 0
-    if params.tol is not None:
-        ctx.event(
-            "warning",
-            f"the fit did not converge in {params.max_iter} epochs; raise max_iter, scale the features or raise tol",
+    if not np.isfinite(curve[-1]) or (idle > 0 and curve[-1] > 2 * idle):
+        raise InvalidInput(
+            f"gradient descent diverged after {len(curve)} epochs; scale the features (standardise), lower eta0 "
+            "or choose another learning_rate",
+            code="diverged",
+            param="hyperparameters.eta0",
         )
+    ctx.event("log", f"{len(curve)} epochs, training loss {curve[-1]:.6g}", curve=thin(curve), epochs=len(curve))
+    if params.tol is not None and not stalled:
+        ctx.event(
+            "warning", f"no convergence in {params.max_iter} epochs; raise max_iter, scale the features or raise tol"
+        )
+
+
+def _epoch(rows: np.ndarray, epoch: Any, loss: Any) -> float:
+    """The loss after one more epoch; infinite when coefficients overflowed, which scikit-learn says by ValueError."""
+    try:
+        epoch(rows)
+        return float(loss(rows))
+    except ValueError:
+        return float("inf")
+
+
+def thin(curve: list[float], points: int = 100) -> list[float]:
+    """At most about `points` of the curve, evenly spread, the last among them."""
+    step = max(1, len(curve) // points)
+    return curve[::-1][::step][::-1]
 
 
 def _margin_loss(margins: np.ndarray, name: str) -> np.ndarray:

@@ -41,7 +41,11 @@ def _alembic(catalog: Catalog) -> None:
     with catalog.engine.connect() as connection:
         config.attributes["connection"] = connection
         try:
+            if catalog.sqlite:  # all steps or none, and one process at a time; Postgres does so by itself
+                connection.exec_driver_sql("BEGIN IMMEDIATE")
             command.upgrade(config, "head")
+            if catalog.sqlite:
+                connection.exec_driver_sql("COMMIT")
         except CommandError as error:
             raise Conflict(
                 f"this home was written by a newer Modelworks ({error}); upgrade with: pip install -U modelworks"

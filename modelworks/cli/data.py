@@ -1,0 +1,148 @@
+"""`data`: upload tables and look at them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from modelworks.cli.session import Session, command, group
+from modelworks.cli.text import number, plain, short, size, when
+
+if TYPE_CHECKING:
+    from modelworks.core.types import Dataset
+
+app = group("Upload tables and look at them.")
+SERVER_SOURCES = ("sklearn:", "package:", "https://", "http://")
+_SHOWN = 60  # rows of text that the profile's longest value gets
+
+
+@command(app, "upload")
+def upload(
+    session: Session,
+    source: Annotated[str, typer.Argument(help="A file, or sklearn:NAME, package:DIST/PATH, an https URL.")],
+    name: Annotated[str | None, typer.Option(help="The dataset's name; by default the file's.")] = None,
+    column: Annotated[
+        list[str] | None, typer.Option(help="Correct a column's type: --column 'zip=category'. Repeatable.")
+    ] = None,
+    header: Annotated[
+        str | None, typer.Option(help="Column names, comma-separated, of a file without a header.")
+    ] = None,
+    delimiter: Annotated[str | None, typer.Option(help="Of a CSV file; else told from the file.")] = None,
+    encoding: Annotated[str | None, typer.Option(help="Of a text file.  [default: UTF-8]")] = None,
+    missing: Annotated[list[str] | None, typer.Option(help="A text that means a missing value. Repeatable.")] = None,
+) -> None:
+    """Upload a table (CSV, TSV, Parquet, JSONL, Arrow). The same content again gives the same version."""
+    schema = _schema(column, header, delimiter, encoding, missing)
+    if source.startswith(SERVER_SOURCES):
+        dataset = session.client.datasets.create(source, name=name or _name_from(source), schema=schema)
+    else:
+        from modelworks.cli.progress import transfer
+
+        with transfer(session, f"uploading {Path(source).name}") as progress:
+            dataset = session.client.datasets.upload(source, name=name, schema=schema, progress=progress)
+    if session.json:
+        session.emit(dataset)
+        return
+    session.say(f"{dataset.ref}: {dataset.rows:,} rows, {len(dataset.columns)} columns, digest {short(dataset.digest)}")
+    for warning in dataset.warnings:
+        session.note(f"warning: {warning}")
+
+
+@command(app, "list")
+def list_(
+    session: Session,
+    limit: Annotated[int, typer.Option(help="How many at most.")] = 100,
+    after: Annotated[str | None, typer.Option(help="Go on after this id.")] = None,
+) -> None:
+    """List datasets: the newest version of each."""
+    found = session.client.datasets.list(limit=limit, after=after)
+    if session.json:
+        session.emit(found)
+        return
+    session.table(
+        ("dataset", "rows", "columns", "size", "digest", "created"),
+        (
+            (one.ref, f"{one.rows:,}", len(one.columns), size(one.size), short(one.digest), when(one.created_at))
+            for one in found.items
+        ),
+    )
+
+
+@command(app, "show")
+def show(session: Session, dataset: Annotated[str, typer.Argument(help="NAME or NAME:VERSION.")]) -> None:
+    """Show a dataset's profile and warnings."""
+    found = session.client.datasets.get(dataset)
+    if session.json:
+        session.emit(found)
+        return
+    session.facts(
+        [
+            ("dataset", found.ref),
+            ("digest", found.digest),
+            ("rows", f"{found.rows:,}"),
+            ("size", size(found.size)),
+            ("source", found.source or "-"),
+            ("created", when(found.created_at)),
+        ]
+    )
+    profile_table(session, found)
+    for warning in found.warnings:
+        session.note(f"warning: {warning}")
+
+
+def profile_table(session: Session, dataset: Dataset) -> None:
+    """The profile, one row a column."""
+    described = {str(one.get("name")): one for one in dataset.profile.get("columns", [])}
+    session.table(
+        ("column", "type", "missing", "distinct", "min", "mean", "max", "deviation", "most frequent"),
+        (
+            (
+                column.name,
+                column.type,
+                number(about.get("missing")),
+                number(about.get("distinct")),
+                _cut(about.get("min")),
+                number(about.get("mean")),
+                _cut(about.get("max")),
+                number(about.get("std")),
+                _top(about),
+            )
+            for column in dataset.columns
+            for about in [described.get(column.name, {})]
+        ),
+    )
+
+
+def _top(about: dict[str, Any]) -> str:
+    return _cut(", ".join(f"{one.get('value')} ({one.get('count')})" for one in about.get("top", [])[:3]))
+
+
+def _cut(value: Any) -> str:
+    text = number(value)
+    return text if len(text) <= _SHOWN else text[: _SHOWN - 1] + "…"
+
+
+def _schema(
+    column: list[str] | None, header: str | None, delimiter: str | None, encoding: str | None, missing: list[str] | None
+) -> dict[str, Any] | None:
+    from modelworks.cli.values import pairs
+
+    given: dict[str, Any] = {
+        "columns": dict(pairs(column, "--column", "zip=category")),
+        "header": [name.strip() for name in header.split(",")] if header else None,
+        "delimiter": {"\\t": "\t"}.get(delimiter or "", delimiter),
+        "encoding": encoding,
+        "missing": missing or None,
+    }
+    schema = {field: value for field, value in given.items() if value}
+    return schema or None
+
+
+def _name_from(source: str) -> str:
+    """`sklearn:iris` -> iris; an address or path -> its last part without what follows the first dot."""
+    import re
+
+    last = re.split(r"[:/]", source.split("?")[0].rstrip("/"))[-1]
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", plain(last).split(".")[0]).strip("-._") or "data"

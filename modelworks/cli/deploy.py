@@ -1,0 +1,220 @@
+"""`deploy`, `predict` and `deployments`: from a model version to an endpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from modelworks.cli.session import Session, command, group
+from modelworks.cli.text import lines, number, when
+
+if TYPE_CHECKING:
+    from modelworks.client import Output
+    from modelworks.core.types import Deployment
+
+app = group("Look at deployments, roll them back, delete them.")
+_BATCH = 500  # rows of one request when predicting a file
+
+
+def register(root: typer.Typer) -> None:
+    command(root, "deploy")(deploy)
+    command(root, "predict")(predict)
+
+
+def deploy(
+    session: Session,
+    model: Annotated[str, typer.Argument(help="NAME, NAME:VERSION or NAME@ALIAS.")],
+    name: Annotated[str | None, typer.Option(help="Name of the deployment; by default the model's.")] = None,
+    replicas: Annotated[int | None, typer.Option(help="Replicas, at least.  [default: 1]")] = None,
+    max_replicas: Annotated[int | None, typer.Option(help="Replicas, at most.")] = None,
+    threads: Annotated[int | None, typer.Option(help="Compute threads of a replica.")] = None,
+    memory_mb: Annotated[int | None, typer.Option(help="Memory limit of a replica in MiB.")] = None,
+    max_batch: Annotated[int | None, typer.Option(help="Calls that run together at most.")] = None,
+    wait_ms: Annotated[float | None, typer.Option(help="How long an idle replica waits for more calls.")] = None,
+    wait: Annotated[bool, typer.Option("--wait/--no-wait", help="Wait until it serves.")] = True,
+    timeout: Annotated[float, typer.Option(help="Seconds to wait.")] = 120.0,
+) -> None:
+    """Serve a model version under a name. Doing it again with another version replaces it without a gap."""
+    from modelworks.core.specs import Ref
+
+    spec: dict[str, Any] = {"model": model}
+    for part, given in (
+        ("replicas", {"min": replicas, "max": max_replicas}),
+        ("resources", {"threads": threads, "memory_mb": memory_mb}),
+        ("batching", {"max_batch": max_batch, "wait_ms": wait_ms}),
+    ):
+        chosen = {key: value for key, value in given.items() if value is not None}
+        if chosen:
+            spec[part] = chosen
+    name = name or Ref.parse(model).name
+    deployment = session.client.deployments.put(name, spec)
+    if wait:
+        deployment = wait_ready(session, name, timeout)
+    if session.json:
+        session.emit(deployment)
+        return
+    url = f"{session.client.connection.url}/api/v1/deployments/{name}/predict"
+    session.say(f"{name}: {deployment.model_version}, {deployment.status}, revision {deployment.spec_revision}, {url}")
+
+
+def wait_ready(session: Session, name: str, timeout: float) -> Deployment:
+    """Wait with a spinner on a terminal. A deployment that fails is `Failed`."""
+    if session.json or not session.notes.is_terminal:
+        return session.client.deployments.wait_ready(name, timeout=timeout)
+    from rich.text import Text
+
+    with session.notes.status(Text(f"starting {name}")):
+        return session.client.deployments.wait_ready(name, timeout=timeout)
+
+
+def predict(
+    session: Session,
+    name: Annotated[str, typer.Argument(help="Name of the deployment.")],
+    input: Annotated[
+        list[str] | None, typer.Option(help="A row as JSON: --input '{\"a\": 1}', or a list of rows. Repeatable.")
+    ] = None,
+    file: Annotated[Path | None, typer.Option(help="Rows in a .csv, .tsv, .jsonl or .json file.")] = None,
+) -> None:
+    """Predict rows of named raw features."""
+    from modelworks.cli import values
+
+    rows: Iterable[dict[str, Any]] = values.rows(input, file)
+    if file is not None and file.suffix.lower() in (".csv", ".tsv"):
+        inputs = session.client.deployments.get(name).signature.inputs
+        columns: dict[str, str | None] = {one.name: one.column for one in inputs}
+        rows = (values.typed(row, columns) for row in rows)
+    outputs: list[Output] = []
+    model = request = ""
+    for batch in _batches(rows):
+        answer = session.client.deployments.predict(name, batch)
+        outputs += answer.outputs
+        model, request = answer.model, answer.request_id
+    if not outputs:
+        session.note("there are no rows to predict")
+    if session.json:
+        session.emit(
+            {"outputs": [one.model_dump(exclude_none=True) for one in outputs], "model": model, "request_id": request}
+        )
+        return
+    _table(session, outputs)
+
+
+def _batches(rows: Iterable[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
+    source = iter(rows)
+    while batch := list(islice(source, _BATCH)):
+        yield batch
+
+
+def _table(session: Session, outputs: list[Output]) -> None:
+    if not outputs:
+        return
+    if outputs[0].probabilities is not None:
+        classes = list(outputs[0].probabilities)
+        session.table(
+            ("label", *map(_column, classes)),
+            ((one.label, *(f"{(one.probabilities or {}).get(name, 0):.4f}" for name in classes)) for one in outputs),
+        )
+    elif outputs[0].value is not None:
+        session.table(("value",), ((number(one.value),) for one in outputs))
+    else:
+        session.table(("output",), ((one.model_dump(exclude_none=True),) for one in outputs))
+
+
+def _column(name: str) -> str:
+    from modelworks.cli.text import plain
+
+    return plain(name)
+
+
+@command(app, "list")
+def list_(
+    session: Session,
+    limit: Annotated[int, typer.Option(help="How many at most.")] = 100,
+    after: Annotated[str | None, typer.Option(help="Go on after this id.")] = None,
+) -> None:
+    """List deployments."""
+    found = session.client.deployments.list(limit=limit, after=after)
+    if session.json:
+        session.emit(found)
+        return
+    session.table(
+        ("deployment", "model", "status", "replicas", "revision", "message", "created"),
+        (
+            (
+                one.name,
+                one.model_version,
+                one.status,
+                one.ready_replicas,
+                one.spec_revision,
+                one.message,
+                when(one.created_at),
+            )
+            for one in found.items
+        ),
+    )
+
+
+@command(app, "show")
+def show(session: Session, name: Annotated[str, typer.Argument(help="Name of the deployment.")]) -> None:
+    """Show a deployment, its replicas and its revisions."""
+    deployment = session.client.deployments.get(name)
+    replicas = session.client.deployments.replicas(name)
+    revisions = session.client.deployments.revisions(name)
+    if session.json:
+        session.emit({"deployment": deployment, "replicas": list(replicas), "revisions": list(revisions)})
+        return
+    session.facts(
+        [
+            ("deployment", deployment.name),
+            ("model", deployment.model_version),
+            ("status", deployment.status + (f": {deployment.message}" if deployment.message else "")),
+            ("revision", deployment.spec_revision),
+            ("url", f"{session.client.connection.url}/api/v1/deployments/{name}/predict"),
+        ]
+    )
+    session.table(
+        ("replica", "model", "status", "revision", "ready since", "message"),
+        (
+            (one.id, one.model_version, one.status, one.spec_revision, when(one.ready_at), one.message)
+            for one in replicas
+        ),
+    )
+    session.table(
+        ("revision", "model", "created"), ((one.number, one.model_version, when(one.created_at)) for one in revisions)
+    )
+
+
+@command(app, "rollback")
+def rollback(
+    session: Session,
+    name: Annotated[str, typer.Argument(help="Name of the deployment.")],
+    revision: Annotated[int | None, typer.Option(help="The revision to go back to; by default the one before.")] = None,
+    wait: Annotated[bool, typer.Option("--wait/--no-wait", help="Wait until it serves.")] = True,
+    timeout: Annotated[float, typer.Option(help="Seconds to wait.")] = 120.0,
+) -> None:
+    """Serve an earlier revision again, as a new one."""
+    deployment = session.client.deployments.rollback(name, revision)
+    if wait:
+        deployment = wait_ready(session, name, timeout)
+    if session.json:
+        session.emit(deployment)
+    else:
+        session.say(f"{name}: {deployment.model_version}, {deployment.status}, revision {deployment.spec_revision}")
+
+
+@command(app, "delete")
+def delete(session: Session, name: Annotated[str, typer.Argument(help="Name of the deployment.")]) -> None:
+    """Delete a deployment; its replicas finish what they are doing and stop."""
+    session.client.deployments.delete(name)
+    session.emit({"deleted": name}) if session.json else session.say(f"{name} is deleted")
+
+
+@command(app, "logs")
+def logs(session: Session, name: Annotated[str, typer.Argument(help="Name of the deployment.")]) -> None:
+    """Show the ends of the logs of the newest replicas."""
+    text = session.client.deployments.logs(name)
+    session.emit({"log": text}) if session.json else print(lines(text))

@@ -1,0 +1,125 @@
+"""`models`: the registry."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from modelworks.cli.session import Session, command, group
+from modelworks.cli.text import interval, short, size, when
+
+app = group("Look at models, move their aliases, take packages in and out.")
+
+
+@command(app, "list")
+def list_(
+    session: Session,
+    name: Annotated[str | None, typer.Argument(help="Show all versions of this model.")] = None,
+    limit: Annotated[int, typer.Option(help="How many at most.")] = 100,
+    after: Annotated[str | None, typer.Option(help="Go on after this id.")] = None,
+) -> None:
+    """List models by their newest version, or all versions of one."""
+    if name is not None:
+        model = session.client.models.get(name)
+        if session.json:
+            session.emit(model)
+            return
+        versions, aliases = model.versions, model.aliases
+    else:
+        found = session.client.models.list(limit=limit, after=after)
+        if session.json:
+            session.emit(found)
+            return
+        versions, aliases = found.items, {}
+    columns = ("model", "algorithm", "metric", "package", "digest", "created") + (("aliases",) if name else ())
+    rows = []
+    for one in versions:
+        first = next(((key, value) for key, value in one.metrics.items() if isinstance(value, dict)), None)
+        metric = f"{first[0]} {interval(first[1])}" if first else "-"
+        row = (one.ref, one.algorithm or "-", metric, size(one.size), short(one.digest), when(one.created_at))
+        named = ", ".join(alias for alias, version in aliases.items() if version == one.version)
+        rows.append((*row, named) if name else row)
+    session.table(columns, rows)
+
+
+@command(app, "show")
+def show(session: Session, model: Annotated[str, typer.Argument(help="NAME, NAME:VERSION or NAME@ALIAS.")]) -> None:
+    """Show a version: its metrics, inputs and outputs, and where it came from."""
+    from modelworks.cli.train import show_version
+
+    version = session.client.models.version(model)
+    if session.json:
+        session.emit(version)
+        return
+    show_version(session, version)
+    session.table(
+        ("input", "type", "tensor", "may be missing"),
+        (
+            (one.name, one.column or "-", f"{one.datatype} {one.shape}", "yes" if one.nullable else "no")
+            for one in version.signature.inputs
+        ),
+    )
+    session.table(
+        ("output", "tensor"), ((one.name, f"{one.datatype} {one.shape}") for one in version.signature.outputs)
+    )
+
+
+@command(app, "import")
+def import_(
+    session: Session,
+    name: Annotated[str, typer.Argument(help="Name of the model to add a version to.")],
+    file: Annotated[Path, typer.Argument(help="A package that `models export` wrote, or an ONNX model.")],
+    task: Annotated[str | None, typer.Option(help="tabular-classification or tabular-regression, for ONNX.")] = None,
+    classes: Annotated[str | None, typer.Option(help="The labels in order, comma-separated, for ONNX.")] = None,
+    licence: Annotated[str | None, typer.Option(help="Licence of the model.")] = None,
+) -> None:
+    """Register a package or an ONNX model as a new version."""
+    from modelworks.cli.progress import transfer
+
+    labels = [label.strip() for label in classes.split(",")] if classes else None
+    with transfer(session, f"uploading {file.name}") as progress:
+        version = session.client.models.import_(
+            name, file, task=task, classes=labels, licence=licence, progress=progress
+        )
+    if session.json:
+        session.emit(version)
+    else:
+        session.say(f"{version.ref}: {version.task}, {size(version.size)}, digest {short(version.digest)}")
+
+
+@command(app, "export")
+def export(
+    session: Session,
+    model: Annotated[str, typer.Argument(help="NAME, NAME:VERSION or NAME@ALIAS.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="File or folder to write to.")] = Path(),
+) -> None:
+    """Write a version's package as one file."""
+    from modelworks.cli.progress import transfer
+
+    with transfer(session, f"downloading {model}") as progress:
+        written = session.client.models.export(model, out, progress=progress)
+    if session.json:
+        session.emit({"file": str(written), "bytes": written.stat().st_size})
+    else:
+        session.say(f"{written} ({size(written.stat().st_size)})")
+
+
+@command(app, "alias")
+def alias(
+    session: Session,
+    name: Annotated[str, typer.Argument(help="Name of the model.")],
+    alias: Annotated[str, typer.Argument(help="The alias, such as champion.")],
+    version: Annotated[int | None, typer.Argument(help="The version it shall point at.")] = None,
+    delete: Annotated[bool, typer.Option("--delete", help="Delete the alias.")] = False,
+) -> None:
+    """Point an alias at a version, or delete it."""
+    if delete == (version is not None):
+        raise typer.BadParameter("give a version, or --delete")
+    if version is None:
+        session.client.models.delete_alias(name, alias)
+        session.emit({"deleted": f"{name}@{alias}"}) if session.json else session.say(f"{name}@{alias} is deleted")
+        return
+    row = session.client.models.set_alias(name, alias, version)
+    session.emit(row) if session.json else session.say(f"{name}@{alias} is {name}:{row.version}")

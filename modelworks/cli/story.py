@@ -1,0 +1,132 @@
+"""The story of a recipe, for people (`Story`) or for nobody (`Silence`, with --json)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from modelworks.cli.data import profile_table
+from modelworks.cli.progress import job_bar, transfer
+from modelworks.cli.recipe import Loaded, Outcome
+from modelworks.cli.session import Session
+from modelworks.cli.text import interval, lines, plain, short, size
+
+if TYPE_CHECKING:
+    from modelworks.client import Prediction
+    from modelworks.core.types import Dataset, Deployment, Job, ModelVersion
+
+_METRICS = 4  # beside the first
+_ROWS = 5  # of a prediction
+
+
+class Silence:
+    """Tells nothing; the outcome says it all."""
+
+    def begins(self, loaded: Loaded) -> None: ...
+    def has_data(self, dataset: Dataset, new: bool) -> None: ...
+    def has_model(self, version: ModelVersion, new: bool) -> None: ...
+    def is_deployed(self, deployment: Deployment, url: str, new: bool) -> None: ...
+    def predicted(self, inputs: list[dict[str, Any]], prediction: Prediction, curl: str) -> None: ...
+    def ends(self, outcome: Outcome) -> None: ...
+
+    @contextmanager
+    def uploading(self, file: Path) -> Iterator[Any]:
+        yield None
+
+    @contextmanager
+    def training(self, job: Job) -> Iterator[Any]:
+        yield lambda job: None, lambda event: None
+
+    @contextmanager
+    def deploying(self, name: str) -> Iterator[None]:
+        yield
+
+
+class Story:
+    """On stdout; bars that vanish are on stderr."""
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+
+    def begins(self, loaded: Loaded) -> None:
+        self._line("Recipe", loaded.recipe.name, loaded.recipe.description)
+
+    def uploading(self, file: Path) -> Any:
+        return transfer(self._session, f"uploading {file.name}")
+
+    def has_data(self, dataset: Dataset, new: bool) -> None:
+        known = "" if new else ", as before"
+        about = f"{dataset.rows:,} rows, {len(dataset.columns)} columns, digest {short(dataset.digest)}{known}"
+        self._line("Data", dataset.ref, about)
+        profile_table(self._session, dataset)
+        for warning in dataset.warnings:
+            self._detail(f"warning: {warning}", "yellow")
+
+    @contextmanager
+    def training(self, job: Job) -> Iterator[Any]:
+        spec = job.spec
+        self._line("Training", str(spec.get("algorithm", "")), f"{_method(spec)}, seed {spec.get('seed', 0)}")
+        with job_bar(self._session, "training", self._detail) as callbacks:
+            yield callbacks
+
+    def has_model(self, version: ModelVersion, new: bool) -> None:
+        metrics = [(name, found) for name, found in version.metrics.items() if isinstance(found, dict)]
+        if metrics:
+            name, found = metrics[0]
+            self._detail(f"mean {name} {interval(found)} (95 % interval)", "bold green")
+            rest = "   ".join(f"{name} {interval(found)}" for name, found in metrics[1 : 1 + _METRICS])
+            self._detail(rest)
+        known = "" if new else ", as before"
+        self._line("Model", version.ref, f"package {size(version.size)}, digest {short(version.digest)}{known}")
+
+    def deploying(self, name: str) -> Any:
+        return self._session.notes.status("starting a replica")
+
+    def is_deployed(self, deployment: Deployment, url: str, new: bool) -> None:
+        self._line("Endpoint", url, f"revision {deployment.spec_revision}{'' if new else ', as before'}")
+
+    def predicted(self, inputs: list[dict[str, Any]], prediction: Prediction, curl: str) -> None:
+        for row, output in list(zip(inputs, prediction.outputs, strict=False))[:_ROWS]:
+            shown = ", ".join(f"{name} {value}" for name, value in list(row.items())[:6]) + (
+                ", …" if len(row) > 6 else ""
+            )
+            if output.label is not None:
+                chances = "  ".join(f"{name} {share:.4f}" for name, share in (output.probabilities or {}).items())
+                self._line("Prediction", str(output.label), chances)
+            else:
+                value = "-" if output.value is None else f"{output.value:.6g}"
+                self._line("Prediction", value, "")
+            self._detail(f"for {shown}")
+        self._detail("once more, from the shell:")
+        print(lines(curl))  # as it is, so that it can be copied
+
+    def ends(self, outcome: Outcome) -> None:
+        made = ", ".join(outcome.new)
+        self._line(
+            "Done", made or "nothing new was made", "" if made else "the same data, model and deployment as before"
+        )
+
+    def _line(self, what: str, name: str, about: str) -> None:
+        from rich.text import Text
+
+        text = Text.assemble((f"{what:<11}", "cyan"), (plain(name), "bold"))
+        self._session.console.print(text.append(f"  {plain(about)}") if about else text)
+
+    def _detail(self, text: str, style: str = "") -> None:
+        from rich.text import Text
+
+        if text:
+            self._session.console.print(Text(f"{'':<11}{plain(text)}", style))
+
+
+def _method(spec: dict[str, Any]) -> str:
+    """`5-fold cross-validation`, `hold-out of 0.2`, `test set iris-test:1`."""
+    method = spec.get("validation") or {}
+    if method.get("kfold"):
+        repeats = f", {method['repeats']} times" if (method.get("repeats") or 1) > 1 else ""
+        return f"{method['kfold']}-fold cross-validation{repeats}"
+    if method.get("test"):
+        return f"test set {method['test']}"
+    return f"hold-out of {method.get('holdout') or 0.2}"

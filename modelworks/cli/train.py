@@ -1,0 +1,174 @@
+"""`train` and `algorithms`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from modelworks.cli.session import Session, command
+from modelworks.cli.text import interval, number, plain, short, size
+
+if TYPE_CHECKING:
+    from modelworks.core.types import ModelVersion
+
+
+def register(app: typer.Typer) -> None:
+    command(app, "train")(train)
+    command(app, "algorithms")(algorithms)
+
+
+def train(
+    session: Session,
+    model: Annotated[str, typer.Argument(help="Name of the model to make a version of.")],
+    dataset: Annotated[str, typer.Option(help="NAME or NAME:VERSION.")],
+    target: Annotated[str, typer.Option(help="The column to predict.")],
+    algorithm: Annotated[str, typer.Option(help="See `modelworks algorithms`.")],
+    set_: Annotated[list[str] | None, typer.Option("--set", help="A hyperparameter: --set C=0.5. Repeatable.")] = None,
+    kfold: Annotated[int | None, typer.Option(help="Evaluate by K-fold.")] = None,
+    repeats: Annotated[int, typer.Option(help="With --kfold: how many times.")] = 1,
+    holdout: Annotated[float | None, typer.Option(help="Evaluate on this share of rows.  [default: 0.2]")] = None,
+    test: Annotated[str | None, typer.Option(help="Evaluate on this dataset.")] = None,
+    group: Annotated[str | None, typer.Option(help="Rows that share this column's value stay together.")] = None,
+    time: Annotated[str | None, typer.Option(help="Split along this column: past and future.")] = None,
+    metric: Annotated[list[str] | None, typer.Option(help="A metric to compute; by default all. Repeatable.")] = None,
+    gate: Annotated[
+        list[str] | None, typer.Option(help="Register only if it holds: --gate 'accuracy>=0.9'. Repeatable.")
+    ] = None,
+    transforms: Annotated[
+        Path | None, typer.Option(help="TOML or JSON file with the steps; by default fill, standardise, one-hot.")
+    ] = None,
+    feature: Annotated[
+        list[str] | None, typer.Option(help="A column to learn from; by default all others. Repeatable.")
+    ] = None,
+    alias: Annotated[str | None, typer.Option(help="Alias to move to the new version.")] = None,
+    licence: Annotated[str | None, typer.Option(help="Licence of the model, kept in its package.")] = None,
+    threads: Annotated[int | None, typer.Option(help="Compute threads.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
+    watch: Annotated[
+        bool, typer.Option("--watch/--detach", help="Follow the job to its end, or return at once.")
+    ] = True,
+) -> None:
+    """Train a model, evaluate it, and register it as a new version."""
+    from modelworks.cli import values
+
+    given: dict[str, Any] = {
+        "model": model,
+        "dataset": dataset,
+        "target": target,
+        "algorithm": algorithm,
+        "hyperparameters": values.settings(set_),
+        "validation": values.method(kfold=kfold, holdout=holdout, test=test, repeats=repeats, group=group, time=time),
+        "metrics": metric or None,
+        "gates": values.gates(gate),
+        "transforms": values.transforms(transforms),
+        "features": feature or None,
+        "alias": alias,
+        "licence": licence,
+        "resources": {"threads": threads} if threads is not None else None,
+        "seed": seed,
+    }
+    job = session.client.training_jobs.create({name: value for name, value in given.items() if value not in (None, [])})
+    if not watch:
+        session.emit(job) if session.json else session.say(job.id)
+        return
+    from modelworks.cli.progress import watch as follow
+
+    job = follow(session, job)
+    version = session.client.models.version(str(job.model_version))
+    if session.json:
+        session.emit({"job": job, "model_version": version})
+        return
+    show_version(session, version)
+
+
+def show_version(session: Session, version: ModelVersion) -> None:
+    """A model version with its metrics, for people."""
+    session.facts(
+        [
+            ("model", version.ref),
+            ("algorithm", version.algorithm or "-"),
+            ("task", version.task),
+            ("digest", version.digest),
+            ("package", size(version.size)),
+            ("data", f"{version.lineage.get('dataset', '-')} {short(str(version.lineage.get('dataset_digest', '')))}"),
+            ("licence", version.licence or "-"),
+        ]
+    )
+    metrics_table(session, version.metrics)
+
+
+def metrics_table(session: Session, metrics: dict[str, Any]) -> None:
+    if not metrics:
+        return
+    session.table(
+        ("metric", "mean [95 % interval]", "deviation", "folds"),
+        (
+            (
+                name,
+                interval(found),
+                number(found.get("std")),
+                " ".join(number(fold) for fold in found.get("folds") or []),
+            )
+            for name, found in metrics.items()
+            if isinstance(found, dict)
+        ),
+    )
+
+
+def algorithms(
+    session: Session,
+    name: Annotated[str | None, typer.Argument(help="Show one algorithm's hyperparameters.")] = None,
+) -> None:
+    """List the algorithms, or show one with its hyperparameters."""
+    found = session.client.algorithms()
+    if name is not None:
+        from modelworks.core.errors import NotFound
+
+        one = next((algorithm for algorithm in found if algorithm.name == name), None)
+        if one is None:
+            known = ", ".join(algorithm.name for algorithm in found)
+            raise NotFound(f"there is no algorithm {name[:100]!r}; choose one of: {known}", param="algorithm")
+        if session.json:
+            session.emit(one)
+            return
+        session.facts([("algorithm", one.name), ("task", ", ".join(one.tasks) or one.task), ("about", one.description)])
+        properties = one.hyperparameters.get("properties", {})
+        session.table(
+            ("hyperparameter", "default", "range", "description"),
+            (
+                (key, _json(about.get("default")), allowed(about), about.get("description", ""))
+                for key, about in properties.items()
+            ),
+        )
+        return
+    if session.json:
+        session.emit(list(found))
+        return
+    session.table(
+        ("algorithm", "task", "description"),
+        ((one.name, one.task or ", ".join(one.tasks), one.description) for one in found),
+    )
+
+
+def allowed(schema: dict[str, Any]) -> str:
+    """What a JSON Schema property takes, in few words."""
+    options = schema.get("anyOf", [schema])
+    return " or ".join(_allowed(option) for option in options)
+
+
+def _allowed(schema: dict[str, Any]) -> str:
+    if "enum" in schema or "const" in schema:
+        return ", ".join(plain(value) for value in schema.get("enum", [schema.get("const")]))
+    low = f" from {number(schema['minimum'])}" if "minimum" in schema else ""
+    low = f" above {number(schema['exclusiveMinimum'])}" if "exclusiveMinimum" in schema else low
+    high = f" to {number(schema['maximum'])}" if "maximum" in schema else ""
+    high = f" below {number(schema['exclusiveMaximum'])}" if "exclusiveMaximum" in schema else high
+    return f"{schema.get('type', 'any')}{low}{high}"
+
+
+def _json(value: Any) -> str:
+    import json
+
+    return json.dumps(value)

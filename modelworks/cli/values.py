@@ -1,0 +1,191 @@
+"""What is typed on the command line, as values: key=value pairs, gates, JSON, rows of a file."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from modelworks.core.errors import InvalidInput
+
+MAX_TRANSFORMS_BYTES = 1024 * 1024
+MAX_JSON_BYTES = 64 * 1024 * 1024
+_GATE = re.compile(r"^\s*([A-Za-z0-9_]+)\s*(>=|<=)\s*([-+0-9.eE]+)\s*$")
+
+
+def pairs(given: Sequence[str] | None, option: str, example: str) -> Iterator[tuple[str, str]]:
+    """`key=value` texts as pairs."""
+    for text in given or ():
+        key, equals, value = text.partition("=")
+        if not equals or not key.strip():
+            raise InvalidInput(f"{option} takes key=value, as in {option} {example}, not {text!r:.100}", param=option)
+        yield key.strip(), value.strip()
+
+
+def settings(given: Sequence[str] | None) -> dict[str, Any]:
+    """`--set C=0.5 --set penalty=l1`: values are JSON where they are, else text."""
+    found: dict[str, Any] = {}
+    for key, value in pairs(given, "--set", "C=0.5"):
+        try:
+            found[key] = json.loads(value)
+        except ValueError:
+            found[key] = value
+    return found
+
+
+def gates(given: Sequence[str] | None) -> list[dict[str, Any]]:
+    """`--gate 'accuracy>=0.9'` -> {"metric": "accuracy", "at_least": 0.9}."""
+    found = []
+    for text in given or ():
+        match = _GATE.match(text)
+        try:
+            bound = float(match[3]) if match else None
+        except ValueError:
+            bound = None
+        if match is None or bound is None:
+            raise InvalidInput(f"--gate takes metric>=number or metric<=number, not {text!r:.100}", param="--gate")
+        found.append({"metric": match[1], "at_least" if match[2] == ">=" else "at_most": bound})
+    return found
+
+
+def method(
+    *, kfold: int | None, holdout: float | None, test: str | None, repeats: int, group: str | None, time: str | None
+) -> dict[str, Any] | None:
+    """The evaluation's method from its flags; None when none was given."""
+    chosen = {
+        name: value for name, value in (("kfold", kfold), ("holdout", holdout), ("test", test)) if value is not None
+    }
+    more = {name: value for name, value in (("group", group), ("time", time)) if value is not None}
+    if repeats != 1:
+        more["repeats"] = repeats  # type: ignore[assignment]
+    if not chosen and more:
+        raise InvalidInput(f"--{next(iter(more))} goes with --kfold, --holdout or --test", param=next(iter(more)))
+    return {**chosen, **more} or None
+
+
+def transforms(path: Path | None) -> list[Any] | None:
+    """The steps in a TOML file (`[[transforms]]`) or a JSON file (a list, or an object with `transforms`)."""
+    if path is None:
+        return None
+    text = read_text(path, MAX_TRANSFORMS_BYTES)
+    try:
+        if path.suffix.lower() == ".toml":
+            import tomllib
+
+            found: Any = tomllib.loads(text)
+        else:
+            found = json.loads(text)
+    except ValueError as error:
+        raise InvalidInput(f"{path} cannot be read: {error}", param="--transforms") from None
+    steps = found.get("transforms") if isinstance(found, dict) else found
+    if not isinstance(steps, list):
+        raise InvalidInput(
+            f"{path} has no list of transforms; write [[transforms]] tables with an op each", param="--transforms"
+        )
+    return steps
+
+
+def rows(inputs: Sequence[str] | None, file: Path | None) -> Iterator[dict[str, Any]]:
+    """Rows from `--input` JSON texts (an object or a list of them), or from a CSV, TSV, JSONL or JSON file.
+
+    A CSV row's values are texts: `typed` makes them what the deployment expects.
+    """
+    if bool(inputs) == bool(file):
+        raise InvalidInput("give either --input or --file", param="--input")
+    if file is None:
+        for text in inputs or ():
+            yield from _objects(_parsed(text, "--input"), "--input")
+    elif file.suffix.lower() in (".csv", ".tsv"):
+        yield from _csv_rows(file)
+    elif file.suffix.lower() in (".jsonl", ".ndjson"):
+        with _open(file) as stream:
+            for number, line in enumerate(stream, 1):
+                if line.strip():
+                    yield from _objects(_parsed(line, f"{file}, line {number}"), f"{file}, line {number}")
+    elif file.suffix.lower() == ".json":
+        found = _parsed(read_text(file, MAX_JSON_BYTES), str(file))
+        yield from _objects(found.get("inputs", found) if isinstance(found, dict) else found, str(file))
+    else:
+        raise InvalidInput(f"{file}: give a .csv, .tsv, .jsonl or .json file", param="--file")
+
+
+def typed(row: dict[str, Any], columns: dict[str, str | None]) -> dict[str, Any]:
+    """A CSV row's texts as JSON values, by the type that the model's signature gives each column; "" is missing."""
+    return {
+        name: _value(name, value, columns[name]) if isinstance(value, str) else value
+        for name, value in row.items()
+        if name in columns
+    }
+
+
+def _value(name: str, text: str, kind: str | None) -> Any:
+    if text == "":
+        return None
+    try:
+        if kind == "number":
+            return float(text)
+        if kind == "integer":
+            return int(text)
+    except ValueError:
+        raise InvalidInput(
+            f"{name!r} must be a{'n' if kind == 'integer' else ''} {kind}, not {text!r:.80}", param=name
+        ) from None
+    if kind == "boolean":
+        known = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+        if text.lower() not in known:
+            raise InvalidInput(f"{name!r} must be true or false, not {text!r:.80}", param=name)
+        return known[text.lower()]
+    return text
+
+
+def _csv_rows(file: Path) -> Iterator[dict[str, Any]]:
+    import csv
+
+    with _open(file) as stream:
+        reader = csv.DictReader(stream, delimiter="\t" if file.suffix.lower() == ".tsv" else ",", strict=True)
+        try:
+            for row in reader:
+                if None in row or None in row.values():
+                    raise InvalidInput(
+                        f"{file}, line {reader.line_num}: it has not as many fields as the header", param="--file"
+                    )
+                yield row
+        except csv.Error as error:
+            raise InvalidInput(f"{file}, line {reader.line_num}: {error}", param="--file") from None
+
+
+def _objects(found: Any, where: str) -> Iterator[dict[str, Any]]:
+    for item in found if isinstance(found, list) else [found]:
+        if not isinstance(item, dict):
+            raise InvalidInput(
+                f"{where}: a row is a JSON object of features by name, not {item!r:.80}", param="--input"
+            )
+        yield item
+
+
+def _parsed(text: str, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise InvalidInput(f"{where} is not JSON: {error}", param="--input") from None
+
+
+def read_text(path: Path, limit: int) -> str:
+    """A small text file; InvalidInput when it cannot be read or is larger than `limit` bytes."""
+    with _open(path) as stream:
+        try:
+            text = stream.read(limit + 1)
+        except UnicodeDecodeError:
+            raise InvalidInput(f"{path} is not UTF-8 text", param=str(path)) from None
+    if len(text) > limit:
+        raise InvalidInput(f"{path} is larger than {limit} bytes", param=str(path))
+    return text
+
+
+def _open(path: Path) -> Any:
+    try:
+        return path.open(encoding="utf-8-sig", newline="")
+    except OSError as error:
+        raise InvalidInput(f"cannot read {path} ({error.strerror})", param=str(path)) from None

@@ -1,0 +1,185 @@
+"""Transactions of the catalog: all or nothing, revisions, durability, what happens when it is busy, paging."""
+
+from __future__ import annotations
+
+import sqlite3
+import threading
+
+import pytest
+import sqlalchemy as sa
+
+from modelworks.core.errors import CatalogUnavailable, Conflict, NotFound
+from modelworks.core.types import Job, Key, Project, User
+from modelworks.store.catalog import Catalog
+
+
+@pytest.fixture()
+def catalog(tmp_path):
+    catalog = Catalog(tmp_path / "catalog.sqlite", busy_timeout=0.1)
+    catalog.migrate()
+    yield catalog
+    catalog.close()
+
+
+def names(catalog):
+    with catalog.read() as tx:
+        return [project.name for project in tx.list(Project)]
+
+
+def test_an_error_undoes_the_whole_transaction(catalog):
+    with pytest.raises(RuntimeError), catalog.write() as tx:
+        tx.add(Project(name="a"))
+        tx.add(Project(name="b"))
+        raise RuntimeError
+    assert names(catalog) == []
+    with catalog.write() as tx:  # the connection is usable again
+        tx.add(Project(name="c"))
+    assert names(catalog) == ["c"]
+
+
+def test_what_is_written_is_read_back_equal(catalog):
+    with catalog.write() as tx:
+        key = tx.add(Key(project_id="p", name="k", role="viewer", digest="d", hint="hint", scopes=["data:read"]))
+    with catalog.read() as tx:
+        assert tx.get(Key, key.id) == key
+    assert key.revision == 1
+    assert key.id.startswith("key_")
+
+
+def test_a_stale_revision_is_a_conflict_and_changes_nothing(catalog):
+    with catalog.write() as tx:
+        read = tx.add(User(name="ada"))
+    with catalog.write() as tx:
+        changed = tx.update(read, name="grace")
+    with pytest.raises(Conflict, match="read it again") as caught, catalog.write() as tx:
+        tx.update(read, name="lost")
+    assert caught.value.code == "stale_revision"
+    with catalog.read() as tx:
+        assert tx.get(User, read.id) == changed
+    assert (changed.name, changed.revision) == ("grace", 2)
+
+
+def test_a_second_of_the_same_name_is_a_conflict(catalog):
+    with catalog.write() as tx:
+        tx.add(Project(name="a"))
+    with pytest.raises(Conflict), catalog.write() as tx:
+        tx.add(Project(name="b"))
+        tx.add(Project(name="a"))
+    assert names(catalog) == ["a"]
+
+
+def test_an_illegal_move_is_a_conflict(catalog):
+    with catalog.write() as tx:
+        job = tx.add(Job(project_id="p", kind="train", spec={}))
+    with pytest.raises(Conflict), catalog.write() as tx:
+        tx.update(job, status="succeeded")  # it never ran
+
+
+def test_another_projects_noun_is_not_found(catalog):
+    with catalog.write() as tx:
+        job = tx.add(Job(project_id="mine", kind="train", spec={}))
+    with catalog.read() as tx, pytest.raises(NotFound):
+        tx.get(Job, job.id, project_id="theirs")
+
+
+def test_a_busy_catalog_is_unavailable_and_recovers(catalog, tmp_path):
+    other = sqlite3.connect(tmp_path / "catalog.sqlite", isolation_level=None)
+    other.execute("BEGIN IMMEDIATE")
+    with pytest.raises(CatalogUnavailable) as caught, catalog.write() as tx:
+        tx.add(Project(name="never"))
+    assert caught.value.retry_after > 0
+    assert names(catalog) == []  # readers go on
+    other.execute("ROLLBACK")
+    other.close()
+    with catalog.write() as tx:
+        tx.add(Project(name="now"))
+    assert names(catalog) == ["now"]
+
+
+def test_a_reader_sees_one_moment(catalog):
+    with catalog.write() as tx:
+        tx.add(Project(name="a"))
+    with catalog.read() as before:
+        assert before.count(Project) == 1
+        with catalog.write() as tx:
+            tx.add(Project(name="b"))
+        assert before.count(Project) == 1
+    assert names(catalog) == ["a", "b"]
+
+
+def test_acknowledged_changes_are_synced_and_progress_is_not(catalog):
+    def synchronous(tx):
+        return tx.execute(sa.text("PRAGMA synchronous")).scalar_one()
+
+    with catalog.write(durable=False) as tx:
+        assert synchronous(tx) == 1  # NORMAL
+    with catalog.write() as tx:
+        assert synchronous(tx) == 2  # FULL: also on a connection that was used for progress before
+    with catalog.write(durable=False) as tx:
+        assert synchronous(tx) == 1
+
+
+def test_counters_rise_with_their_topic_only(catalog):
+    before = catalog.counters()
+    with catalog.write() as tx:
+        tx.add(Project(name="a"))
+        tx.add(User(name="ada"))
+    after = catalog.counters()
+    assert after["access"] == before.get("access", 0) + 1
+    assert after.get("routing") == before.get("routing")
+    with catalog.read() as tx:
+        assert tx.counter("access") == after["access"]
+        assert tx.counter("no such topic") == 0
+    with pytest.raises(RuntimeError), catalog.write() as tx:
+        tx.add(User(name="grace"))
+        raise RuntimeError
+    assert catalog.counters() == after
+
+
+def test_pages_are_newest_first_and_complete(catalog):
+    with catalog.write() as tx:
+        for number in range(7):
+            tx.add(Project(id=f"proj_{number}", name=str(number)))
+        tx.add(User(name="ada"))
+    seen, after, more = [], None, True
+    while more:
+        with catalog.read() as tx:
+            page = tx.page(Project, limit=3, after=after)
+        assert len(page.items) <= 3
+        seen += [project.name for project in page.items]
+        after, more = page.items[-1].id, page.has_more
+    assert seen == ["6", "5", "4", "3", "2", "1", "0"]
+    with catalog.read() as tx:
+        assert tx.page(Project, limit=7).has_more is False
+
+
+def test_writers_in_threads_lose_nothing(tmp_path):
+    catalog = Catalog(tmp_path / "threads.sqlite")
+    catalog.migrate()
+    with catalog.write() as tx:
+        tx.add(User(id="user_1", name="0"))
+
+    def count_up() -> None:
+        for _ in range(10):
+            with catalog.write(durable=False) as tx:
+                user = tx.get(User, "user_1")
+                tx.update(user, name=str(int(user.name) + 1))
+
+    threads = [threading.Thread(target=count_up) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    with catalog.read() as tx:
+        assert tx.get(User, "user_1").name == "40"
+    catalog.close()
+
+
+def test_values_stay_data(catalog):
+    hostile = "'; DROP TABLE projects; --"
+    with catalog.write() as tx:
+        tx.add(Project(name=hostile))
+    with catalog.read() as tx:
+        assert tx.find(Project, name=hostile).name == hostile
+        assert tx.find(Project, name="' OR '1'='1") is None
+        assert tx.page(Project, after="' OR 1=1 --").items == []
