@@ -21,6 +21,7 @@ from modelworks.api.services import Services
 from modelworks.control.access import Access
 from modelworks.control.deployments import Deployments
 from modelworks.control.library import Library
+from modelworks.core import telemetry
 from modelworks.core.settings import Settings
 from modelworks.core.specs import KeySpec
 from modelworks.core.tensors import pack
@@ -115,6 +116,11 @@ class House:
     def make_key(self, role: str, **spec: Any) -> str:
         return self.services.access.create_key(self.caller(), KeySpec(name=f"k-{role}", role=role, **spec))[1]  # type: ignore[arg-type]
 
+    def head(self, method: str, path: str, *more: str) -> bytes:
+        """The head of a request with the administrator's key, for sockets."""
+        lines = [f"{method} {path} HTTP/1.1", "host: x", f"authorization: Bearer {self.keys['admin']}", *more]
+        return ("\r\n".join(lines) + "\r\n\r\n").encode()
+
     def raw(self, data: bytes, *, seconds: float = 5.0, gap: float = 0.0) -> bytes:
         """Send `data` on a fresh connection (a byte each `gap` seconds) and read until the end or for `seconds`."""
         with socket.create_connection(("127.0.0.1", self.port), timeout=seconds) as connection:
@@ -141,6 +147,7 @@ def read_all(connection: socket.socket) -> bytes:
 @contextlib.contextmanager
 def house(home: Path, **settings: Any) -> Iterator[House]:
     """A served House in `home`."""
+    telemetry.configure("critical")
     home.mkdir(parents=True, exist_ok=True)
     catalog = Catalog(home / "catalog.db")
     catalog.migrate()

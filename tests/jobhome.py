@@ -19,7 +19,7 @@ from modelworks.store.catalog import Catalog
 
 IRIS = {"target": "species", "algorithm": "logistic-regression"}
 # long enough to be killed in
-LONG = {**IRIS, "validation": {"kfold": 10, "repeats": 8}}
+LONG = {**IRIS, "validation": {"kfold": 10, "repeats": 5}}
 
 
 class Home:
@@ -57,12 +57,12 @@ class Home:
         job = self.succeeded(self.upload(who, text, name, schema=schema))
         return self.library.dataset(who, job.result["dataset"])
 
-    def succeeded(self, job: Job, timeout: float = 60) -> Job:
+    def succeeded(self, job: Job, timeout: float = 120) -> Job:
         ended = self.library.wait(job.id, timeout)
         assert ended.status == "succeeded", (ended.status, ended.stage, ended.error, self.log(job))
         return ended
 
-    def ended(self, job: Job, timeout: float = 60) -> Job:
+    def ended(self, job: Job, timeout: float = 120) -> Job:
         ended = self.library.wait(job.id, timeout)
         assert ended.status in FINAL_JOB_STATES, (ended.status, ended.stage)
         return ended

@@ -1,4 +1,4 @@
-"""What the tests of training, evaluation and packages share: real tables and a job context that keeps what it is told."""
+"""What the tests of learning share: real tables, and a job context that keeps what it is told."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def mixed(rows: int = 200, seed: int = 0) -> Table:
     )
     types = ["number", "integer", "boolean", "category", "category", "time", "number", "boolean", "integer"]
     return table, [
-        Column(name=name, type=kind, nullable=table.column(name).null_count > 0)  # type: ignore[arg-type]
+        Column(name=name, type=kind, nullable=table.column(name).null_count > 0)
         for name, kind in zip(table.column_names, types, strict=True)
     ]
 
@@ -96,8 +96,15 @@ def mixed(rows: int = 200, seed: int = 0) -> Table:
 def run(data: Table, workdir: Path, ctx: Context | None = None, test: pa.Table | None = None, **spec: Any) -> Trained:
     whole = TrainingSpec.model_validate({"model": "m", "dataset": "d:1", "target": "target"} | spec)
     return train(
-        data[0], data[1], whole, ctx or Context(workdir), test_table=test, dataset_ref="d:1", dataset_digest="0" * 64, code_version="1"
-    )  # fmt: skip
+        data[0],
+        data[1],
+        whole,
+        ctx or Context(workdir),
+        test_table=test,
+        dataset_ref="d:1",
+        dataset_digest="0" * 64,
+        code_version="1",
+    )
 
 
 def packaged(trained: Trained, workdir: Path) -> Package:

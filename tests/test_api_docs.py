@@ -10,9 +10,9 @@ from typing import Any
 
 import jsonschema_rs
 import pytest
-from api_house import House, house
 
 from modelworks.core.types import Dataset, Job, Key, Replica
+from tests.api_house import House, house
 
 
 @pytest.fixture(scope="module")

@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from api_house import ROW, House, house, read_all
 
 from modelworks.api.body import check_depth
 from modelworks.api.routes import Routes, RouteTable
 from modelworks.core.errors import InvalidInput
 from modelworks.core.specs import ProjectSpec
 from modelworks.security import policy
+from tests.api_house import ROW, House, house, read_all
 
 PUBLIC = {"/health", "/docs", "/docs/start.js", "/docs/{asset}", "/openapi.json"}
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE")

@@ -12,7 +12,7 @@ from modelworks.core.errors import ModelworksError
 from tests.server import RunningServer, until
 
 ROW = {"sepal length (cm)": 5.1, "sepal width (cm)": 3.5, "petal length (cm)": 1.4, "petal width (cm)": 0.2}
-LONG = {"kfold": 5, "repeats": 40}  # some seconds of training, a checkpoint after each fold
+LONG = {"kfold": 5, "repeats": 12}  # some seconds of training, a checkpoint after each fold
 
 
 def prepare(server: RunningServer) -> None:
@@ -26,7 +26,7 @@ def prepare(server: RunningServer) -> None:
 
 def answers(server: RunningServer) -> bool:
     try:
-        return server.client.deployments.predict("iris", [ROW]).outputs[0]["label"] == "setosa"
+        return server.client.deployments.predict("iris", [ROW]).outputs[0].label == "setosa"
     except (ModelworksError, OSError):
         return False
 
@@ -103,9 +103,9 @@ def test_revocation_takes_effect_within_a_second(server: RunningServer) -> None:
     prepare(server)
     made = server.client.keys.create(name="shop", role="invoke-only")
     body = {"inputs": [ROW]}
-    with server.http(made.secret) as shop:
+    with server.http(made.key) as shop:
         path = "/api/v1/deployments/iris/predict"
         assert shop.post(path, json=body).status_code == 200
         assert shop.get("/api/v1/datasets").status_code == 403
-        server.client.keys.revoke(made.key.id)
+        server.client.keys.revoke(made.id)
         until(lambda: shop.post(path, json=body).status_code == 401, 1.0)

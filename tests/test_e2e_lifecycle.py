@@ -52,8 +52,8 @@ def test_the_wire_equals_training_on_every_row(iris: RunningServer) -> None:
     model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000)).fit(data.data, data.target)
     expected = model.predict_proba(data.data)
     names = [str(name) for name in data.target_names]
-    assert [out["label"] for out in answer.outputs] == [names[index] for index in expected.argmax(axis=1)]
-    found = np.array([[out["probabilities"][name] for name in names] for out in answer.outputs])
+    assert [out.label for out in answer.outputs] == [names[index] for index in expected.argmax(axis=1)]
+    found = np.array([[out.probabilities[name] for name in names] for out in answer.outputs])
     assert np.abs(found - expected).max() < 1e-4  # the solver stops within its own tolerance
     assert answer.model == "iris:1"
     assert answer.request_id
@@ -68,8 +68,8 @@ def test_both_protocols_answer_the_same(iris: RunningServer) -> None:
         answer = http.post("/v2/models/iris/infer", json={"inputs": tensors})
         assert answer.status_code == 200, answer.text
     outputs = {item["name"]: item for item in answer.json()["outputs"]}
-    assert outputs["label"]["data"] == [native["label"]]
-    assert outputs["probabilities"]["data"] == pytest.approx(list(native["probabilities"].values()))
+    assert outputs["label"]["data"] == [native.label]
+    assert outputs["probabilities"]["data"] == pytest.approx(list(native.probabilities.values()))
 
 
 @pytest.mark.parametrize(
@@ -114,7 +114,7 @@ def test_a_mixed_table_from_upload_to_prediction(iris: RunningServer, tmp_path) 
         client.deployments.put(name, model=name)
         client.deployments.wait_ready(name)
         row = {"area": None, "rooms": 3, "garden": True, "district": "never seen", "built": "1999-06-01"}
-        assert client.deployments.predict(name, [row]).outputs[0]["value"] > 10_000
+        assert client.deployments.predict(name, [row]).outputs[0].value > 10_000
         client.deployments.delete(name)
 
 
@@ -134,10 +134,10 @@ def test_a_gate_blocks_registration_and_says_so(iris: RunningServer) -> None:
         model="gated", dataset="iris", target="species", algorithm="logistic-regression",
         gates=[{"metric": "accuracy", "at_least": 0.999}],
     )  # fmt: skip
-    job = client.training_jobs.wait(job)
-    assert job.status == "failed"
-    assert job.error["code"] == "gate_failed"
-    assert "0.999" in job.error["message"]
+    with pytest.raises(InvalidInput, match=r"must be at least 0\.999; nothing was registered") as caught:
+        client.training_jobs.wait(job)
+    assert caught.value.code == "gate_failed"
+    assert client.training_jobs.get(job.id).status == "failed"
     with pytest.raises(NotFound):
         client.models.version("gated")
 
@@ -146,7 +146,7 @@ def test_export_and_import_elsewhere(iris: RunningServer, tmp_path) -> None:
     client = iris.client
     path = tmp_path / "iris.zip"
     client.models.export("iris:1", path)
-    imported = client.models.import_(path, name="elsewhere")
+    imported = client.models.import_("elsewhere", path)
     assert imported.digest == client.models.version("iris:1").digest
     client.deployments.put("elsewhere", model="elsewhere")
     client.deployments.wait_ready("elsewhere")

@@ -7,12 +7,13 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
-from serve_toys import gone, wait_for
 
 from modelworks.engines import process
 from modelworks.engines.process import MAX_CONFIG, spawn, tail_log, trim_log
+from tests.serve_toys import gone, wait_for
 
 CHILD = """
 import json, os, pathlib, signal, subprocess, sys, time
@@ -25,7 +26,8 @@ if config.get("stubborn"):
 if config.get("foreign"):
     pids.append(subprocess.Popen(["sleep", "60"]).pid)
 if config.get("grandchild"):
-    keep = spawn("mw_child", {"out": config["grandchild"], "foreign": True}, title="modelworks job 2", log=out.with_suffix(".log"))
+    log = out.with_suffix(".log")
+    keep = spawn("mw_child", {"out": config["grandchild"], "foreign": True}, title="modelworks job 2", log=log)
     pids.append(keep.pid)
 out.with_suffix(".tmp").write_text(json.dumps({"pids": pids, "env": dict(os.environ), "size": len(json.dumps(config))}))
 out.with_suffix(".tmp").rename(out)
@@ -57,11 +59,11 @@ def child(tmp_path, monkeypatch):
 def test_the_config_travels_over_stdin_alone(child, monkeypatch):
     monkeypatch.setenv("MODELWORKS_API_KEY", "mw_supersecret")
     one, told = child(secret="mw_supersecret", big="x" * 200_000)
-    command = open(f"/proc/{one.pid}/cmdline").read()
+    command = Path(f"/proc/{one.pid}/cmdline").read_text()
     assert command.startswith("modelworks job 1")
     assert "supersecret" not in command
     assert "supersecret" not in json.dumps(told["env"])
-    assert "supersecret" not in open(f"/proc/{one.pid}/environ").read()
+    assert "supersecret" not in Path(f"/proc/{one.pid}/environ").read_text()
     assert told["env"]["OMP_WAIT_POLICY"] == "PASSIVE"
     assert told["size"] > 200_000
     assert os.getpgid(one.pid) == one.pid

@@ -1,4 +1,4 @@
-"""Metrics equal scikit-learn's, weighted ones too; intervals cover; splits are scikit-learn's and respect groups and time."""
+"""Metrics equal scikit-learn's, weighted too; intervals cover; splits respect classes, groups and time."""
 
 from __future__ import annotations
 
@@ -84,9 +84,9 @@ def test_the_interval_over_folds_is_students_and_clipped() -> None:
 
 
 def test_the_bootstrap_interval_covers_the_truth_about_as_often_as_it_says() -> None:
-    """Accuracy of a coin that is right in 80 % of the rows: the 95 % interval of 60 samples holds 0.8 most times."""
+    """Accuracy of a coin that is right in 80 % of the rows: the 95 % interval of 30 samples holds 0.8 most times."""
     hits = 0
-    for seed in range(60):
+    for seed in range(30):
         random = np.random.default_rng(seed)
         right = random.random(120) < 0.8
         true = random.integers(0, 2, 120)
@@ -95,7 +95,7 @@ def test_the_bootstrap_interval_covers_the_truth_about_as_often_as_it_says() -> 
         found, resamples = over_rows(CLASSIFICATION, coin, {"accuracy": float(right.mean())}, seed)
         hits += found["accuracy"]["low"] <= 0.8 <= found["accuracy"]["high"]
         assert resamples == 1000
-    assert 52 <= hits <= 60
+    assert 26 <= hits <= 30
 
 
 def test_the_bootstrap_is_seeded_and_draws_repeated_rows_together() -> None:
@@ -176,7 +176,11 @@ def test_kfolds_are_scikit_learns() -> None:
         (Method(kfold=4), ms.KFold(4, shuffle=True, random_state=5), REGRESSION),
         (Method(kfold=4, stratify=False), ms.KFold(4, shuffle=True, random_state=5), CLASSIFICATION),
         (Method(kfold=4, shuffle=False), ms.StratifiedKFold(4), CLASSIFICATION),
-        (Method(kfold=4, repeats=2), ms.RepeatedStratifiedKFold(n_splits=4, n_repeats=2, random_state=5), CLASSIFICATION),
+        (
+            Method(kfold=4, repeats=2),
+            ms.RepeatedStratifiedKFold(n_splits=4, n_repeats=2, random_state=5),
+            CLASSIFICATION,
+        ),
         (Method(kfold=4, repeats=2), ms.RepeatedKFold(n_splits=4, n_repeats=2, random_state=5), REGRESSION),
     ]:
         expected = list(splitter.split(ROWS[:, None], Y))

@@ -1,4 +1,4 @@
-"""Evaluating models that exist: trained again part by part, or their own graph on a test set; and one against another."""
+"""Evaluating models that exist: trained again part by part, or by their own graph on a test set; and comparing."""
 
 from __future__ import annotations
 
@@ -7,16 +7,18 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
-from tests.learning import Context, bundled, mixed, packaged, run
 
 from modelworks.core.errors import InvalidInput
 from modelworks.core.specs import EvaluationSpec
 from modelworks.core.types import Column
 from modelworks.ml.evaluate.evaluate import Evaluated, evaluate
 from modelworks.ml.package import Manifest, Package
+from tests.learning import Context, bundled, mixed, packaged, run
 
 
-def assess(package: Package, data: tuple[pa.Table, list[Column]], ctx: Context, other: Package | None = None, **spec: Any) -> Evaluated:
+def assess(
+    package: Package, data: tuple[pa.Table, list[Column]], ctx: Context, other: Package | None = None, **spec: Any
+) -> Evaluated:
     whole = EvaluationSpec.model_validate({"model": "m:1"} | ({"compare": "m:2"} if other else {}) | spec)
     return evaluate(whole, package, data[0], data[1], ctx, other=other)
 
@@ -40,11 +42,19 @@ def test_repeated_kfold(tmp_path: Path) -> None:
 
 def test_a_test_set_is_answered_by_the_packaged_graph(tmp_path: Path) -> None:
     table, columns = mixed(300)
-    spec: dict[str, Any] = {"algorithm": "gradient-boosted-trees", "target": "ill", "hyperparameters": {"n_estimators": 20}}
+    spec: dict[str, Any] = {
+        "algorithm": "gradient-boosted-trees",
+        "target": "ill",
+        "hyperparameters": {"n_estimators": 20},
+    }
     trained = run((table.slice(0, 200), columns), tmp_path, features=["age", "visits", "member", "city"], **spec)
     found = assess(
-        packaged(trained, tmp_path), (table.slice(200), columns), Context(tmp_path), method={"test": "held:1"}, gates=[{"metric": "accuracy", "at_least": 0.99}]
-    )  # fmt: skip
+        packaged(trained, tmp_path),
+        (table.slice(200), columns),
+        Context(tmp_path),
+        method={"test": "held:1"},
+        gates=[{"metric": "accuracy", "at_least": 0.99}],
+    )
     assert found.details["test_rows"] == [100]
     assert 0.7 < found.metrics["accuracy"]["mean"] < 0.99
     assert found.details["gates"][0]["passed"] is False
@@ -73,7 +83,9 @@ def test_models_whose_row_ops_differ_are_compared_on_common_rows(tmp_path: Path)
     every = packaged(run(data, tmp_path, **spec), tmp_path)
     fewer = packaged(run(data, tmp_path, transforms=["drop-missing", "standardise"], **spec), tmp_path)
     found = assess(every, data, Context(tmp_path), fewer, method={"kfold": 3})
-    gaps = sum(a is None or b is None for a, b in zip(*(data[0].column(n).to_pylist() for n in ("age", "visits")), strict=True))
+    gaps = sum(
+        a is None or b is None for a, b in zip(*(data[0].column(n).to_pylist() for n in ("age", "visits")), strict=True)
+    )
     assert found.details["comparison"]["rows"] == 200 - gaps
 
 

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from jobhome import IRIS, LONG, Home, caller, gone, iris_csv, kill, until
 
 from modelworks.core.errors import LeaseLost
 from modelworks.core.specs import TrainingSpec
@@ -19,6 +18,7 @@ from modelworks.jobs import steps
 from modelworks.jobs.context import Context
 from modelworks.jobs.queue import Queue, still_running
 from modelworks.jobs.steps import Step
+from tests.jobhome import IRIS, LONG, Home, caller, gone, iris_csv, kill, until
 
 WHO = caller()
 
@@ -27,7 +27,10 @@ WHO = caller()
 def busy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Home]:
     """A home whose worker runs throughout, with the iris data in it."""
     home = Home(tmp_path_factory.mktemp("busy") / "home")
-    home.start()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MODELWORKS_API_KEY", "mw_secret")
+        patch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+        home.start()
     home.ingest(WHO, iris_csv())
     yield home
     home.close()
@@ -75,6 +78,14 @@ def test_the_same_file_and_the_same_training_again_make_no_new_version(busy: Hom
     assert other.model_version == "same:2"
     old, new = busy.library.model_versions(WHO, "same")
     assert old.lineage["dataset_digest"] != new.lineage["dataset_digest"]
+
+
+def test_a_bundled_source_is_read(busy: Home) -> None:
+    job = busy.succeeded(busy.library.upload_dataset(WHO, name="wine", source="sklearn:wine"))
+    assert busy.library.dataset(WHO, "wine").source == "sklearn:wine"
+    assert job.result == {
+        "dataset": "wine:1", "dataset_id": busy.library.dataset(WHO, "wine").id, "name": "wine", "version": 1,
+    }  # fmt: skip
 
 
 def test_what_was_kept_for_a_job_goes_with_it(busy: Home) -> None:
@@ -169,6 +180,24 @@ def test_a_cancelled_job_ends_and_leaves_nothing(busy: Home) -> None:
     assert busy.library.cancel(WHO, job.id).status == "cancelled"
     assert count(busy, ModelVersion, name="cancelled") == 0
     assert count(busy, Report, model="cancelled") == 0
+
+
+def test_a_jobs_process_has_no_secret_in_its_environment(busy: Home) -> None:
+    job = busy.library.train(WHO, training("environment", **LONG))
+    pid = until(lambda: busy.child_of(job))
+    names = {pair.partition(b"=")[0].decode() for pair in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")}
+    busy.library.cancel(WHO, job.id)
+    assert "PATH" in names
+    assert not [name for name in names if "KEY" in name or "SECRET" in name or name.startswith("MODELWORKS")]
+    assert busy.ended(job).status == "cancelled"
+
+
+@pytest.mark.slow
+def test_a_job_without_enough_memory_fails_and_says_so(busy: Home) -> None:
+    job = busy.ended(busy.library.train(WHO, training("starved", resources={"memory_mb": 64})))
+    assert (job.status, job.attempt) == ("failed", 5)
+    assert job.error is not None
+    assert job.error["code"] in ("died", "out_of_memory")
 
 
 def test_a_paused_job_goes_on_after_its_last_fold(busy: Home) -> None:

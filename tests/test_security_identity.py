@@ -71,7 +71,12 @@ class House:
         with self.catalog.write() as tx:
             key = tx.add(
                 Key(
-                    project_id=project.id, name="k", role=role, digest=self.secret.digest(text), hint=text[-4:], **fields
+                    project_id=project.id,
+                    name="k",
+                    role=role,
+                    digest=self.secret.digest(text),
+                    hint=text[-4:],
+                    **fields,
                 )
             )
         return key, text
@@ -87,7 +92,7 @@ class House:
             return tx.update(tx.get(type(noun), noun.id), **changes)
 
 
-@pytest.fixture()
+@pytest.fixture
 def house(tmp_path):
     house = House(tmp_path)
     yield house
@@ -406,7 +411,7 @@ def test_no_key_stands_in_the_authenticators_memory_as_text(house):
     _, text = house.key()
     house.authenticator.authenticate(bearer(text))
     house.authenticator.cached(bearer(text).encode())
-    held = repr({name: value for name, value in vars(house.authenticator).items()})
+    held = repr(dict(vars(house.authenticator).items()))
     assert text not in held
     assert text[3:] not in held
 

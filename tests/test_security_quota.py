@@ -16,7 +16,7 @@ class Clock:
         return self.now
 
 
-@pytest.fixture()
+@pytest.fixture
 def clock():
     return Clock()
 

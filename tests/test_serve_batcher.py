@@ -2,13 +2,13 @@
 
 import numpy as np
 import pytest
-from serve_toys import FAULTY, SIGNATURE, tensor
 
 from modelworks.core.errors import DeadlineExceeded, InvalidInput, ModelworksError
 from modelworks.core.tensors import Tensor, pack, to_numpy, unpack
 from modelworks.core.types import Signature, TensorSpec
 from modelworks.serve.batcher import Batcher
 from modelworks.serve.wire import Part
+from tests.serve_toys import FAULTY, SIGNATURE, tensor
 
 
 class Model:
@@ -81,7 +81,9 @@ def test_calls_of_different_shapes_never_meet(clock):
         inputs=[TensorSpec(name="x", datatype="FP32", shape=[-1, -1])],
         outputs=[TensorSpec(name="n", datatype="INT64", shape=[-1])],
     )
-    batcher = Batcher(lambda inputs: seen.append(inputs["x"].shape) or {"n": inputs["x"].sum(1)}, signature, clock=clock)
+    batcher = Batcher(
+        lambda inputs: seen.append(inputs["x"].shape) or {"n": inputs["x"].sum(1)}, signature, clock=clock
+    )
     for i, width in enumerate([2, 3, 2, 3]):
         batcher.admit(i, [pack("x", "FP32", [1, width], [1.0] * width)], 200.0)
         clock.now += 1
@@ -181,7 +183,11 @@ def test_texts_integers_and_booleans_arrive_in_wire_form(clock):
 
     batcher = Batcher(predict, signature, clock=clock)
     for i, text in enumerate(["ü", ""]):
-        data = [pack("n", "INT64", [1, 1], [i]), Tensor("b", "BOOL", [1, 1], bytes([2 * i])), pack("t", "BYTES", [1, 1], [text])]
+        data = [
+            pack("n", "INT64", [1, 1], [i]),
+            Tensor("b", "BOOL", [1, 1], bytes([2 * i])),
+            pack("t", "BYTES", [1, 1], [text]),
+        ]
         batcher.admit(i, data, 200.0)
     found = {id: part.outputs for id, part, _ in batcher.step()}
     assert seen["b"].tolist() == [[0], [2]], "2 is a missing boolean"
@@ -218,5 +224,3 @@ def test_a_model_whose_outputs_are_not_rows_runs_call_by_call(clock):
             found |= values(batcher.step())
         assert found == {(turn, i): [float(i)] for i in range(3)}
     assert calls == [3, 1, 1, 1, 1, 1, 1], "tried together once, then never again"
-
-

@@ -4,15 +4,14 @@ import asyncio
 import contextlib
 import os
 import stat
-import time
 import threading
+import time
 
 import numpy as np
 import pytest
 import uvloop
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from serve_toys import FAULTY, SECRET, SIGNATURE, toy_call, toy_predict
 
 from modelworks.core.errors import DeadlineExceeded, InvalidInput, ModelworksError, Unavailable
 from modelworks.core.tensors import pack, unpack
@@ -21,6 +20,7 @@ from modelworks.serve import wire
 from modelworks.serve.batcher import Batcher
 from modelworks.serve.channel import LinkLost, connect
 from modelworks.serve.host import Host
+from tests.serve_toys import FAULTY, SECRET, SIGNATURE, toy_call, toy_predict
 
 
 @contextlib.asynccontextmanager

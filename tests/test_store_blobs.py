@@ -28,7 +28,7 @@ Blobs(Path(sys.argv[1])).put_chunks(chunks())
 """
 
 
-@pytest.fixture()
+@pytest.fixture
 def blobs(tmp_path):
     return Blobs(tmp_path / "blobs")
 
@@ -113,7 +113,18 @@ def test_putting_an_old_blob_again_makes_it_young(blobs):
 
 @pytest.mark.parametrize(
     "digest",
-    ["", "..", "../../etc/passwd", "/etc/passwd", "a" * 63, "A" * 64, "a" * 65, "../" + "a" * 61, "a" * 64 + "\n", "%2e%2e"],
+    [
+        "",
+        "..",
+        "../../etc/passwd",
+        "/etc/passwd",
+        "a" * 63,
+        "A" * 64,
+        "a" * 65,
+        "../" + "a" * 61,
+        "a" * 64 + "\n",
+        "%2e%2e",
+    ],
 )
 @pytest.mark.parametrize("verb", ["get", "path", "exists", "size"])
 def test_what_is_not_a_digest_is_refused(blobs, verb, digest):

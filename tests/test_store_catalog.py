@@ -13,7 +13,7 @@ from modelworks.core.types import Job, Key, Project, User
 from modelworks.store.catalog import Catalog
 
 
-@pytest.fixture()
+@pytest.fixture
 def catalog(tmp_path):
     catalog = Catalog(tmp_path / "catalog.sqlite", busy_timeout=0.1)
     catalog.migrate()
@@ -27,10 +27,14 @@ def names(catalog):
 
 
 def test_an_error_undoes_the_whole_transaction(catalog):
-    with pytest.raises(RuntimeError), catalog.write() as tx:
-        tx.add(Project(name="a"))
-        tx.add(Project(name="b"))
-        raise RuntimeError
+    def fail() -> None:
+        with catalog.write() as tx:
+            tx.add(Project(name="a"))
+            tx.add(Project(name="b"))
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail()
     assert names(catalog) == []
     with catalog.write() as tx:  # the connection is usable again
         tx.add(Project(name="c"))
@@ -62,9 +66,14 @@ def test_a_stale_revision_is_a_conflict_and_changes_nothing(catalog):
 def test_a_second_of_the_same_name_is_a_conflict(catalog):
     with catalog.write() as tx:
         tx.add(Project(name="a"))
-    with pytest.raises(Conflict), catalog.write() as tx:
-        tx.add(Project(name="b"))
-        tx.add(Project(name="a"))
+
+    def again() -> None:
+        with catalog.write() as tx:
+            tx.add(Project(name="b"))
+            tx.add(Project(name="a"))
+
+    with pytest.raises(Conflict):
+        again()
     assert names(catalog) == ["a"]
 
 
@@ -130,9 +139,14 @@ def test_counters_rise_with_their_topic_only(catalog):
     with catalog.read() as tx:
         assert tx.counter("access") == after["access"]
         assert tx.counter("no such topic") == 0
-    with pytest.raises(RuntimeError), catalog.write() as tx:
-        tx.add(User(name="grace"))
-        raise RuntimeError
+
+    def fail() -> None:
+        with catalog.write() as tx:
+            tx.add(User(name="grace"))
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail()
     assert catalog.counters() == after
 
 

@@ -26,7 +26,7 @@ def tables(path: Path) -> dict[str, str]:
     return {name: " ".join(sql.split()) for name, sql in rows if name != "alembic_version"}
 
 
-@pytest.fixture()
+@pytest.fixture
 def created(tmp_path):
     catalog = Catalog(tmp_path / "created.sqlite")
     catalog.migrate()
@@ -34,7 +34,7 @@ def created(tmp_path):
     catalog.close()
 
 
-@pytest.fixture()
+@pytest.fixture
 def migrated(tmp_path):
     catalog = Catalog(tmp_path / "migrated.sqlite")
     migrations._alembic(catalog)

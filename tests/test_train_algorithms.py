@@ -82,6 +82,7 @@ def test_the_catalogues_and_the_runtime_import_nothing_heavy() -> None:
         "algorithms.describe(); catalogue.describe()\n"
         "from modelworks.ml.runtimes import registry, parity\n"
         "registry.RUNTIMES.get('onnx')\n"
+        "from modelworks.ml import build\n"
         "heavy = {'torch', 'sklearn', 'pandas', 'lightgbm', 'onnx', 'onnxruntime', 'scipy', 'skl2onnx', 'pyarrow'}\n"
         "print(sorted(heavy & set(sys.modules)))"
     )

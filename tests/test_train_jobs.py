@@ -1,4 +1,4 @@
-"""Training from table to package: equal to scikit-learn, alike in every algorithm, deterministic, resumable, clear in refusals."""
+"""Training from table to package: equal to scikit-learn, deterministic, resumable, and clear in its refusals."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
-from tests.learning import Context, Crash, Table, bundled, mixed, packaged, run
 
 from modelworks.core.errors import InvalidInput
 from modelworks.ml.base import Cancelled
@@ -16,6 +15,7 @@ from modelworks.ml.runtimes.onnx import OnnxRuntime
 from modelworks.ml.runtimes.parity import replay_parity
 from modelworks.ml.train.algorithms import TRAINERS
 from modelworks.ml.train.problem import pose
+from tests.learning import Context, Crash, Table, bundled, mixed, packaged, run
 
 QUICK: dict[str, dict[str, Any]] = {"gradient-boosted-trees": {"n_estimators": 10}}
 CASES = [(name, task) for name in TRAINERS for task in TRAINERS.get(name).tasks]
@@ -68,7 +68,11 @@ def test_regression_folds_equal_scikit_learns(tmp_path: Path) -> None:
 def test_every_algorithm_packages_the_same_answers(algorithm: str, task: str, tmp_path: Path) -> None:
     table, columns = mixed()
     target = "score" if task == "tabular-regression" else "ill"
-    spec = {"algorithm": algorithm, "target": target, "features": ["age", "visits", "member", "city", "day"]}
+    spec: dict[str, Any] = {
+        "algorithm": algorithm,
+        "target": target,
+        "features": ["age", "visits", "member", "city", "day"],
+    }
     trained = run((table, columns), tmp_path, hyperparameters=QUICK.get(algorithm, {}), **spec)
     again = run((table, columns), tmp_path, hyperparameters=QUICK.get(algorithm, {}), **spec)
     assert trained.manifest.digest == again.manifest.digest
@@ -87,7 +91,7 @@ def test_every_algorithm_packages_the_same_answers(algorithm: str, task: str, tm
 @pytest.mark.parametrize("name", ["wine", "breast_cancer"])
 @pytest.mark.parametrize("algorithm", ["logistic-regression", "sgd-classifier", "gradient-boosted-trees"])
 def test_the_graph_equals_the_library_on_every_row(name: str, algorithm: str, tmp_path: Path) -> None:
-    """Training already refuses a package that differs from its own side; this holds the library's answers against it."""
+    """Training refuses a package that differs from its own side; this holds the library against it."""
     data = bundled(name)
     trained = run(
         data, tmp_path, algorithm=algorithm, transforms=["standardise"], hyperparameters=QUICK.get(algorithm, {})
@@ -203,8 +207,13 @@ def test_trees_tell_the_task_from_an_integer_target(tmp_path: Path) -> None:
     few = run(mixed(), tmp_path, algorithm="gradient-boosted-trees", target="grade", hyperparameters=quick)
     assert few.manifest.task == "tabular-classification"
     numbers = run(
-        mixed(), tmp_path, algorithm="gradient-boosted-trees", target="grade", task="tabular-regression", hyperparameters=quick
-    )  # fmt: skip
+        mixed(),
+        tmp_path,
+        algorithm="gradient-boosted-trees",
+        target="grade",
+        task="tabular-regression",
+        hyperparameters=quick,
+    )
     assert numbers.manifest.task == "tabular-regression"
 
 
@@ -264,7 +273,7 @@ def test_cancel_stops_a_fit_that_would_take_minutes(algorithm: str, tmp_path: Pa
 
 def test_a_failed_gate_carries_the_report(tmp_path: Path) -> None:
     gates = [{"metric": "accuracy", "at_least": 0.5}, {"metric": "log_loss", "at_most": 0.001}]
-    with pytest.raises(InvalidInput, match="log_loss is .* must be at most 0.001; nothing was registered") as refused:
+    with pytest.raises(InvalidInput, match=r"log_loss is .* must be at most 0\.001; nothing was registered") as refused:
         run(bundled("iris"), tmp_path, algorithm="logistic-regression", metrics=["accuracy"], gates=gates)
     assert refused.value.code == "gate_failed"
     assert refused.value.detail["gate"] == gates[1]
@@ -382,8 +391,14 @@ def test_group_and_time_columns_are_no_features(tmp_path: Path) -> None:
 
     table, columns = mixed()
     spec = TrainingSpec.model_validate(
-        {"model": "m", "dataset": "d", "target": "ill", "algorithm": "logistic-regression", "validation": {"kfold": 3, "group": "clinic"}}
-    )  # fmt: skip
+        {
+            "model": "m",
+            "dataset": "d",
+            "target": "ill",
+            "algorithm": "logistic-regression",
+            "validation": {"kfold": 3, "group": "clinic"},
+        }
+    )
     problem = pose(table, columns, spec)
     assert "clinic" not in {column.name for column in problem.columns}
     assert "day" in {column.name for column in problem.columns}

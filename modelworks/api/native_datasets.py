@@ -12,6 +12,7 @@ from starlette.responses import Response
 
 from modelworks.api import errors, schemas
 from modelworks.api.body import check_depth, decode_json
+from modelworks.api.events import Stopping
 from modelworks.api.routes import After, Limit, NamePath, Routes, Use, VersionPath, Who, accepted, answer, listing
 from modelworks.api.services import Services
 from modelworks.api.uploads import receive_form
@@ -81,7 +82,7 @@ async def create_dataset(request: Request, services: Use, caller: Who) -> Respon
                 caller, name=name, path=form.path, source=source, filename=form.filename, schema=schema
             )
         )
-    job = await finished(services, caller, job)
+    job = await finished(request, services, caller, job)
     if job.status not in FINAL_JOB_STATES:
         return accepted(job.public(), f"/api/v1/jobs/{job.id}")
     if job.status != "succeeded":
@@ -129,13 +130,15 @@ def _schema(text: str | None) -> TableSchema:
         raise InvalidInput(f"the form field `schema`: {error.message}", param="schema") from None
 
 
-async def finished(services: Services, caller: Caller, job: Job, seconds: float | None = None) -> Job:
-    """The job once it is final, or as it is after `seconds`. No thread waits meanwhile."""
+async def finished(request: Request, services: Services, caller: Caller, job: Job) -> Job:
+    """The job once it is final, or as it is after a minute or when the server stops. No thread waits meanwhile."""
     loop = asyncio.get_running_loop()
-    until = loop.time() + (WAIT_SECONDS if seconds is None else seconds)
+    until = loop.time() + WAIT_SECONDS
     pause = POLL[0]
+    stopping = request.scope["state"].get("stopping") or Stopping()
     while job.status not in FINAL_JOB_STATES and loop.time() < until:
-        await asyncio.sleep(pause)
+        if await stopping.wait(pause):
+            break
         pause = min(pause * 1.5, POLL[1])
         job = await anyio.to_thread.run_sync(services.library.job, caller, job.id)
     return job

@@ -135,7 +135,7 @@ async def create_model_version(request: Request, services: Use, caller: Who, nam
                 licence=form.fields.get("licence") or None,
             )
         )
-    job = await finished(services, caller, job)
+    job = await finished(request, services, caller, job)
     if job.status not in FINAL_JOB_STATES:
         return accepted(job.public(), f"/api/v1/jobs/{job.id}")
     if job.status != "succeeded" or not job.model_version:

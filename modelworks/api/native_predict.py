@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import asyncio
 from typing import Any
 
 import msgspec
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 from starlette.responses import Response
 
 from modelworks.api import schemas
 from modelworks.api.body import decode_json
+from modelworks.api.calls import infer
 from modelworks.api.routes import NamePath, Routes, Use, Who, answer
-from modelworks.api.services import Services
 from modelworks.core.errors import InvalidInput
-from modelworks.core.types import Answer, Call, Caller
+from modelworks.core.types import Call
 from modelworks.serve.features import MAX_ROWS, decode_outputs, encode_rows
 
 routes = Routes("Deployments")
@@ -106,22 +105,3 @@ def decode_predict(data: bytes) -> PredictBody:
             param="inputs",
         )
     return body
-
-
-async def infer(request: Request, services: Services, caller: Caller, call: Call) -> Answer:
-    """The gateway's answer. When the client goes away first, the call is aborted in the replica too."""
-    work = asyncio.ensure_future(services.gateway.infer(caller.principal, call))
-    gone = asyncio.ensure_future(_gone(request))
-    try:
-        await asyncio.wait((work, gone), return_when=asyncio.FIRST_COMPLETED)
-        if not work.done():
-            raise ClientDisconnect
-        return work.result()
-    finally:
-        gone.cancel()
-        work.cancel()
-
-
-async def _gone(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass

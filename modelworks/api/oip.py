@@ -12,9 +12,9 @@ from starlette.responses import Response
 
 from modelworks.api import schemas
 from modelworks.api.body import decode_json
+from modelworks.api.calls import infer
 from modelworks.api.docs import release
 from modelworks.api.errors import NotImplementedHere
-from modelworks.api.native_predict import infer
 from modelworks.api.routes import NamePath, Routes, Use, Who, answer
 from modelworks.core.errors import InvalidInput, Unavailable
 from modelworks.core.tensors import BOOL_MISSING, INT64_MISSING, Tensor, element_count, pack, unpack

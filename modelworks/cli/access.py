@@ -36,7 +36,8 @@ def list_keys(session: Session, limit: Limit = 100, after: After = None) -> None
         ("id", "name", "role", "ends in", "scopes", "models", "expires", "revoked"),
         (
             (
-                one.id, one.name, one.role, one.hint, ", ".join(one.scopes) if one.scopes is not None else "all of the role",
+                one.id, one.name, one.role, one.hint,
+                ", ".join(one.scopes) if one.scopes is not None else "all of the role",
                 ", ".join(one.models) if one.models is not None else "all", when(one.expires_at), when(one.revoked_at),
             )
             for one in found.items

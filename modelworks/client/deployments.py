@@ -10,7 +10,7 @@ from modelworks.client.lists import page, path
 from modelworks.client.modes import Mode, Resource, call
 from modelworks.client.transport import Request
 from modelworks.client.types import Prediction, build
-from modelworks.core.errors import DeadlineExceeded, NotFound, Unavailable
+from modelworks.core.errors import DeadlineExceeded, ModelworksError, NotFound
 from modelworks.core.specs import DeploymentSpec
 from modelworks.core.types import Deployment, DeploymentRevision, Page, Replica
 
@@ -69,7 +69,7 @@ class Deployments(Resource[Mode]):
     async def wait_ready(
         self, name: str, *, timeout: float = 120.0, progress: Callable[[Deployment], None] | None = None
     ) -> Deployment:
-        """The deployment once its present spec is served. Raises Unavailable with its message when it failed."""
+        """The deployment once its present spec is served. Raises its message when it failed."""
         started = time.monotonic()
         while True:
             deployment = await self._get(name)
@@ -80,7 +80,7 @@ class Deployments(Resource[Mode]):
             if deployment.status == "deleting":
                 raise NotFound(f"deployment {name!r} is being deleted", code="deployment_not_found", param="name")
             if deployment.status == "failed":
-                raise Unavailable(
+                raise ModelworksError(
                     f"deployment {name!r} failed: {deployment.message or 'see its logs'}", code="deployment_failed"
                 )
             elapsed = time.monotonic() - started

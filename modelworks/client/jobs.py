@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from typing import Any
@@ -56,7 +57,9 @@ class Jobs(Resource[Mode]):
                     async for sent in self._http.carrier.events(response):
                         if sent.event == "end":
                             return
-                        event = self._http.validate(JobEvent, sent.json())
+                        if not sent.data:  # only a `retry:`, or a sign of life
+                            continue
+                        event = self._http.validate(JobEvent, json.loads(sent.data))
                         after, silent_since, pause = event.seq, time.monotonic(), _POLL[0]
                         yield event
             except httpx2.ReadTimeout:

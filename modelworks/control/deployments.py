@@ -164,7 +164,7 @@ class Deployments:
 
 
 def _check_name(name: str) -> None:
-    if not re.match(NAME_PATTERN, name):
+    if not re.fullmatch(NAME_PATTERN, name):
         raise InvalidInput(
             f"{name[:100]!r} cannot be a deployment's name: use 1 to 100 letters, digits, '.', '_' or '-'", param="name"
         )

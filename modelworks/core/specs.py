@@ -35,7 +35,7 @@ class Ref(Spec):
 
     @classmethod
     def parse(cls, text: str, what: str = "model") -> Ref:
-        match = _REF.match(text)
+        match = _REF.fullmatch(text)
         if not match:
             raise InvalidInput(
                 f"{text[:120]!r} does not name a {what}; write name, name:version or name@alias", param=what, code="bad_reference"

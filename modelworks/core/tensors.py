@@ -79,7 +79,7 @@ def element_count(shape: Sequence[int]) -> int:
 def pack(name: str, datatype: str, shape: Sequence[int], values: Sequence[Any]) -> Tensor:
     """A tensor from flat Python `values` (str or bytes for BYTES). Raises InvalidInput that names the tensor."""
     try:
-        size, code = DATATYPES[datatype]
+        _, code = DATATYPES[datatype]
     except KeyError:
         raise InvalidInput(
             f"{name!r} has datatype {datatype!r}; use one of {', '.join(DATATYPES)}", code="bad_datatype", param=name

@@ -1,6 +1,5 @@
-"""Packages as one file:
-
-export, import within bounds, and telling by its content what an upload is. Pickle never passes.
+"""Packages as one file: export, import within bounds, and telling by its content what an upload is. Pickle never
+passes.
 """
 
 from __future__ import annotations
@@ -35,9 +34,8 @@ _ACCEPTED = "upload an ONNX file or a package that was exported from here"
 
 
 def export_package(manifest: Manifest, locate: Callable[[str], Path], out: Path) -> None:
-    """Write `manifest` and its files to `out` as one ZIP:
-
-    stored, in order, without times, so equal packages are equal bytes.
+    """Write `manifest` and its files to `out` as one ZIP: stored, in order, without times, so equal packages are equal
+    bytes.
     """
     with zipfile.ZipFile(out, "w", zipfile.ZIP_STORED) as archive:
         archive.writestr(_entry(MANIFEST), manifest.canonical())

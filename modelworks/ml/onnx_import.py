@@ -1,6 +1,5 @@
-"""A user's own ONNX file:
-
-checked without trusting it, its signature read, run once, and packaged. onnx is imported inside.
+"""A user's own ONNX file: checked without trusting it, its signature read, run once, and packaged. onnx is imported
+inside.
 """
 
 from __future__ import annotations
@@ -319,8 +318,8 @@ def _samples(specs: list[TensorSpec], inputs: Batch, outputs: Batch) -> ParitySa
     finite = all(np.isfinite(array).all() for array in outputs.values() if array.dtype.kind == "f")
     if len(counts) != 1 or -1 in counts or size > _MAX_SAMPLE or not finite:
         return None
-    texts = {name: array.tolist() for name, array in outputs.items()}
-    return ParitySamples(inputs=batch_to_rows(inputs, specs), outputs=texts)
+    listed = {name: array.tolist() for name, array in outputs.items() if array.ndim}
+    return ParitySamples(inputs=batch_to_rows(inputs, specs), outputs=listed) if listed else None
 
 
 def _digest(path: Path) -> str:

@@ -17,8 +17,6 @@ from pydantic import BaseModel, ConfigDict, Field
 from modelworks.core.errors import InvalidInput
 from modelworks.core.types import Signature
 
-FORMAT = 1
-
 
 class PackageFile(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -42,7 +40,7 @@ class Manifest(BaseModel):
     """Everything about a model version but its weights."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
-    format: Literal[1] = FORMAT
+    format: Literal[1] = 1
     task: str
     runtime: str = "onnx"
     algorithm: str = ""

@@ -287,8 +287,9 @@ def _refuse_rows(rows: Any) -> NoReturn:
         raise InvalidInput(
             f"inputs has {len(rows)} rows; send at most {MAX_ROWS} at once", code="too_many_rows", param="inputs"
         )
+    came = "an empty one" if rows == [] else _shown(rows)
     raise InvalidInput(
-        f"inputs must be a list with at least one object of feature names and values, not {_shown(rows) if rows != [] else 'an empty one'}",
+        f"inputs must be a list with at least one object of feature names and values, not {came}",
         code="bad_inputs",
         param="inputs",
     )

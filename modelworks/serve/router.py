@@ -195,6 +195,8 @@ class Router:
 
     def _arrived(self, pending: Pending, item: Part | ModelworksError) -> None:
         """What the link brings for a call that is aboard."""
+        if pending.done:
+            return
         if isinstance(item, LinkLost):
             self._lost(pending, died=not item.expected)
             return
@@ -249,12 +251,15 @@ class Router:
             self._queue_again(pending)
 
     def _queue_again(self, pending: Pending) -> None:
-        """To the head of its queue; pumped from the loop, as links may be in the middle of failing their calls."""
+        """To the head of the queue, or to the suspects; pumped from the loop, as links may be in the middle of failing their calls."""
         lane = pending.lane
         if lane is not self._lanes.get(lane.route.key):
             self._fail(pending, NotFound(f"the deployment {lane.route.name!r} was deleted", param="deployment"))
             return
-        (lane.suspects if pending.deaths else lane.waiting).appendleft(pending)
+        if pending.deaths:
+            lane.suspects.append(pending)
+        else:
+            lane.waiting.appendleft(pending)
         lane.queued += 1
         asyncio.get_running_loop().call_soon(self._pump, lane)
 

@@ -1,4 +1,4 @@
-"""The blobs: bytes named by their SHA-256 in a local folder. Written aside, fsynced, renamed; never changed afterwards."""
+"""The blobs: bytes named by their SHA-256 in a local folder. Written aside, fsynced, renamed; never changed."""
 
 from __future__ import annotations
 

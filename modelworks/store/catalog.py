@@ -208,11 +208,6 @@ class Tx:
     def table(self, cls: type[Noun]) -> sa.Table:
         return schema.TABLES[cls]
 
-    def counter(self, topic: str) -> int:
-        """How often the nouns of `topic` have changed, as of this transaction."""
-        found = self.execute(sa.select(schema.changes.c.counter).where(schema.changes.c.topic == topic))
-        return int(found.scalar_one_or_none() or 0)
-
     def _touch(self, cls: type[Noun]) -> None:
         if topic := schema.TOPICS.get(cls):
             self._topics.add(topic)

@@ -1,17 +1,18 @@
 """Fetches an https URL that a user named, without letting the URL reach into the network this machine stands in.
 
-The name is resolved once and the connection goes to the address that was checked, so that a name which changes its address
-in between (DNS rebinding) gains nothing. Proxies of the environment are not used.
+The name is resolved once and the connection goes to the address that was checked, so that a name which changes its
+address in between (DNS rebinding) gains nothing. Proxies of the environment are not used.
 """
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import ipaddress
 import re
 import socket
 import ssl
-import time
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from urllib.parse import urljoin, urlsplit
@@ -21,7 +22,7 @@ from modelworks.core.errors import InvalidInput, PayloadTooLarge, Unavailable
 MAX_BYTES = 16 << 30
 MAX_REDIRECTS = 5
 TIMEOUT = 30.0  # seconds without progress
-DEADLINE = 3600.0  # seconds in all
+DEADLINE = 3600.0  # seconds for one answer
 _CHUNK = 1 << 20
 _MAX_URL = 4096
 
@@ -77,21 +78,25 @@ def download(
 ) -> Path:
     """The content of `url` as a file in `folder`, named as the URL's path ends.
 
-    InvalidInput for a URL that is refused and for answers other than 200; PayloadTooLarge beyond `max_bytes`; Unavailable
-    when the server cannot be reached. `resolve`, `dial` and `context` are for tests.
+    InvalidInput for a URL that is refused and for answers other than 200; PayloadTooLarge beyond `max_bytes`;
+    Unavailable when the server cannot be reached. `resolve`, `dial` and `context` are for tests.
     """
     context = context or ssl.create_default_context()
-    until = time.monotonic() + DEADLINE
     for _ in range(MAX_REDIRECTS + 1):
         host, port, target = check_url(url)
         connection = _connect(host, port, resolve, dial, context)
+        # a server that sends a byte now and then never runs into the socket's time-out
+        watchdog = threading.Timer(DEADLINE, connection.cut)
+        watchdog.daemon = True
+        watchdog.start()
         try:
-            following = _fetch(connection, target, url, folder, max_bytes, until)
+            following = _fetch(connection, target, url, folder, max_bytes)
         except (OSError, http.client.HTTPException) as error:
             raise Unavailable(
                 f"{host} broke off the answer ({type(error).__name__}); try again", param="source"
             ) from None
         finally:
+            watchdog.cancel()
             connection.close()
         if isinstance(following, Path):
             return following
@@ -130,6 +135,11 @@ class _Vetted(http.client.HTTPSConnection):
     def connect(self) -> None:
         self.sock = self._tls.wrap_socket(self._raw, server_hostname=self.host)
 
+    def cut(self) -> None:
+        """Ends the connection under a reader in another thread."""
+        with contextlib.suppress(OSError):
+            self.sock.shutdown(socket.SHUT_RDWR)
+
 
 def _connect(host: str, port: int, resolve: Resolve, dial: Dial, context: ssl.SSLContext) -> _Vetted:
     """A connection to one of the host's addresses, all of which must be public."""
@@ -153,7 +163,7 @@ def _connect(host: str, port: int, resolve: Resolve, dial: Dial, context: ssl.SS
     raise Unavailable(f"{host} cannot be reached; try again later", param="source")
 
 
-def _fetch(connection: _Vetted, target: str, url: str, folder: Path, max_bytes: int, until: float) -> Path | str:
+def _fetch(connection: _Vetted, target: str, url: str, folder: Path, max_bytes: int) -> Path | str:
     """The file, or the URL of a redirect."""
     headers = {"Accept": "*/*", "Accept-Encoding": "identity", "User-Agent": "modelworks"}
     connection.request("GET", target, headers=headers)
@@ -172,8 +182,6 @@ def _fetch(connection: _Vetted, target: str, url: str, folder: Path, max_bytes: 
                 size += len(chunk)
                 if size > max_bytes:
                     raise PayloadTooLarge(f"the file behind the URL has more than {max_bytes} bytes", param="source")
-                if time.monotonic() > until:
-                    raise Unavailable(f"{connection.host} took more than {DEADLINE:.0f} seconds", param="source")
                 file.write(chunk)
         announced = answer.getheader("Content-Length")
         if announced and announced.isdigit() and int(announced) != size:

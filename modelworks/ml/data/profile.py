@@ -188,9 +188,10 @@ def _histograms(data: Data, columns: Sequence[Column], described: dict[str, dict
             grid = _grid(described[column.name], column.type)
             name = f"epoch_us({quoted(column.name)})" if column.type == "time" else quoted(column.name)
             low, width, bins = grid
-            selected.append(
-                f"histogram(CAST(least(?, greatest(0, floor((CAST({name} AS DOUBLE) - ?) / ?))) AS INTEGER))"
-            )
+            # least and greatest pass over null, which must not be counted
+            where = f"FILTER (WHERE {quoted(column.name)} IS NOT NULL)"
+            bin_of = f"least(?, greatest(0, floor((CAST({name} AS DOUBLE) - ?) / ?)))"
+            selected.append(f"histogram(CAST({bin_of} AS INTEGER)) {where}")
             parameters += [bins - 1, low, width]
             grids.append(grid)
         found = data.one(f"SELECT {', '.join(selected)} FROM data", parameters)

@@ -54,7 +54,7 @@ _REFUSED_CONTENT = (
 )
 _TEXT_BYTES = bytes({*range(32, 256), 9, 10, 12, 13})
 _PICKLE = re.compile(
-    rb"\x80[\x02-\x05]|\(?c[A-Za-z_][\w.]*\n[A-Za-z_][\w.]*\n[(pq)tR0-9VSI]|\(i[\w.]+\n|[(\]}]?\(?[ld]p\d+\n"
+    rb"\x80[\x02-\x05]|[\]})]q\x00|\(?c[A-Za-z_][\w.]*\n[A-Za-z_][\w.]*\n[(pq)tR0-9VSI]|\(i[\w.]+\n|[(\]}]?\(?[ld]p\d+\n"
 )
 
 

@@ -25,8 +25,8 @@ _MAX_SOURCE = 4096
 def resolve(source: str, workdir: Path, *, offline: bool = False) -> Path:
     """A file on this machine that holds `source`; what is made or fetched goes to `workdir`.
 
-    InvalidInput for a source that cannot be understood or is refused, NotFound for one that is not there. `offline` refuses
-    URLs. Only for sources of the person at this machine: a server must not resolve paths that a request names.
+    InvalidInput for a source that cannot be understood or is refused, NotFound for one that is not there. `offline`
+    refuses URLs. Only for sources of the person at this machine: a server must not resolve paths that a request names.
     """
     if len(source) > _MAX_SOURCE or "\x00" in source:
         raise InvalidInput(f"a source has at most {_MAX_SOURCE} characters and no NUL", param="source")
@@ -80,9 +80,9 @@ def _sklearn(name: str, workdir: Path) -> Path:
     function, target = SKLEARN[name]
     bunch = getattr(datasets, function)()
     targets = bunch.target.reshape(len(bunch.data), -1).tolist()
-    names = getattr(bunch, "target_names", None)
-    if target and names is not None and len(names):
-        targets = [[str(names[int(value)])] for (value,) in targets]
+    names = [str(name) for name in getattr(bunch, "target_names", ())]
+    if target and names:
+        targets = [[names[int(value)]] for (value,) in targets]
     out = workdir / f"{name}.csv"
     with out.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")

@@ -85,7 +85,7 @@ def _wire(values: pa.ChunkedArray, column: Column) -> np.ndarray:
         if beyond.any():
             row = int(beyond.argmax())
             raise InvalidInput(
-                f"column {column.name!r}, row {row + 1}: {wide[row]!r} is beyond float32's range (3.4e38); "
+                f"column {column.name!r}, row {row + 1}: {float(wide[row])!r} is beyond float32's range (3.4e38); "
                 "scale the column first",
                 code="out_of_range",
                 param=column.name,

@@ -49,9 +49,8 @@ def compare(
 
 
 def mcnemar(model: Predictions, other: Predictions) -> dict[str, Any]:
-    """McNemar's exact test:
-
-    of the rows that only one of the two got right, is half each credible? Each row counts once.
+    """McNemar's exact test: of the rows that only one of the two got right, is half each credible? Each row counts
+    once.
     """
     from scipy.stats import binomtest
 

@@ -33,9 +33,8 @@ def predict_folds(
     span: tuple[float, float],
     prefix: str = "fold",
 ) -> list[Predictions]:
-    """For each part of `plan`:
-
-    fit on its training rows, predict its test rows. Rows outside the problem's are left out.
+    """For each part of `plan`: fit on its training rows, predict its test rows. Rows outside the problem's are left
+    out.
     """
     start, end = span
     count = len(plan.parts)
@@ -88,10 +87,7 @@ def _predict(problem: Problem, train: np.ndarray, test: np.ndarray, ctx: Span) -
 def summarise(
     task: str, parts: Sequence[Predictions], wanted: Sequence[str], classes: list[Any] | None, seed: int
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(metrics, details) of a report:
-
-    means with intervals, and confusion matrix or residual quantiles over all parts.
-    """
+    """(metrics, details) of a report: means with intervals, and confusion matrix or residual quantiles over all parts."""
     scores = [m.score(task, part, wanted) for part in parts]
     if len(parts) == 1:
         found, resamples = over_rows(task, parts[0], scores[0], seed)

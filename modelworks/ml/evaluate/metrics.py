@@ -38,10 +38,7 @@ class Predictions:
 
 
 def labels(probabilities: np.ndarray) -> np.ndarray:
-    """The class index of each row of [n, classes]:
-
-    the first of the largest in float32, as the served graph picks it.
-    """
+    """The class index of each row of [n, classes]: the first of the largest in float32, as the served graph picks it."""
     return probabilities.astype(np.float32).argmax(axis=1)
 
 

@@ -1,6 +1,5 @@
-"""The catalogue of algorithms:
-
-names, tasks and hyperparameters, and their check before a job is queued. Light: no numpy, no scikit-learn.
+"""The catalogue of algorithms: names, tasks and hyperparameters, and their check before a job is queued. Light: no
+numpy, no scikit-learn.
 """
 
 from __future__ import annotations

@@ -52,9 +52,8 @@ def find(columns: Sequence[Column], name: str, param: str) -> Column:
 
 
 def feature_columns(spec: TrainingSpec, columns: Sequence[Column]) -> list[Column]:
-    """The columns to learn from, in the dataset's order:
-
-    those named, else all but target, group and time of the split.
+    """The columns to learn from, in the dataset's order: those named, else all but target, group and time of the
+    split.
     """
     if spec.features is None:
         method = spec.validation

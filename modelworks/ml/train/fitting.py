@@ -1,6 +1,4 @@
-"""Running a fit that cannot be interrupted, so that a cancelled job ends within a second and warnings reach its
-events.
-"""
+"""Running a fit that cannot be interrupted: a cancelled job ends within a second, and warnings become its events."""
 
 from __future__ import annotations
 

@@ -1,6 +1,5 @@
-"""From a fitted model to a package:
-
-one graph from raw columns to answers, its manifest, and proof that it answers alike.
+"""From a fitted model to a package: one graph from raw columns to answers, its manifest, and proof that it answers
+alike.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""The hyperparameters of every built-in algorithm, declared as data:
-
-defaults as scikit-learn's and LightGBM's. Light.
-"""
+"""The hyperparameters of every built-in algorithm, declared as data: defaults as scikit-learn's and LightGBM's. Light."""
 
 from __future__ import annotations
 
@@ -90,7 +87,7 @@ class SgdClassifierParams(SgdParams):
     loss: Literal["log_loss", "hinge", "squared_hinge", "modified_huber", "perceptron"] = Field(
         "log_loss",
         description="log_loss is a logistic regression, hinge a linear support vector machine. Probabilities are the "
-        "sigmoid (two classes) or softmax (more) of the scores: calibrated at best for log_loss, for the others only an order",
+        "sigmoid (two classes) or softmax (more) of the scores: calibrated at best for log_loss, else only an order",
     )
     learning_rate: Literal["optimal", "constant", "invscaling", "adaptive"] = Field(
         "optimal", description="optimal: 1 / (alpha * (t + t0)); adaptive: eta0, a fifth of it at each standstill"

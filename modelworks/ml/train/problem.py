@@ -178,9 +178,8 @@ def _continuous(target: Column, distinct: int) -> InvalidInput:
 
 @dataclass(frozen=True)
 class TestSet:
-    """Labelled rows that a finished model is tested on:
-
-    `rows` are those that leading row ops keep, `target` is encoded.
+    """Labelled rows that a finished model is tested on: `rows` are those that leading row ops keep, `target` is
+    encoded.
     """
 
     batch: Batch
@@ -198,9 +197,8 @@ def pose_test(
     classes: list[Any] | None,
     leading: Sequence[TransformSpec] = (),
 ) -> TestSet:
-    """`table` as a test set for a model of these feature `columns` and `classes` (None:
-
-    a number). InvalidInput as in `pose`.
+    """`table` as a test set for a model of these feature `columns` and `classes` (None: a number). InvalidInput as in
+    `pose`.
     """
     label = target_column(target, classes)
     table = coerce(table, [*columns, label])

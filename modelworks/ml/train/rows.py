@@ -18,9 +18,8 @@ if TYPE_CHECKING:
 
 
 def split_leading(transforms: list[TransformSpec] | None) -> tuple[list[TransformSpec], list[TransformSpec] | None]:
-    """The row ops at the front, and the rest; null when nothing was given or nothing else is left:
-
-    the default preparation.
+    """The row ops at the front, and the rest; null when nothing was given or nothing else is left: the default
+    preparation.
     """
     if not transforms:
         return [], transforms

@@ -44,7 +44,9 @@ class SgdClassifier:
             signs = np.where(target[:, None] == (np.arange(classes) if classes > 2 else 1), 1.0, -1.0)
             return float(np.average(_margin_loss(scores * signs, params.loss).sum(axis=1), weights=weights))
 
-        _descend(estimator, features, params, ctx, epoch, loss, np.inf)  # a margin's loss may be large and its labels right
+        _descend(
+            estimator, features, params, ctx, epoch, loss, np.inf
+        )  # a margin's loss may be large and its labels right
         return _fitted(estimator, "sigmoid" if classes == 2 else "softmax")
 
 
@@ -83,7 +85,7 @@ def _arguments(params: Any, seed: int) -> dict[str, Any]:
 def _descend(
     estimator: Any, features: np.ndarray, params: Any, ctx: JobContext, epoch: Any, loss: Any, idle: float
 ) -> None:
-    """Epochs until the loss stands still; `adaptive` then first divides the rate by 5, down to 1e-6, as scikit-learn does.
+    """Epochs until the loss stands still; `adaptive` first divides the rate by 5, down to 1e-6, as scikit-learn does.
 
     `idle`: the loss of a model that says nothing; one that ends far above it has diverged, which is refused.
     """
