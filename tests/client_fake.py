@@ -37,7 +37,11 @@ class Reply:
 def problem(status: int, code: str, detail: str, *, param: str | None = None, **headers: str) -> Reply:
     body = {"type": f"urn:modelworks:error:{code}", "title": "x", "status": status, "detail": detail, "code": code}
     media = {"content-type": "application/problem+json"}
-    return Reply(body | {"param": param, "request_id": "req_1"}, status, media | {k.replace("_", "-"): v for k, v in headers.items()})
+    return Reply(
+        body | {"param": param, "request_id": "req_1"},
+        status,
+        media | {k.replace("_", "-"): v for k, v in headers.items()},
+    )
 
 
 def page(*items: Any, has_more: bool = False) -> Reply:
@@ -105,7 +109,7 @@ class FakeServer:
 DATASET = {
     "id": "ds_1", "project_id": "proj_1", "name": "iris", "version": 2, "digest": "9f86d081884c7d659a2f", "rows": 150, "size": 4312,
     "columns": [{"name": "petal", "type": "number", "nullable": False}, {"name": "species", "type": "category", "nullable": False}],
-    "profile": {"rows": 150, "columns": [{"name": "petal", "type": "number", "missing": 0, "distinct": 43, "min": 1, "mean": 3.7, "max": 6.9, "std": 1.7}]},
+    "profile": {"rows": 150, "columns": [{"name": "petal", "missing": 0, "distinct": 43, "min": 1, "mean": 3.7, "max": 6.9}]},
     "warnings": [], "created_at": 1790000000.0,
 }  # fmt: skip
 JOB = {
@@ -128,10 +132,15 @@ VERSION = {
     "signature": SIGNATURE, "size": 10933, "metrics": METRICS, "algorithm": "ridge", "report_id": "rep_1", "created_at": 1790000000.0,
 }  # fmt: skip
 DEPLOYMENT = {
-    "id": "dep_1", "project_id": "proj_1", "name": "iris", "spec": {"model": "iris:1"}, "model_version": "iris:1", "model_version_id": "mv_1",
+    "id": "dep_1", "project_id": "proj_1", "name": "iris", "spec": {"model": "iris:1"}, "model_version": "iris:1",
+    "model_version_id": "mv_1",
     "digest": "aa11", "task": "tabular-classification", "signature": SIGNATURE, "status": "ready", "ready_replicas": 1, "spec_revision": 1,
 }  # fmt: skip
-PREDICTION = {"outputs": [{"label": "setosa", "probabilities": {"setosa": 0.98, "other": 0.02}}], "model": "iris:1", "request_id": "req_2"}
+PREDICTION = {
+    "outputs": [{"label": "setosa", "probabilities": {"setosa": 0.98, "other": 0.02}}],
+    "model": "iris:1",
+    "request_id": "req_2",
+}
 
 
 def event(seq: int, kind: str, message: str) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from modelworks.store.catalog import Catalog
 
 IRIS = {"target": "species", "algorithm": "logistic-regression"}
 # long enough to be killed in
-LONG = {**IRIS, "validation": {"kfold": 10, "repeats": 5}}
+LONG = {**IRIS, "validation": {"kfold": 10, "repeats": 3}}
 
 
 class Home:

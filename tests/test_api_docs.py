@@ -131,8 +131,8 @@ from modelworks.control import access, deployments, library
 heavy = {"torch", "sklearn", "onnxruntime", "pandas", "lightgbm", "transformers", "matplotlib", "skl2onnx", "scipy"}
 found = heavy & set(sys.modules)
 assert not found, found
-from modelworks.api import native_jobs
-for catalogue in (native_jobs.list_algorithms, native_jobs.list_transforms, native_jobs.list_metrics):
+from modelworks.api.native import jobs
+for catalogue in (jobs.list_algorithms, jobs.list_transforms, jobs.list_metrics):
     assert catalogue().status_code == 200
 found = heavy & set(sys.modules)
 assert not found, found

@@ -24,7 +24,22 @@ from modelworks.core.errors import (
     Unavailable,
 )
 from modelworks.core.specs import TrainingSpec
-from tests.client_fake import CUT, DATASET, DEPLOYMENT, DONE, JOB, KEY, PREDICTION, VERSION, FakeServer, Reply, event, page, problem, sse
+from tests.client_fake import (
+    CUT,
+    DATASET,
+    DEPLOYMENT,
+    DONE,
+    JOB,
+    KEY,
+    PREDICTION,
+    VERSION,
+    FakeServer,
+    Reply,
+    event,
+    page,
+    problem,
+    sse,
+)
 
 
 class Face:
@@ -103,7 +118,10 @@ CALLS: list[tuple[str, str, Any, Callable[[Any], Any], Any]] = [
     ("GET", "/api/v1/deployments", page(DEPLOYMENT), lambda c: c.deployments.list(), None),
     ("DELETE", "/api/v1/deployments/iris", Reply(DEPLOYMENT, 202), lambda c: c.deployments.delete("iris"), None),
     ("POST", "/api/v1/deployments/iris/rollback", Reply(DEPLOYMENT, 202), lambda c: c.deployments.rollback("iris", 1), {"revision": 1}),
-    ("POST", "/api/v1/deployments/iris/predict", PREDICTION, lambda c: c.deployments.predict("iris", {"petal": 1}), {"inputs": [{"petal": 1}]}),
+    (
+        "POST", "/api/v1/deployments/iris/predict", PREDICTION,
+        lambda c: c.deployments.predict("iris", {"petal": 1}), {"inputs": [{"petal": 1}]},
+    ),
     ("POST", "/api/v1/projects", Reply({"id": "proj_2", "name": "lab"}, 201), lambda c: c.projects.create("lab"), {"name": "lab"}),
     ("POST", "/api/v1/users", Reply({"id": "user_1", "name": "ada"}, 201), lambda c: c.users.create("ada"), {"name": "ada"}),
     ("DELETE", "/api/v1/users/user_1", {"id": "user_1", "name": "ada", "disabled": True}, lambda c: c.users.disable("user_1"), None),
@@ -117,7 +135,9 @@ CALLS: list[tuple[str, str, Any, Callable[[Any], Any], Any]] = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("method", "path", "reply", "call", "body"), CALLS, ids=[f"{one[0]} {one[1]}" for one in CALLS])
+@pytest.mark.parametrize(
+    ("method", "path", "reply", "call", "body"), CALLS, ids=[f"{one[0]} {one[1]}" for one in CALLS]
+)
 def test_calls_go_where_the_contract_says(face: Face, fake: FakeServer, method, path, reply, call, body) -> None:  # type: ignore[no-untyped-def]
     fake.on(method, path, reply)
     face.finish(call(face.client))
@@ -148,9 +168,12 @@ def test_names_stay_one_path_segment(face: Face, fake: FakeServer) -> None:
 
 
 @pytest.mark.parametrize(
-    ("status", "kind"), [(400, InvalidInput), (403, Forbidden), (404, NotFound), (409, Conflict), (500, ModelworksError)]
+    ("status", "kind"),
+    [(400, InvalidInput), (403, Forbidden), (404, NotFound), (409, Conflict), (500, ModelworksError)],
 )
-def test_a_problem_becomes_its_error_and_is_not_retried(face: Face, fake: FakeServer, status: int, kind: type[ModelworksError]) -> None:
+def test_a_problem_becomes_its_error_and_is_not_retried(
+    face: Face, fake: FakeServer, status: int, kind: type[ModelworksError]
+) -> None:
     fake.on("GET", "/api/v1/models", problem(status, "some_code", "do this next", param="model"))
     with pytest.raises(kind) as caught:
         face.finish(face.client.models.list())
@@ -161,7 +184,13 @@ def test_a_problem_becomes_its_error_and_is_not_retried(face: Face, fake: FakeSe
 
 
 def test_busy_answers_are_retried_when_the_server_says(face: Face, fake: FakeServer) -> None:
-    fake.on("GET", "/api/v1/models", problem(429, "rate_limited", "later", retry_after="3"), problem(503, "unavailable", "x"), page())
+    fake.on(
+        "GET",
+        "/api/v1/models",
+        problem(429, "rate_limited", "later", retry_after="3"),
+        problem(503, "unavailable", "x"),
+        page(),
+    )
     face.finish(face.client.models.list())
     assert len(fake.asked) == 3
     assert face.slept[0] == 3.0
@@ -235,7 +264,9 @@ def test_upload_sends_the_file_and_reports_progress(face: Face, fake: FakeServer
     file.write_bytes(b"a,b\n" + b"1,2\n" * 50_000)
     fake.on("POST", "/api/v1/datasets", Reply(DATASET, 201))
     seen: list[tuple[int, int | None]] = []
-    upload = face.client.datasets.upload(file, schema={"columns": {"a": "category"}}, progress=lambda *at: seen.append(at))
+    upload = face.client.datasets.upload(
+        file, schema={"columns": {"a": "category"}}, progress=lambda *at: seen.append(at)
+    )
     assert face.finish(upload).ref == "iris:2"
     body = fake.asked[0].body
     assert b'name="name"\r\n\r\nSales-2024\r\n' in body
@@ -336,7 +367,13 @@ def test_wait_has_an_end(face: Face, fake: FakeServer) -> None:
 
 def test_stream_goes_on_where_it_was_cut(face: Face, fake: FakeServer) -> None:
     where = "/api/v1/jobs/job_1/events/stream"
-    fake.on("GET", where, sse(event(1, "log", "one"), event(2, "fold", "two"), end=False), CUT, sse(event(3, "fold", "three")))
+    fake.on(
+        "GET",
+        where,
+        sse(event(1, "log", "one"), event(2, "fold", "two"), end=False),
+        CUT,
+        sse(event(3, "fold", "three")),
+    )
     found = face.finish(face.client.jobs.stream("job_1"))
     assert [one.message for one in found] == ["one", "two", "three"]
     assert [one.headers.get("last-event-id") for one in fake.asked] == [None, "2", "2"]

@@ -83,7 +83,10 @@ HEAVY = ("httpx2", "pydantic", "typer", "rich", "numpy", "fastapi", "sqlalchemy"
     [
         ("import modelworks", HEAVY),
         ("from modelworks.cli.app import app", tuple(name for name in HEAVY if name != "typer")),
-        ("from modelworks import Client, AsyncClient, __version__", ("rich", "typer", "numpy", "fastapi", "sqlalchemy", "pyarrow")),
+        (
+            "from modelworks import Client, AsyncClient, __version__",
+            ("rich", "typer", "numpy", "fastapi", "sqlalchemy", "pyarrow"),
+        ),
     ],
 )
 def test_imports_stay_light(code: str, refused: tuple[str, ...]) -> None:

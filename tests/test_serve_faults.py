@@ -148,7 +148,8 @@ def test_kill_9_under_load_fails_no_call(platform):
         platform.router.close()
 
     uvloop.run(story())
-    ended = [seen for seen in platform.engine.list() if not seen.alive]
+    ended = []
+    wait_for(lambda: ended.extend(seen for seen in platform.engine.list() if not seen.alive) or len(ended) == 3, 2)
     assert [seen.exit_code for seen in ended] == [-signal.SIGKILL] * 3
     assert all("signal 9" in seen.message for seen in ended)
 

@@ -10,34 +10,25 @@ from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 
-from modelworks.api import (
-    docs,
-    errors,
-    native_access,
-    native_datasets,
-    native_deployments,
-    native_jobs,
-    native_models,
-    native_predict,
-    oip,
-)
+from modelworks.api import docs, errors, oip
 from modelworks.api.events import Stopping
 from modelworks.api.guard import Guard
+from modelworks.api.native import access, datasets, deployments, jobs, models, predict
 from modelworks.api.routes import Routes, RouteTable
 from modelworks.api.services import Services
 from modelworks.core.errors import ModelworksError
 
 ALL: tuple[Routes, ...] = (
-    native_datasets.routes,
-    native_jobs.training,
-    native_jobs.jobs,
-    native_models.evaluations,
-    native_models.routes,
-    native_deployments.routes,
-    native_predict.routes,
+    datasets.routes,
+    jobs.training,
+    jobs.jobs,
+    models.evaluations,
+    models.routes,
+    deployments.routes,
+    predict.routes,
     oip.routes,
-    native_access.routes,
-    native_access.server,
+    access.routes,
+    access.server,
 )
 
 

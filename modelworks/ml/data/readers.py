@@ -171,7 +171,7 @@ class ArrowFile:
     def __init__(self, path: Path, kind: str) -> None:
         self._path, self._kind = path, kind
         self._schema = self._read_schema()
-        self.names = list(self._schema.names)
+        self.names = self._names()
         check_names(self.names, line=None, advice="rename the columns in the file")
 
     def line(self, row: int) -> int | None:
@@ -187,6 +187,12 @@ class ArrowFile:
             with pa.memory_map(str(self._path)) as source, self._ipc(source) as reader:
                 return reader.schema
         except (pa.ArrowException, OSError, ValueError) as error:
+            raise _broken(self._kind, error) from None
+
+    def _names(self) -> list[str]:
+        try:
+            return list(self._schema.names)
+        except UnicodeDecodeError as error:
             raise _broken(self._kind, error) from None
 
     def types(self) -> dict[str, pa.DataType]:

@@ -36,10 +36,7 @@ def _cast(table: pa.Table, column: Column) -> pa.ChunkedArray:
             param="dataset",
         )
     values = table.column(index)
-    if column.type == "time":
-        wanted = values.type if pa.types.is_timestamp(values.type) else pa.timestamp("us")
-    else:
-        wanted = _ARROW[column.type]
+    wanted = _ARROW.get(column.type) or (values.type if pa.types.is_timestamp(values.type) else pa.timestamp("us"))
     try:
         return values.cast(wanted)
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:

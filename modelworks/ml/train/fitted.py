@@ -171,10 +171,7 @@ def _links(link: Link) -> Nodes:
 
 
 def with_label(model: onnx.ModelProto, classes: list[str]) -> onnx.ModelProto:
-    """`model` with the output "label" (text, [n]) before "probabilities":
-
-    the class of the largest, the first of equals.
-    """
+    """`model` with the output "label" (text, [n]) before "probabilities": the class of the largest, else the first."""
     from onnx import TensorProto, helper
 
     graph = model.graph

@@ -15,7 +15,7 @@ from starlette.responses import FileResponse, Response
 
 from modelworks.api import errors, schemas
 from modelworks.api.body import check_depth, decode_json
-from modelworks.api.native_datasets import finished
+from modelworks.api.native.datasets import finished
 from modelworks.api.routes import (
     After,
     AliasPath,
@@ -234,7 +234,7 @@ def list_evaluations(services: Use, caller: Who, limit: Limit = 20, after: After
 @evaluations.get("/api/v1/evaluations/{id}", "evaluations.get", "Get an evaluation", answer=schemas.noun("Job"))
 def get_evaluation(services: Use, caller: Who, id: IdPath) -> Response:
     """The job; `result` names its report when it has succeeded."""
-    from modelworks.api.native_jobs import find_job
+    from modelworks.api.native.jobs import find_job
 
     return answer(find_job(services, caller, id, "evaluate").public())
 

@@ -1,0 +1,1 @@
+"""The lifecycle API at /api/v1, one file a noun."""

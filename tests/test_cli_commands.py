@@ -1,0 +1,307 @@
+"""The command line against a server that remembers what it was asked: output, exit codes, and that text stays text."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from modelworks.cli.app import app
+from modelworks.cli.text import lines, plain, to_json
+from modelworks.core.settings import Settings
+from tests.client_fake import (
+    DATASET,
+    DEPLOYMENT,
+    DONE,
+    JOB,
+    KEY,
+    METRICS,
+    PREDICTION,
+    VERSION,
+    FakeServer,
+    Reply,
+    event,
+    page,
+    problem,
+    sse,
+)
+
+EVIL = "\x1b]0;owned\x07[bold red]x[/]\u202e\x9b2J"
+
+
+@pytest.fixture
+def fake() -> Iterator[FakeServer]:
+    server = FakeServer()
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def cli(fake: FakeServer) -> Any:
+    def run(*arguments: str, server: bool = True) -> Any:
+        connection = ["--url", fake.url, "--api-key", KEY] if server else []
+        return CliRunner().invoke(app, [*arguments, *connection])
+
+    return run
+
+
+# what is shown
+
+
+@pytest.mark.parametrize(
+    ("arguments", "path", "reply", "shown"),
+    [
+        (["data", "list"], "/api/v1/datasets", page(DATASET), ["iris:2", "150", "9f86d081884c"]),
+        (["data", "show", "iris"], "/api/v1/datasets/iris", DATASET, ["petal", "number", "6.9"]),
+        (["models", "list"], "/api/v1/models", page(VERSION), ["iris:1", "accuracy 0.9600 [0.9300, 0.9800]", "10.9 kB"]),
+        (["models", "show", "iris:1"], "/api/v1/models/iris/versions/1", VERSION, ["aa11bb22cc33dd44", "FP32 [-1, 1]"]),
+        (["deployments", "list"], "/api/v1/deployments", page(DEPLOYMENT), ["iris:1", "ready"]),
+        (["jobs", "list"], "/api/v1/jobs", page(DONE), ["job_1", "succeeded", "100%"]),
+        (["jobs", "show", "job_1"], "/api/v1/jobs/job_1", DONE, ["ridge", "rep_1"]),
+        (["projects", "list"], "/api/v1/projects", page({"id": "proj_1", "name": "lab"}), ["proj_1", "lab"]),
+        (["users", "list"], "/api/v1/users", page({"id": "user_1", "name": "ada"}), ["user_1", "ada"]),
+        (["audit"], "/api/v1/audit", page({"project_id": "p", "principal": "key_1", "action": "a.b", "object": "iris"}), ["a.b"]),
+        (["algorithms"], "/api/v1/algorithms", page({"name": "ridge", "task": "tabular-regression"}), ["ridge"]),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)  # fmt: skip
+def test_tables_for_people_and_json_for_programs(cli: Any, fake: FakeServer, arguments, path, reply, shown) -> None:  # type: ignore[no-untyped-def]
+    fake.on("GET", path, reply)
+    done = cli(*arguments)
+    assert done.exit_code == 0, done.stderr
+    for text in shown:
+        assert text in done.stdout
+    assert json.loads(cli(*arguments, "--json").stdout)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "path", "reply"),
+    [
+        (["data", "list"], "/api/v1/datasets", page({**DATASET, "name": EVIL})),
+        (["models", "list"], "/api/v1/models", page({**VERSION, "name": EVIL, "algorithm": EVIL})),
+        (["deployments", "list"], "/api/v1/deployments", page({**DEPLOYMENT, "name": EVIL, "message": EVIL})),
+        (["jobs", "list"], "/api/v1/jobs", page({**JOB, "spec": {"model": EVIL}})),
+        (["jobs", "logs", "job_1"], "/api/v1/jobs/job_1/log", Reply(EVIL.encode())),
+        (["jobs", "logs", "job_1", "-f"], "/api/v1/jobs/job_1/events/stream", sse(event(1, "log", EVIL))),
+        (["status"], "/api/v1/whoami", problem(500, "internal", EVIL)),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_what_users_named_cannot_steer_the_terminal(cli: Any, fake: FakeServer, arguments, path, reply) -> None:  # type: ignore[no-untyped-def]
+    fake.on("GET", path, reply)
+    for more in ([], ["--json"]):
+        done = cli(*arguments, *more)
+        output = done.stdout + done.stderr
+        assert not {"\x1b", "\x07", "\x9b", "\u202e"} & set(output)
+        assert "[bold red]x[/]" in output  # markup is shown, not obeyed
+
+
+def test_plain_text() -> None:
+    assert plain("a\x1b[1m\nb\x85\u2028é汉") == "a\\x1b[1m\\nb\\x85\\u2028é汉"
+    assert lines("a\r\nb\x1b\tc") == "a\nb\\x1b\tc"
+    assert json.loads(to_json({"a": "\x1b\x9b\u202e汉"})) == {"a": "\x1b\x9b\u202e汉"}
+    assert "\x9b" not in to_json("\x9b")
+
+
+# exit codes
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "exit_code"),
+    [
+        (400, "invalid_input", 2), (413, "payload_too_large", 2), (422, "idempotency_mismatch", 2), (401, "unauthenticated", 3),
+        (403, "forbidden", 3), (404, "not_found", 4), (409, "conflict", 1), (500, "internal", 1), (504, "deadline_exceeded", 5),
+    ],
+)  # fmt: skip
+def test_exit_codes(cli: Any, fake: FakeServer, status: int, code: str, exit_code: int) -> None:
+    fake.on("GET", "/api/v1/models", problem(status, code, "do this next"))
+    done = cli("models", "list")
+    assert done.exit_code == exit_code
+    assert done.stdout == ""
+    assert done.stderr.startswith("error: do this next")
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_no_server_is_five(cli: Any, fake: FakeServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("MODELWORKS_URL", raising=False)
+    done = cli("status", "--home", str(tmp_path), server=False)
+    assert done.exit_code == 5
+    assert "modelworks up" in done.stderr
+
+
+def test_wrong_usage_is_two(cli: Any) -> None:
+    assert cli("models", "nonsense").exit_code == 2
+    assert cli("train", "iris").exit_code == 2
+    assert cli("up", "--port", "70000", server=False).exit_code == 2
+    done = cli("train", "iris", "--dataset", "d", "--target", "t", "--algorithm", "a", "--gate", "accuracy=1")
+    assert (done.exit_code, "metric>=number" in done.stderr) == (2, True)
+
+
+# what is sent
+
+
+def test_train_sends_its_flags_and_follows_the_job(cli: Any, fake: FakeServer, tmp_path: Path) -> None:
+    fake.on("POST", "/api/v1/training-jobs", Reply(JOB, 202))
+    fake.on("GET", "/api/v1/jobs/job_1", DONE)
+    fake.on(
+        "GET", "/api/v1/jobs/job_1/events", page(event(1, "fold", "fold 1 of 5: r2 0.9"), event(2, "log", "unsaid"))
+    )
+    fake.on("GET", "/api/v1/models/iris/versions/1", VERSION)
+    steps = tmp_path / "steps.toml"
+    steps.write_text('[[transforms]]\nop = "clip"\ncolumns = "numeric"\nlow = 0\n')
+    done = cli(
+        "train", "iris", "--dataset", "iris:2", "--target", "species", "--algorithm", "ridge", "--set", "alpha=0.5", "--set", "solver=auto",
+        "--kfold", "5", "--gate", "r2>=0.3", "--gate", "rmse<=2e1", "--transforms", str(steps), "--alias", "champion",
+    )  # fmt: skip
+    assert done.exit_code == 0, done.stderr
+    assert fake.asked[0].json == {
+        "model": "iris", "dataset": "iris:2", "target": "species", "algorithm": "ridge", "seed": 0, "alias": "champion",
+        "hyperparameters": {"alpha": 0.5, "solver": "auto"}, "validation": {"kfold": 5},
+        "gates": [{"metric": "r2", "at_least": 0.3}, {"metric": "rmse", "at_most": 20.0}],
+        "transforms": [{"op": "clip", "columns": "numeric", "low": 0}],
+    }  # fmt: skip
+    assert done.stderr == "fold 1 of 5: r2 0.9\n"
+    assert "iris:1" in done.stdout
+
+
+def test_a_job_that_fails_is_one_whatever_its_error(cli: Any, fake: FakeServer) -> None:
+    error = {
+        "message": "accuracy 0.5 is below 0.9",
+        "code": "gate_failed",
+        "status": 400,
+        "param": "gates",
+        "detail": {},
+    }
+    fake.on("POST", "/api/v1/training-jobs", Reply(JOB, 202))
+    fake.on("GET", "/api/v1/jobs/job_1", {**JOB, "status": "failed", "error": error})
+    fake.on("GET", "/api/v1/jobs/job_1/events", page())
+    train = ("train", "iris", "--dataset", "iris", "--target", "species", "--algorithm", "ridge")
+    done = cli(*train)
+    assert (done.exit_code, done.stderr) == (1, "error: accuracy 0.5 is below 0.9\n")
+    assert cli("jobs", "watch", "job_1").exit_code == 1
+    detached = cli(*train, "--detach")
+    assert (detached.exit_code, detached.stdout) == (0, "job_1\n")
+
+
+def test_evaluate_shows_the_report(cli: Any, fake: FakeServer) -> None:
+    fake.on("POST", "/api/v1/evaluations", Reply(JOB, 202))
+    fake.on("GET", "/api/v1/jobs/job_1", DONE)
+    fake.on("GET", "/api/v1/jobs/job_1/events", page())
+    report = {
+        "id": "rep_1",
+        "project_id": "p",
+        "job_id": "job_1",
+        "model": "iris",
+        "dataset": "iris:2",
+        "dataset_digest": "x",
+    }
+    fake.on(
+        "GET",
+        "/api/v1/reports/rep_1",
+        {**report, "method": {"kfold": 5}, "metrics": METRICS, "details": {"comparison": {"better": "a"}}},
+    )
+    done = cli("evaluate", "iris@champion", "--compare", "iris:1")
+    assert done.exit_code == 0, done.stderr
+    assert fake.asked[0].json == {"model": "iris@champion", "method": {"kfold": 5}, "compare": "iris:1", "seed": 0}
+    assert "0.9600 [0.9300, 0.9800]" in done.stdout
+    assert "better" in done.stdout
+
+
+def test_upload_corrects_types(cli: Any, fake: FakeServer, tmp_path: Path) -> None:
+    fake.on("POST", "/api/v1/datasets", Reply({**DATASET, "warnings": ["column x is constant"]}, 201))
+    file = tmp_path / "shops.csv"
+    file.write_text("a\n1\n")
+    done = cli("data", "upload", str(file), "--column", "zip=category", "--delimiter", "\\t")
+    assert done.exit_code == 0, done.stderr
+    assert b'{"columns": {"zip": "category"}, "delimiter": "\\t"}' in fake.asked[0].body
+    assert b'name="name"\r\n\r\nshops\r\n' in fake.asked[0].body
+    assert "column x is constant" in done.stderr
+    assert cli("data", "upload", "sklearn:iris").exit_code == 0
+    assert b'name="name"\r\n\r\niris\r\n' in fake.asked[1].body
+
+
+def test_predict_gives_a_csvs_texts_their_types(cli: Any, fake: FakeServer, tmp_path: Path) -> None:
+    fake.on("GET", "/api/v1/deployments/iris", DEPLOYMENT)
+    fake.on("POST", "/api/v1/deployments/iris/predict", PREDICTION)
+    file = tmp_path / "rows.csv"
+    file.write_text("petal,count,wild,place,extra\n1.5,2,true,7,x\n,,no,,\n")
+    done = cli("predict", "iris", "--file", str(file))
+    assert done.exit_code == 0, done.stderr
+    assert fake.asked[1].json == {
+        "inputs": [
+            {"petal": 1.5, "count": 2, "wild": True, "place": "7"},
+            {"petal": None, "count": None, "wild": False, "place": None},
+        ]
+    }
+    assert "setosa" in done.stdout
+    assert "0.9800" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("rows.csv", "petal,count\n1,2\n1\n", "line 3"),
+        ("rows.csv", "petal\nbig\n", "must be a number"),
+        ("rows.jsonl", '{"petal": 1}\n{"petal": \n', "line 2"),
+        ("rows.json", "[1]", "JSON object"),
+        ("rows.txt", "1", ".jsonl"),
+    ],
+)
+def test_bad_rows_are_named(cli: Any, fake: FakeServer, tmp_path: Path, name: str, content: str, said: str) -> None:
+    fake.on("GET", "/api/v1/deployments/iris", DEPLOYMENT)
+    (tmp_path / name).write_text(content)
+    done = cli("predict", "iris", "--file", str(tmp_path / name))
+    assert (done.exit_code, said in done.stderr) == (2, True)
+
+
+def test_predict_takes_json_and_sends_many_rows_in_parts(cli: Any, fake: FakeServer, tmp_path: Path) -> None:
+    fake.on("POST", "/api/v1/deployments/iris/predict", PREDICTION)
+    done = cli("predict", "iris", "--input", '{"petal": 1}', "--input", '[{"petal": 2}, {"petal": null}]', "--json")
+    assert json.loads(done.stdout)["outputs"] == PREDICTION["outputs"]
+    assert fake.asked[0].json == {"inputs": [{"petal": 1}, {"petal": 2}, {"petal": None}]}
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"petal": 1}\n' * 1001)
+    assert cli("predict", "iris", "--file", str(file)).exit_code == 0
+    assert [len(one.json["inputs"]) for one in fake.asked[1:]] == [500, 500, 1]
+
+
+def test_deploy_waits_and_says_where(cli: Any, fake: FakeServer) -> None:
+    fake.on("PUT", "/api/v1/deployments/iris", Reply({**DEPLOYMENT, "status": "creating"}, 202))
+    fake.on("GET", "/api/v1/deployments/iris", {**DEPLOYMENT, "status": "creating"}, DEPLOYMENT)
+    done = cli("deploy", "iris@champion", "--replicas", "2", "--threads", "1")
+    assert done.exit_code == 0, done.stderr
+    assert fake.asked[0].json == {"model": "iris@champion", "replicas": {"min": 2}, "resources": {"threads": 1}}
+    assert f"{fake.url}/api/v1/deployments/iris/predict" in done.stdout
+    fake.on("GET", "/api/v1/deployments/iris", {**DEPLOYMENT, "status": "failed", "message": "parity mismatch"})
+    done = cli("deploy", "iris@champion")
+    assert (done.exit_code, "parity mismatch" in done.stderr) == (1, True)
+
+
+def test_a_new_key_alone_goes_to_stdout(cli: Any, fake: FakeServer) -> None:
+    made = {"id": "key_1", "project_id": "p", "name": "ci", "role": "invoke-only", "hint": "cret", "key": "mw_secret"}
+    fake.on("POST", "/api/v1/keys", Reply(made, 201))
+    done = cli("keys", "create", "ci", "--role", "invoke-only", "--deployment", "iris", "--days", "1")
+    assert done.stdout == "mw_secret\n"
+    assert fake.asked[0].json == {"name": "ci", "role": "invoke-only", "models": ["iris"], "expires_in": 86400.0}
+    assert cli("keys", "create", "ci", "--role", "king").exit_code == 2
+
+
+# the tree itself
+
+
+def test_every_setting_has_a_flag_on_up() -> None:
+    from typer.main import get_command
+
+    flags = {option.name for option in get_command(app).commands["up"].params}  # type: ignore[attr-defined]
+    assert set(Settings.model_fields) - {"url", "api_key"} <= flags
+
+
+def test_the_generated_pages_are_current() -> None:
+    from modelworks.cli.reference import DOCS, PAGES
+
+    for name, render in PAGES.items():
+        assert (DOCS / name).read_text() == render(), f"docs/{name} is not current: run `make docs`"
