@@ -177,6 +177,20 @@ def test_a_crashed_replica_is_replaced_at_once_and_repeated_crashes_wait(house):
     assert len(house.active()) == 1
 
 
+def test_a_hung_replica_is_ended_and_replaced(house):
+    bring_up(house)
+    (row,) = house.active()
+    house.engine.set(row.id, phase="ready", silent=9.0)
+    house.turn()
+    assert house.engine.stopped == []
+    house.engine.set(row.id, phase="ready", silent=11.0)
+    house.turn()
+    assert house.engine.stopped == [row.id]
+    house.engine.set(row.id, alive=False, exit_code=-9)
+    house.turn(2, 0.3)
+    assert [replica.status for replica in house.active()] == ["starting"]
+
+
 def test_after_a_restart_the_deployments_are_started_anew(house):
     bring_up(house)
     house.engine = HandEngine()

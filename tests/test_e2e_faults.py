@@ -84,6 +84,15 @@ def test_kill_of_worker_child_and_replica_at_random_points(server: RunningServer
     assert sum(event.kind == "status" and event.data.get("status") == "succeeded" for event in events) <= 1
 
 
+@pytest.mark.slow
+def test_a_hung_replica_is_replaced_without_anyones_doing(server: RunningServer) -> None:
+    prepare(server)
+    (replica,) = server.processes("replica")
+    replica.send_signal(signal.SIGSTOP)
+    until(lambda: [process.pid for process in server.processes("replica")] not in ([], [replica.pid]), 20)
+    until(lambda: answers(server), 10)
+
+
 def test_a_second_server_on_the_same_home_is_refused(server: RunningServer) -> None:
     with pytest.raises(AssertionError, match="already runs on"):
         RunningServer.start(_twin(server))

@@ -93,30 +93,28 @@ def show(session: Session, dataset: Annotated[str, typer.Argument(help="NAME or 
 
 
 def profile_table(session: Session, dataset: Dataset) -> None:
-    """The profile, one row a column."""
+    """The profile, one row a column; narrow enough for a small terminal."""
     described = {str(one.get("name")): one for one in dataset.profile.get("columns", [])}
     session.table(
-        ("column", "type", "missing", "distinct", "min", "mean", "max", "deviation", "most frequent"),
+        ("column", "type", "missing", "distinct", "values"),
         (
-            (
-                column.name,
-                column.type,
-                number(about.get("missing")),
-                number(about.get("distinct")),
-                _cut(about.get("min")),
-                number(about.get("mean")),
-                _cut(about.get("max")),
-                number(about.get("std")),
-                _top(about),
-            )
+            (column.name, column.type, number(about.get("missing")), number(about.get("distinct")), _values(about))
             for column in dataset.columns
             for about in [described.get(column.name, {})]
         ),
     )
 
 
-def _top(about: dict[str, Any]) -> str:
-    return _cut(", ".join(f"{one.get('value')} ({one.get('count')})" for one in about.get("top", [])[:3]))
+def _values(about: dict[str, Any]) -> str:
+    """`4.3 to 7.9, mean 5.843 ± 0.8281`, or the most frequent values with their counts."""
+    if about.get("mean") is not None:
+        deviation = f" ± {number(about['std'])}" if about.get("std") is not None else ""
+        return f"{number(about.get('min'))} to {number(about.get('max'))}, mean {number(about['mean'])}{deviation}"
+    if about.get("top"):
+        return _cut(", ".join(f"{one.get('value')} ({one.get('count')})" for one in about["top"][:3]))
+    if about.get("min") is not None:
+        return f"{_cut(about['min'])} to {_cut(about['max'])}"
+    return "-"
 
 
 def _cut(value: Any) -> str:

@@ -11,7 +11,7 @@ from modelworks.cli.data import profile_table
 from modelworks.cli.progress import job_bar, transfer
 from modelworks.cli.recipe import Loaded, Outcome
 from modelworks.cli.session import Session
-from modelworks.cli.text import interval, lines, plain, short, size
+from modelworks.cli.text import interval, lines, number, plain, short, size
 
 if TYPE_CHECKING:
     from modelworks.client import Prediction
@@ -76,7 +76,7 @@ class Story:
         if metrics:
             name, found = metrics[0]
             self._detail(f"mean {name} {interval(found)} (95 % interval)", "bold green")
-            rest = "   ".join(f"{name} {interval(found)}" for name, found in metrics[1 : 1 + _METRICS])
+            rest = ", ".join(f"{name} {number(found.get('mean'))}" for name, found in metrics[1 : 1 + _METRICS])
             self._detail(rest)
         known = "" if new else ", as before"
         self._line("Model", version.ref, f"package {size(version.size)}, digest {short(version.digest)}{known}")

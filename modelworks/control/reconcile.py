@@ -24,6 +24,7 @@ log = telemetry.logger("reconcile")
 
 ACTIVE = ("starting", "ready", "draining")
 FATAL_EXITS = frozenset({3})  # the package itself is at fault (see serve/replica.py): starting it again would not help
+HUNG_SECONDS = 10.0  # without a sign of life; gateways turn away from it after 3 s already
 _SETTLE = 0.5  # seconds that gateways get to see that a replica drains before it is told to stop
 _STABLE = 60.0  # seconds of service after which earlier crashes are forgotten
 _KEPT_ROWS = 8  # ended replicas of a deployment that stay listed, with their logs
@@ -114,6 +115,9 @@ class Reconciler:
             elif seen.phase == "ready" and row.status == "starting":
                 self._write(row, status="ready", ready_at=time.time(), message="")
                 log.info("replica ready", replica=row.id, model_version=row.model_version)
+            elif seen.silent > HUNG_SECONDS and (held := self._held.get(row.id)):
+                log.error("replica hangs; it is replaced", replica=row.id, silent_seconds=round(seen.silent, 1))
+                self._engine.stop(held.handle, 0.0)
 
     def _ended(self, row: Replica, seen: Observed) -> None:
         self._held.pop(row.id, None)

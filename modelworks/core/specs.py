@@ -133,19 +133,19 @@ class TrainingSpec(Spec):
 
     model: Name
     dataset: RefText
-    target: str = Field(min_length=1, max_length=1000)
-    algorithm: str = Field(examples=["logistic-regression"])
+    target: str = Field(min_length=1, max_length=1000, description="the column to predict")
+    algorithm: str = Field(description="one of `GET /api/v1/algorithms`", examples=["logistic-regression"])
     task: Literal["tabular-classification", "tabular-regression"] | None = Field(
         None, description="by default told from the algorithm and the target's type"
     )
-    hyperparameters: dict[str, Any] = {}
+    hyperparameters: dict[str, Any] = Field({}, description="of the algorithm; those not given have its defaults")
     features: list[str] | None = Field(None, description="the columns to learn from; by default all but target, group and time")
     transforms: Transforms | None = Field(
         None, description="run in this order; by default: fill missing, standardise numbers, one-hot categories"
     )
     validation: Method | None = Field(None, description="how the model is evaluated; by default a hold-out of 0.2")
-    metrics: list[str] | None = None
-    gates: list[Gate] = []
+    metrics: list[str] | None = Field(None, description="ids of `GET /api/v1/metrics`; by default all of the task")
+    gates: list[Gate] = Field([], description="conditions on metrics; a failed one blocks registration")
     licence: str | None = Field(None, max_length=200, description="licence of the resulting model, kept in its package")
     description: str | None = Field(None, max_length=4000)
     alias: Annotated[str, StringConstraints(pattern=ALIAS_PATTERN)] | None = Field(
@@ -222,7 +222,7 @@ class DataSource(Spec):
     """Where a recipe's data comes from: `source` is a file, a folder's file, `sklearn:NAME`, `package:DIST/PATH` or an https URL."""
 
     name: Name
-    source: str
+    source: str = Field(description="a file beside the recipe, `sklearn:NAME`, `package:DIST/PATH` or an https URL")
     table: TableSchema | None = Field(None, alias="schema")
 
 

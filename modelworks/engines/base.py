@@ -51,6 +51,7 @@ class Observed(msgspec.Struct, frozen=True, kw_only=True):
     endpoint: str
     phase: str = "loading"  # loading, ready, draining, failed, stopped
     message: str = ""
+    silent: float = 0.0  # seconds since its last sign of life, while it is ready
 
 
 class Engine(Protocol):

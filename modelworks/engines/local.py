@@ -9,6 +9,7 @@ import os
 import stat
 import tempfile
 import threading
+import time
 from pathlib import Path
 
 import msgspec
@@ -17,6 +18,7 @@ from modelworks.engines.base import Handle, Observed, ReplicaSpec
 from modelworks.engines.process import LOG_KEEP, Child, spawn, tail_log, trim_log
 
 MAX_SOCKET_PATH = 100  # sockaddr_un holds 107 bytes and a NUL
+_NAP = 2.0  # seconds between two looks after which silence is counted anew
 _FAILED_BY_SIGNAL = "the replica was ended by signal {}; its log tells what it did last"
 
 
@@ -28,6 +30,8 @@ class LocalEngine:
         self.run = run_folder(self.home)
         self._children: dict[str, tuple[Child, ReplicaSpec]] = {}
         self._lock = threading.Lock()
+        self._beats: dict[str, tuple[float, float]] = {}  # replica -> (its status file's time, when that was first seen)
+        self._last_look = 0.0
 
     def start(self, spec: ReplicaSpec) -> Handle:
         endpoint = spec.endpoint or str(self.run / f"{spec.replica_id}.sock")
@@ -53,6 +57,10 @@ class LocalEngine:
     def list(self) -> list[Observed]:
         with self._lock:
             children = list(self._children.items())
+        now = time.monotonic()
+        if now - self._last_look > _NAP:  # this process was stopped itself: it cannot tell who was silent meanwhile
+            self._beats.clear()
+        self._last_look = now
         return [self._observe(replica_id, child, spec) for replica_id, (child, spec) in children]
 
     def logs(self, handle: Handle) -> str:
@@ -71,6 +79,7 @@ class LocalEngine:
         else:
             with self._lock:
                 self._children.pop(replica_id, None)
+                self._beats.pop(replica_id, None)
             for leftover in (Path(spec.endpoint), status_path(Path(spec.endpoint))):
                 leftover.unlink(missing_ok=True)
             phase = "stopped" if code == 0 else "failed"
@@ -85,7 +94,18 @@ class LocalEngine:
             endpoint=spec.endpoint,
             phase=phase,
             message=message,
+            silent=self._silence(replica_id, spec) if code is None and phase == "ready" else 0.0,
         )
+
+    def _silence(self, replica_id: str, spec: ReplicaSpec) -> float:
+        """How long the status file's time has stood still, by this process's own clock."""
+        try:
+            beat = status_path(Path(spec.endpoint)).stat().st_mtime
+        except OSError:
+            return 0.0
+        if self._beats.get(replica_id, (None, 0.0))[0] != beat:
+            self._beats[replica_id] = beat, self._last_look
+        return self._last_look - self._beats[replica_id][1]
 
     def _log(self, replica_id: str) -> Path:
         return self.home / "logs" / f"{replica_id}.log"

@@ -38,6 +38,7 @@ from modelworks.serve.wire import Part
 
 REFUSED = 3
 _WARM_UP = 5
+_BEAT = 1.0  # seconds between signs of life
 
 log = telemetry.logger("replica")
 
@@ -157,7 +158,10 @@ async def serve(spec: ReplicaSpec, batcher: Batcher, batch_seconds: float, repor
     await host.listen(spec.endpoint)
     report("ready")
     log.info("ready", deployment=spec.deployment, model_version=spec.model_version)
-    await stop.wait()
+    while not stop.is_set():
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(stop.wait(), _BEAT)
+        report.beat()
     report("draining")
     finished = await host.drain(spec.drain_seconds)
     report("stopped")
@@ -176,6 +180,11 @@ class Status:
         aside.write_text(json.dumps(content))
         aside.chmod(0o600)
         aside.replace(self._path)
+
+    def beat(self) -> None:
+        """A sign of life: the status file's time, which the engine watches."""
+        with contextlib.suppress(OSError):
+            os.utime(self._path)
 
 
 if __name__ == "__main__":

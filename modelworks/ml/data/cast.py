@@ -57,11 +57,9 @@ def blank(values: pa.Array, missing: Missing, *, trim: bool) -> pa.Array:
     import pyarrow.compute as pc
 
     bare = pc.utf8_trim_whitespace(values)
-    if missing.values is None:
-        absent = pc.equal(bare if trim else values, "")
-    else:
-        absent = pc.is_in(bare, value_set=missing.values)
-    return pc.if_else(absent, pa.scalar(None, pa.string()), bare if trim else values)
+    kept = bare if trim else values
+    absent = pc.equal(kept, "") if missing.values is None else pc.is_in(bare, value_set=missing.values)
+    return pc.if_else(absent, pa.scalar(None, pa.string()), kept)
 
 
 def cast(values: pa.Array, kind: ColumnType, *, zoned: bool = False) -> tuple[pa.Array, int | None]:

@@ -37,7 +37,7 @@ def warnings(profile: dict[str, Any], target: str | None = None) -> list[str]:
     if profile["duplicate_rows"]:
         count = profile["duplicate_rows"]
         said = "1 row repeats an earlier one" if count == 1 else f"{count} rows repeat earlier ones"
-        out.append(f"{said}; the transform drop_duplicates removes them")
+        out.append(f"{said}; the transform drop-duplicates removes them")
     for column in columns:
         out += _of_column(column, rows)
     chosen = [column for column in columns if column["name"] == target] if target else columns[-1:]
