@@ -142,6 +142,19 @@ def test_a_gate_blocks_registration_and_says_so(iris: RunningServer) -> None:
         client.models.version("gated")
 
 
+def test_a_column_that_gives_the_target_away_is_warned_of(iris: RunningServer, tmp_path) -> None:
+    path = tmp_path / "leaky.csv"
+    rows = [f"{number % 7},{number % 2},{'yes' if number % 2 else 'no'}" for number in range(200)]
+    path.write_text("\n".join(["weekday,paid_back,good", *rows]))
+    client = iris.client
+    client.datasets.upload(path, name="leaky")
+    job = client.training_jobs.create(model="leaky", dataset="leaky", target="good", algorithm="logistic-regression")
+    job = client.training_jobs.wait(job)
+    warned = [event.message for event in client.training_jobs.events(job.id) if event.kind == "warning"]
+    assert any("paid_back" in message and "leak" in message for message in warned), warned
+    assert not any("weekday" in message for message in warned)
+
+
 def test_export_and_import_elsewhere(iris: RunningServer, tmp_path) -> None:
     client = iris.client
     path = tmp_path / "iris.zip"

@@ -8,36 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from modelworks.control.idempotency import create_once
+from modelworks.control.references import resolve_model
 from modelworks.core.errors import InvalidInput, NotFound
-from modelworks.core.specs import NAME_PATTERN, DeploymentSpec, Ref
-from modelworks.core.types import Alias, Caller, Deployment, DeploymentRevision, ModelVersion, Page, Replica
+from modelworks.core.specs import NAME_PATTERN, DeploymentSpec
+from modelworks.core.types import Caller, Deployment, DeploymentRevision, Page, Replica
 from modelworks.security import audit
 from modelworks.store.catalog import Catalog, Tx
-
-
-def resolve_model(tx: Tx, project_id: str, text: str) -> ModelVersion:
-    """The model version that `name`, `name:version` or `name@alias` means at this moment; NotFound names what there is."""
-    ref = Ref.parse(text)
-    version = ref.version
-    if ref.alias:
-        alias = tx.find(Alias, project_id=project_id, model=ref.name, alias=ref.alias)
-        if alias is None:
-            known = [row.alias for row in tx.list(Alias, project_id=project_id, model=ref.name)]
-            there = f"its aliases are: {', '.join(known)}" if known else "it has no aliases"
-            raise NotFound(f"model {ref.name!r} has no alias {ref.alias!r}; {there}", code="alias_not_found", param="model")
-        version = alias.version
-    table = tx.table(ModelVersion)
-    clauses = [] if version is None else [table.c.version == version]
-    found = tx.find(
-        ModelVersion, *clauses, project_id=project_id, name=ref.name, order_by=table.c.version.desc()
-    )
-    if found is None:
-        raise NotFound(
-            f"there is no model {text!r} in this project; `modelworks models list` shows what there is",
-            code="model_not_found",
-            param="model",
-        )
-    return found
 
 
 class Deployments:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from modelworks.control.deployments import resolve_model
 from modelworks.core.errors import InvalidInput, NotFound
 from modelworks.core.specs import Ref
-from modelworks.core.types import Dataset, ModelVersion
+from modelworks.core.types import Alias, Dataset, ModelVersion
 from modelworks.store.catalog import Tx
 
-__all__ = ["dataset_versions", "find_model", "model_versions", "resolve_dataset", "resolve_model"]
 _SHOWN = 20
 
 
@@ -23,6 +21,31 @@ def resolve_dataset(tx: Tx, project_id: str, text: str, param: str = "dataset") 
     found = tx.find(Dataset, *clauses, project_id=project_id, name=ref.name, order_by=table.c.version.desc())
     if found is None:
         raise _no_dataset(tx, project_id, ref, param)
+    return found
+
+
+def resolve_model(tx: Tx, project_id: str, text: str) -> ModelVersion:
+    """The model version that `name`, `name:version` or `name@alias` means at this moment; NotFound names what there is."""
+    ref = Ref.parse(text)
+    version = ref.version
+    if ref.alias:
+        alias = tx.find(Alias, project_id=project_id, model=ref.name, alias=ref.alias)
+        if alias is None:
+            known = [row.alias for row in tx.list(Alias, project_id=project_id, model=ref.name)]
+            there = f"its aliases are: {', '.join(known)}" if known else "it has no aliases"
+            raise NotFound(f"model {ref.name!r} has no alias {ref.alias!r}; {there}", code="alias_not_found", param="model")
+        version = alias.version
+    table = tx.table(ModelVersion)
+    clauses = [] if version is None else [table.c.version == version]
+    found = tx.find(
+        ModelVersion, *clauses, project_id=project_id, name=ref.name, order_by=table.c.version.desc()
+    )
+    if found is None:
+        raise NotFound(
+            f"there is no model {text!r} in this project; `modelworks models list` shows what there is",
+            code="model_not_found",
+            param="model",
+        )
     return found
 
 

@@ -132,12 +132,15 @@ def _input(step: Step) -> tuple[Path, str]:
 
 def train(step: Step) -> None:
     """A dataset becomes a model version; when a gate fails, only the report is kept."""
+    from modelworks.ml.data.findings import of_target
     from modelworks.ml.train.train import train as fit
 
     dataset = step.dataset("dataset_id")
     test = step.table(step.dataset("test_dataset_id")) if "test_dataset_id" in step.job.spec else None
     spec = TrainingSpec.model_validate(step.spec())
-    target = f"{dataset.name}:{dataset.version}"
+    suspicions = of_target(step.blobs.path(dataset.blob), dataset.columns, spec.target, dataset.profile)
+    for suspicion in suspicions:
+        step.context.event("warning", suspicion)
     try:
         trained = fit(
             step.table(dataset),
@@ -145,7 +148,7 @@ def train(step: Step) -> None:
             spec,
             step.context,
             test_table=test,
-            dataset_ref=target,
+            dataset_ref=dataset.ref,
             dataset_digest=dataset.digest,
             code_version=modelworks.__version__,
         )
@@ -164,7 +167,7 @@ def train(step: Step) -> None:
             model=spec.model,
             dataset=dataset,
             seed=spec.seed,
-            details={"warnings": trained.warnings},
+            details={"warnings": suspicions + trained.warnings},
         )
         model = registering.model(tx, job, spec.model, trained.manifest, digest, report_id=report.id)
         if report.model_version != model.ref:

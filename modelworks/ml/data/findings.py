@@ -152,6 +152,15 @@ def leakage(parquet: Path, columns: Sequence[Column], target: str) -> list[str]:
         return leakage_warnings(data, columns, target, result)
 
 
+def of_target(parquet: Path, columns: Sequence[Column], target: str, profile: dict[str, Any]) -> list[str]:
+    """What to know before training on `target`, with the dataset's profile at hand: leakage and imbalanced classes."""
+    from modelworks.ml.data.profile import open_parquet
+
+    entry = next((entry for entry in profile["columns"] if entry["name"] == target), None)
+    with open_parquet(parquet) as data:
+        return leakage_warnings(data, columns, target, profile) + (_imbalance(entry) if entry else [])
+
+
 def leakage_warnings(data: Data, columns: Sequence[Column], target: str, profile: dict[str, Any]) -> list[str]:
     """As `leakage`, with the profile at hand. At most the first 500 columns are looked at."""
     entries = {entry["name"]: entry for entry in profile["columns"]}
