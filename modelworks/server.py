@@ -22,7 +22,7 @@ import time
 import urllib.request
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import setproctitle
 
@@ -30,8 +30,12 @@ from modelworks.core import telemetry
 from modelworks.core.errors import CatalogUnavailable, Conflict, InvalidInput, ModelworksError
 from modelworks.core.settings import Settings
 from modelworks.engines.process import Child, spawn
+from modelworks.security import leases
 from modelworks.store.blobs import Blobs
 from modelworks.store.catalog import Catalog
+
+if TYPE_CHECKING:
+    from modelworks.serve.observe import Observer
 
 log = telemetry.logger("server")
 
@@ -86,13 +90,19 @@ def serve(settings: Settings, *, announce: Callable[[str], None] = print) -> int
     home.prepare()
     lock = home.lock()
     check_binding(settings)
+    if settings.otlp_endpoint:
+        from modelworks.serve.tracing import check
+
+        check(settings.otlp_endpoint, offline=settings.offline)
     setproctitle.setproctitle(f"modelworks server --home {home.root}")
     telemetry.configure(settings.log_level, "server")
     listener = listen(settings.host, settings.port)
+    grpc = reserve(settings.host, grpc_port(settings))
     try:
-        return Supervisor(settings, home, listener, announce).run()
+        return Supervisor(settings, home, listener, announce, grpc=grpc.getsockname()[:2]).run()
     finally:
         listener.close()
+        grpc.close()
         home.address.unlink(missing_ok=True)
         lock.close()
 
@@ -139,6 +149,33 @@ def listen(host: str, port: int) -> socket.socket:
     return listener
 
 
+def grpc_port(settings: Settings) -> int:
+    """The port asked for; with a free HTTP port and none named, a free one too."""
+    return 0 if settings.port == 0 and "grpc_port" not in settings.model_fields_set else settings.grpc_port
+
+
+def reserve(host: str, port: int) -> socket.socket:
+    """A socket that holds the gRPC port without listening: the gateways, which share it, come and go.
+
+    Sharing (SO_REUSEPORT) would also let a second server of this user in unnoticed, so the port is tried without first.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    probe, held = socket.socket(family, socket.SOCK_STREAM), socket.socket(family, socket.SOCK_STREAM)
+    probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+    try:
+        with probe:
+            probe.bind((host, port))
+        held.bind((host, port))
+    except OSError as error:
+        held.close()
+        raise InvalidInput(
+            f"cannot listen on {host}:{port} ({error.strerror}); choose another with --grpc-port, or --grpc-port 0",
+            param="grpc_port",
+        ) from None
+    return held
+
+
 class Service:
     """A child that must run: started again when it dies, ever later when it dies soon after its start."""
 
@@ -168,12 +205,20 @@ class Supervisor:
     """The main thread of the server: keeps the gateway and the worker running and turns the reconcile loop."""
 
     def __init__(
-        self, settings: Settings, home: Home, listener: socket.socket, announce: Callable[[str], None]
+        self,
+        settings: Settings,
+        home: Home,
+        listener: socket.socket,
+        announce: Callable[[str], None],
+        *,
+        grpc: tuple[str, int],
     ) -> None:
         self._settings = settings
         self._home = home
         self._listener = listener
+        self._grpc = grpc  # address and port
         self._announce = announce
+        self._limits = leases.create(home.run) if settings.gateways > 1 else None
         self._channel_secret = secrets.token_hex(32)
         self._stop = False
         scheme = "https" if settings.tls_cert else "http"
@@ -188,9 +233,10 @@ class Supervisor:
 
         signal.signal(signal.SIGTERM, self._on_signal)
         signal.signal(signal.SIGINT, self._on_signal)
-        gateway = Service("gateway", self._start_gateway)
+        gateways = [Service("gateway", self._start_gateway) for _ in range(self._settings.gateways)]
         worker = Service("worker", self._start_worker)
-        gateway.ensure(time.monotonic())  # it imports while we prepare; it reads the catalog when told to go
+        for gateway in gateways:
+            gateway.ensure(time.monotonic())  # it imports while we prepare; it reads the catalog when told to go
         secret = Secret.load_or_create(self._home.secret)
         catalog = Catalog(self._home.catalog)
         catalog.migrate()
@@ -208,14 +254,14 @@ class Supervisor:
         self._say_when_up(first_key)
         while not self._stop:
             now = time.monotonic()
-            gateway.ensure(now)
-            worker.ensure(now)
+            for service in (*gateways, worker):
+                service.ensure(now)
             try:
                 reconciler.turn()
             except CatalogUnavailable as error:
                 log.warning("the catalog is away; going on with what runs", reason=error.message)
             time.sleep(_TURN)
-        self._shut_down(gateway, worker, reconciler)
+        self._shut_down([*gateways, worker], reconciler)
         catalog.close()
         return 0
 
@@ -228,13 +274,17 @@ class Supervisor:
             else:
                 self._announce(f"The gateway does not answer; see {self._home.logs}/gateway.log")
                 return
-            address = {"url": self.url, "pid": os.getpid()}
+            _wait_listening(self._grpc)
+            address = {"url": self.url, "grpc_port": self._grpc[1], "pid": os.getpid()}
             temporary = self._home.address.with_suffix(".tmp")
             temporary.write_text(json.dumps(address))
             temporary.replace(self._home.address)
             if first_key:
                 self._announce(f"Admin key (shown once, kept in {self._home.admin_key}): {first_key}")
-            self._announce(f"Modelworks is up at {self.url} (docs at {self.url}/docs), home {self._home.root}")
+            self._announce(
+                f"Modelworks is up at {self.url} (docs at {self.url}/docs), "
+                f"gRPC on port {self._grpc[1]}, home {self._home.root}"
+            )
 
         threading.Thread(target=wait, daemon=True).start()
 
@@ -254,16 +304,18 @@ class Supervisor:
             "settings": self._settings.model_dump(mode="json", exclude={"api_key"}),
             "secret": self._channel_secret,
             "ready_file": str(self._ready_file),
+            "grpc": self._grpc,
         }
 
     def _start_gateway(self) -> Child:
         descriptor = self._listener.fileno()
+        shared = [descriptor] if self._limits is None else [descriptor, self._limits]
         return spawn(
             "modelworks.server",
-            {**self._config(), "listener": descriptor},
+            {**self._config(), "listener": descriptor, "limits": self._limits},
             title=f"modelworks gateway --home {self._home.root}",
             log=self._home.logs / "gateway.log",
-            pass_fds=(descriptor,),
+            pass_fds=shared,
         )
 
     def _start_worker(self) -> Child:
@@ -274,16 +326,26 @@ class Supervisor:
             log=self._home.logs / "worker.log",
         )
 
-    def _shut_down(self, gateway: Service, worker: Service, reconciler: Any) -> None:
+    def _shut_down(self, services: list[Service], reconciler: Any) -> None:
         """Calls finish, jobs go back to the queue, replicas drain; what does not within the grace is killed."""
         grace = self._settings.shutdown_grace + 2
-        stopping = [service.child for service in (gateway, worker) if service.child]
+        stopping = [service.child for service in services if service.child]
         for child in stopping:
             child.terminate(grace)
         for child in stopping:
             child.wait(grace + 1)
         reconciler.stop(grace=5.0)
         self._ready_file.unlink(missing_ok=True)
+
+
+def _wait_listening(address: tuple[str, int]) -> None:
+    """Until somebody listens there, at most ten seconds."""
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(address[0], address[0])
+    for _ in range(200):
+        with contextlib.suppress(OSError), socket.create_connection((host, address[1]), timeout=1):
+            return
+        time.sleep(0.05)
+    log.error("gRPC does not listen; see the gateway's log", port=address[1])
 
 
 def _open(url: str) -> Any:
@@ -312,13 +374,15 @@ async def _gateway(config: dict[str, Any], settings: Settings) -> None:
     import uvicorn
 
     from modelworks.api.app import create_app
-    from modelworks.api.protocol import bounded
+    from modelworks.api.fastlane import fast
+    from modelworks.api.grpc import start_grpc
     from modelworks.api.services import Services
     from modelworks.control.access import Access
     from modelworks.control.deployments import Deployments
     from modelworks.control.library import Library
     from modelworks.control.routing import Follower
     from modelworks.security.identity import Authenticator, Secret
+    from modelworks.security.leases import Buckets, LeasingLimiter
     from modelworks.security.quota import RateLimiter
     from modelworks.serve.gateway import Gateway
     from modelworks.serve.router import Router
@@ -332,6 +396,7 @@ async def _gateway(config: dict[str, Any], settings: Settings) -> None:
     secret = Secret.load_or_create(home.secret)
     authenticator = Authenticator(catalog, secret, default_rate=settings.requests_per_minute)
     router = Router(config["secret"])
+    observer = _observer(home, settings)
     services = Services(
         settings=settings,
         catalog=catalog,
@@ -339,16 +404,17 @@ async def _gateway(config: dict[str, Any], settings: Settings) -> None:
         deployments=Deployments(catalog, home.logs),
         access=Access(catalog, secret),
         authenticator=authenticator,
-        limiter=RateLimiter(),
-        gateway=Gateway(router, timeout=settings.predict_timeout),
+        limiter=RateLimiter() if config["limits"] is None else LeasingLimiter(Buckets(config["limits"])),
+        gateway=Gateway(router, timeout=settings.predict_timeout, observer=observer),
     )
     limits = Limits(queue=settings.queue_limit)
     follower = Follower(catalog, router, authenticator, limits=limits, interval=_FOLLOW)
     await follower.start()
+    observer.start(router, home.run)
     server = uvicorn.Server(
         uvicorn.Config(
             create_app(services),
-            http=bounded(settings),
+            http=fast(services),
             log_config=None,
             access_log=False,
             server_header=False,
@@ -358,10 +424,24 @@ async def _gateway(config: dict[str, Any], settings: Settings) -> None:
             timeout_graceful_shutdown=int(settings.shutdown_grace),
         )
     )
+    grpc = start_grpc(services, tuple(config["grpc"]), server)
     await server.serve(sockets=[socket.socket(fileno=config["listener"])])
+    await grpc.close()
     await follower.stop()
+    observer.stop()
     router.close()
     catalog.close()
+
+
+def _observer(home: Home, settings: Settings) -> Observer:
+    from modelworks.serve.observe import Observer
+    from modelworks.serve.requestlog import RequestLog
+    from modelworks.serve.tracing import Tracing
+
+    return Observer(
+        log=RequestLog(home.logs / "requests.log") if settings.request_log else None,
+        tracing=Tracing(settings.otlp_endpoint) if settings.otlp_endpoint else None,
+    )
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -15,8 +15,8 @@ import httpx2
 import uvicorn
 
 from modelworks.api.app import create_app
+from modelworks.api.fastlane import fast
 from modelworks.api.guard import Guard
-from modelworks.api.protocol import bounded
 from modelworks.api.services import Services
 from modelworks.control.access import Access
 from modelworks.control.deployments import Deployments
@@ -68,9 +68,12 @@ class FakeRouter:
     def ready(self, key: tuple[str, str]) -> bool:
         return self.is_ready
 
-    def submit(self, key: tuple[str, str], call: Any, deliver: Callable[[Any], None]) -> Any:
+    def submit(
+        self, key: tuple[str, str], call: Any, deliver: Callable[[Any], None], *, manual: bool = False
+    ) -> Any:
         self.calls.append(call)
         pending = _Pending()
+        pending.deliver = deliver
         if not self.hold:
             rows = call.inputs[0].shape[0]
             outputs = [
@@ -87,6 +90,7 @@ class FakeRouter:
 
 class _Pending:
     done = False
+    deliver: Any = None
 
 
 @dataclass
@@ -184,7 +188,7 @@ def served(found: House) -> Iterator[None]:
         found.app,
         host="127.0.0.1",
         port=0,
-        http=bounded(found.services.settings),
+        http=fast(found.services),
         ws="none",
         access_log=False,
         log_level="error",

@@ -38,7 +38,8 @@ class RunningServer:
         until(lambda: self.address.exists() or self.process.poll() is not None, 30)
         if not self.address.exists():
             raise AssertionError(f"the server did not start: {self.process.communicate()[0]}")
-        self.url = json.loads(self.address.read_text())["url"]
+        address = json.loads(self.address.read_text())
+        self.url, self.grpc_port = address["url"], address["grpc_port"]
 
     @property
     def address(self) -> Path:

@@ -56,7 +56,7 @@ def test_every_operation_says_what_it_does_and_has_examples_and_errors(document:
         assert body["security"] == [{"key": []}], where
         assert {"400", "401", "403", "429", "500", "503"} <= body["responses"].keys(), where
         assert "{" not in path or "404" in body["responses"], where
-        form = "application/json" if path.startswith("/v2") else "application/problem+json"
+        form = "application/json" if path.startswith(("/v1", "/v2")) else "application/problem+json"
         for status, response in body["responses"].items():
             if status[0] in "45":
                 assert response["content"].keys() == {form}, where

@@ -224,3 +224,140 @@ def test_a_model_whose_outputs_are_not_rows_runs_call_by_call(clock):
             found |= values(batcher.step())
         assert found == {(turn, i): [float(i)] for i in range(3)}
     assert calls == [3, 1, 1, 1, 1, 1, 1], "tried together once, then never again"
+
+
+def test_a_bad_item_is_found_by_halving(model, clock):
+    batcher = make(model, clock)
+    for i in range(64):
+        batcher.admit(i, [tensor(FAULTY if i == 41 else i)], 200.0)
+    found = values(batcher.step())
+    assert isinstance(found.pop(41), ModelworksError)
+    assert found == {i: [2.0 * i] for i in range(64) if i != 41}
+    assert len(model.batches) <= 1 + 2 * 6
+    assert sum(rows for rows, _ in model.batches) <= 3 * 64
+
+
+def test_many_bad_items_cost_few_more_runs_than_one_by_one(model, clock):
+    batcher = make(model, clock)
+    for i in range(64):
+        batcher.admit(i, [tensor(FAULTY)], 200.0)
+    assert all(isinstance(answer, ModelworksError) for answer in values(batcher.step()).values())
+    assert len(model.batches) <= 64 + 12
+    model.batches.clear()
+    for i in range(64):
+        batcher.admit(i, [tensor(FAULTY if i % 16 == 3 else i)], 200.0)
+    found = values(batcher.step())
+    assert [i for i in range(64) if isinstance(found[i], ModelworksError)] == [3, 19, 35, 51]
+    assert len(model.batches) < 64
+
+
+class TimedModel:
+    """Takes `base` + `each` * rows seconds of the clock."""
+
+    def __init__(self, clock, base, each):
+        self.clock, self.base, self.each = clock, base, each
+        self.batches = []
+
+    def __call__(self, inputs):
+        rows = len(inputs["x"])
+        self.batches.append(rows)
+        self.clock.now += self.base + self.each * rows
+        return {"value": inputs["x"][:, 0] * 2}
+
+
+def pour(batcher, count, seconds=1000.0):
+    """Admit so many calls, then run until none waits."""
+    clock = batcher._clock
+    for i in range(count):
+        batcher.admit(i, [tensor(i)], clock.now + seconds)
+    found = {}
+    while batcher.waiting:
+        found |= values(batcher.step())
+    return found
+
+
+def test_auto_takes_the_batch_size_where_throughput_stops_growing(clock):
+    model = TimedModel(clock, base=0.010, each=0.001)
+    batcher = make(model, clock, max_batch=1024, auto=True)
+    begun = clock.now
+    measured = batcher.measure([[tensor(1.0)], [tensor(2.0)]], 10.0)
+    assert list(measured)[:4] == [1, 2, 4, 8]
+    assert measured[8] == pytest.approx(0.018)
+    assert clock.now - begun < 12
+    model.batches.clear()
+    pour(batcher, 1000)
+    assert model.batches[0] == 128, "256 would be 3 % faster a row, and twice as long in coming"
+
+
+def test_measuring_keeps_to_its_time(clock):
+    model = TimedModel(clock, base=0.0, each=0.009)
+    batcher = make(model, clock, auto=True)
+    begun = clock.now
+    batcher.measure([[tensor(1.0)]], 0.3)
+    assert clock.now - begun < 0.35
+    model.batches.clear()
+    pour(batcher, 100)
+    assert max(model.batches) <= 2, "batches of a model that gains nothing by them stay small"
+
+
+def test_without_samples_it_begins_small_and_learns(clock):
+    model = TimedModel(clock, base=0.010, each=0.0001)
+    batcher = make(model, clock, max_batch=1024, auto=True)
+    pour(batcher, 3000)
+    assert model.batches[0] == 8
+    assert model.batches[:4] == [8, 16, 32, 64]
+    assert max(model.batches) == 1024
+
+
+def test_a_latency_objective_bounds_the_batches_and_is_held_when_the_model_slows_down(clock):
+    model = TimedModel(clock, base=0.006, each=0.001)
+    batcher = make(model, clock, max_batch=1024, p99_ms=50)
+    batcher.measure([[tensor(1.0)]], 0.3)
+    model.batches.clear()
+    pour(batcher, 500)
+    assert 16 <= model.batches[-2] <= 19, "a batch may take half of it, 25 ms"
+    model.each = 0.004  # longer texts, or a busy machine
+    pour(batcher, 500)
+    assert 3 <= model.batches[-2] <= 5
+    model.each = 0.001
+    pour(batcher, 3000)
+    assert 16 <= model.batches[-2] <= 19
+
+
+def test_a_near_deadline_is_not_delayed_by_a_large_batch(clock):
+    model = TimedModel(clock, base=0.001, each=0.001)
+    batcher = make(model, clock)
+    pour(batcher, 64)
+    pour(batcher, 1)
+    for i in range(40):
+        batcher.admit(i, [tensor(i)], clock.now + 60)
+    batcher.admit("soon", [tensor(9.0)], clock.now + 0.020)
+    model.batches.clear()
+    begun = clock.now
+    found = values(batcher.step())
+    assert found["soon"] == [18.0]
+    assert clock.now - begun <= 0.020
+    assert 5 <= model.batches[0] <= 16, "with as much company as its deadline bears"
+    while batcher.waiting:
+        found |= values(batcher.step())
+    assert len(found) == 41
+    for i in range(40):
+        batcher.admit(i, [tensor(i)], clock.now + 60)
+    batcher.admit("hopeless", [tensor(9.0)], clock.now + 0.0001)
+    assert set(values(batcher.step())) >= {"hopeless"}
+    assert batcher.waiting < 10, "a call that cannot be saved makes no batch small"
+
+
+def test_another_shapes_near_deadline_goes_first(clock):
+    signature = Signature(inputs=[TensorSpec(name="x", datatype="FP32", shape=[-1, -1])], outputs=[])
+    model = TimedModel(clock, base=0.1, each=0.001)
+    batcher = Batcher(model, signature, clock=clock)
+    for turn in range(2):
+        for i in range(10):
+            batcher.admit((turn, i), [pack("x", "FP32", [1, 2], [1.0, 2.0])], 200.0)
+        clock.now += 0.001
+        batcher.admit((turn, "soon"), [pack("x", "FP32", [1, 3], [1.0] * 3)], clock.now + 0.15)
+        first = {id for id, _, _ in batcher.step()}
+        assert ((turn, "soon") in first) == (turn == 1), "it knows after the first turn how long a batch takes"
+        while batcher.waiting:
+            batcher.step()

@@ -20,6 +20,7 @@ from modelworks.serve import wire
 from modelworks.serve.batcher import Batcher
 from modelworks.serve.channel import LinkLost, connect
 from modelworks.serve.host import Host
+from modelworks.serve.shm import Slot
 from tests.serve_toys import FAULTY, SECRET, SIGNATURE, toy_call, toy_predict
 
 
@@ -37,6 +38,16 @@ async def hosted(folder, predict=toy_predict, signature=SIGNATURE, **limits):
 
 def value(answer):
     return unpack(answer.outputs[0])
+
+
+async def soon(condition, seconds=2.0):
+    """Whether a condition comes true in a while."""
+    until = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > until:
+            return False
+        await asyncio.sleep(0.005)
+    return True
 
 
 class Gate:
@@ -98,7 +109,7 @@ def test_without_the_secret_the_door_stays_shut(tmp_path, secret):
         async with hosted(tmp_path) as (host, endpoint):
             with pytest.raises(LinkLost):
                 await connect(endpoint, secret)
-            assert host.sessions == set()
+            assert await soon(lambda: not host.sessions)
             good = await connect(endpoint, SECRET)
             assert value(await good.call(toy_call(1.0))) == [2.0]
 
@@ -113,9 +124,22 @@ def test_a_host_needs_a_real_secret(tmp_path):
     uvloop.run(story())
 
 
-async def closed(endpoint, data):
-    """Send raw bytes; True when the host closes the connection."""
+async def raw(endpoint, *, proven):
+    """A connection of bare bytes; `proven`: with the secret shown."""
     reader, writer = await asyncio.open_unix_connection(endpoint)
+    writer.write(b"\0")
+    if proven:
+        writer.write(HELLO)
+        size = int.from_bytes(await reader.readexactly(4), "little")
+        challenge = wire.read_challenge((await reader.readexactly(size))[9:])
+        assert challenge.proof == wire.proof(SECRET, "replica", NONCE, challenge.nonce)
+        writer.write(framed(wire.plain(wire.PROOF, 0, wire.proof(SECRET, "gateway", NONCE, challenge.nonce))))
+    return reader, writer
+
+
+async def closed(endpoint, data, *, proven=False):
+    """Send raw bytes; True when the host closes the connection."""
+    reader, writer = await raw(endpoint, proven=proven)
     writer.write(data)
     try:
         async with asyncio.timeout(1):
@@ -135,20 +159,47 @@ def framed(*messages):
     return len(body).to_bytes(4, "little") + body
 
 
-HELLO = framed(wire.hello(SECRET))
-MALFORMED = [
+NONCE = b"n" * wire.NONCE
+HELLO = framed(wire.hello(NONCE))
+UNPROVEN = [
     b"GET / HTTP/1.1\r\n\r\n",
     (2**31).to_bytes(4, "little"),
     framed(wire.plain(wire.PING)),
     framed(wire.call(1, toy_call(), 1.0)),
     framed(wire.plain(wire.HELLO, 0, b"\x80\x04\x95\x00")),
     framed(wire.plain(wire.HELLO, 0, b"x" * 4000)),
-    HELLO + framed(wire.plain(wire.HELLO)),
-    HELLO + framed(wire.plain(99)),
-    HELLO + framed(wire.plain(wire.CALL, 1, b"\xff\xff\xff\xff")),
-    HELLO + framed(wire.call(1, toy_call(888.0), 9.0)) + framed(wire.call(1, toy_call(), 9.0)),
-    HELLO + (2**32 - 1).to_bytes(4, "little"),
+    framed(wire.hello(b"short")),
+    HELLO + HELLO,
+    HELLO + framed(wire.call(1, toy_call(), 1.0)),
+    HELLO + framed(wire.plain(wire.PROOF, 0, b"")),
+    HELLO + framed(wire.plain(wire.PROOF, 0, b"x" * 32)),
 ]
+MALFORMED = [
+    framed(wire.plain(wire.HELLO)),
+    framed(wire.plain(99)),
+    framed(wire.plain(wire.CALL, 1, b"\xff\xff\xff\xff")),
+    framed(wire.call(1, toy_call(888.0), 9.0)) + framed(wire.call(1, toy_call(), 9.0)),
+    (2**32 - 1).to_bytes(4, "little"),
+    framed(wire.call(1, toy_call(), 9.0))[:-3] + framed(wire.plain(wire.PING)) * 3,
+    framed(wire.plain(wire.FREE, 0)),
+    framed(wire.segment(0, 1 << 26)),
+    framed(wire.plain(wire.CREDIT, 1, b"")),
+    framed(
+        wire.call(1, Call("t", [pack("x", "UINT8", [300_000], bytes(300_000))], 0.0), 1.0, lambda _: Slot(0, 0, 0, 9))
+    ),
+]
+
+
+@pytest.mark.parametrize("data", UNPROVEN)
+def test_nothing_is_taken_from_whom_has_not_shown_the_secret(tmp_path, data):
+    async def story():
+        async with hosted(tmp_path) as (host, endpoint):
+            good = await connect(endpoint, SECRET)
+            assert await closed(endpoint, data)
+            assert value(await good.call(toy_call(1.0))) == [2.0]
+            assert len(host.sessions) == 1
+
+    uvloop.run(story())
 
 
 @pytest.mark.parametrize("data", MALFORMED)
@@ -156,7 +207,7 @@ def test_what_is_malformed_closes_its_own_connection_only(tmp_path, data):
     async def story():
         async with hosted(tmp_path) as (host, endpoint):
             good = await connect(endpoint, SECRET)
-            assert await closed(endpoint, data)
+            assert await closed(endpoint, data, proven=True)
             assert value(await good.call(toy_call(1.0))) == [2.0]
             assert len(host.sessions) == 1
 
@@ -170,8 +221,8 @@ def test_fuzzed_bytes_neither_crash_nor_leak(tmp_path_factory, attempts):
         async with hosted(tmp_path_factory.mktemp("fuzz")) as (host, endpoint):
             good = await connect(endpoint, SECRET)
             for greeted, noise in attempts:
-                _, writer = await asyncio.open_unix_connection(endpoint)
-                writer.write((HELLO if greeted else b"") + framed([noise.rjust(9, b"\3")]) + noise)
+                _, writer = await raw(endpoint, proven=greeted)
+                writer.write(framed([noise.rjust(9, b"\3")]) + noise)
                 await asyncio.sleep(0)
                 writer.close()
             assert value(await good.call(toy_call(1.0))) == [2.0]

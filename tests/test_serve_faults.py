@@ -154,6 +154,47 @@ def test_kill_9_under_load_fails_no_call(platform):
     assert all("signal 9" in seen.message for seen in ended)
 
 
+@pytest.mark.slow
+def test_kill_9_every_second_under_a_load_of_64_fails_no_call(platform):
+    platform.start("rpl_1")
+    platform.start("rpl_2")
+    platform.wait_ready("rpl_1", "rpl_2")
+
+    async def story():
+        gateway = platform.gateway()
+        stop, results = asyncio.Event(), []
+        clients = [asyncio.create_task(steady(gateway, stop, results)) for _ in range(64)]
+        for turn in range(5):
+            await asyncio.sleep(1.0)
+            os.kill(platform.handles.pop(f"rpl_{turn + 1}").pid, signal.SIGKILL)
+            platform.start(f"rpl_{turn + 3}")
+            platform.follow()
+        await asyncio.sleep(1.0)
+        stop.set()
+        await asyncio.gather(*clients)
+        assert len(results) > 1000
+        assert all(results)
+        assert gateway.router.outstanding(("p", "toy")) == 0
+        platform.router.close()
+
+    uvloop.run(story())
+
+
+def test_a_replica_measures_its_model_when_asked_to(platform):
+    handle = platform.start("rpl_1", auto_batch=True, p99_ms=20.0)
+    platform.wait_ready("rpl_1")
+    log = platform.engine.logs(handle)
+    assert "measured" in log
+    assert "rows_16" in log
+
+    async def story():
+        gateway = platform.gateway()
+        assert await asyncio.gather(*[predict(gateway, x) for x in range(300)]) == [2.0 * x for x in range(300)]
+        platform.router.close()
+
+    uvloop.run(story())
+
+
 def test_a_hung_replica_is_avoided_within_three_seconds(platform):
     platform.start("rpl_1")
     platform.start("rpl_2")

@@ -98,7 +98,7 @@ def test_damaged_messages_raise_wire_error_and_nothing_else(payload):
             read(payload, 0, len(payload))
         except WireError:
             continue
-    for decode in (wire.read_hello, wire.read_ready, wire.read_error):
+    for decode in (wire.read_hello, wire.read_ready, wire.read_error, wire.read_challenge, wire.read_credit):
         try:
             decode(payload)
         except WireError:

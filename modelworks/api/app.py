@@ -10,7 +10,7 @@ from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 
-from modelworks.api import docs, errors, oip
+from modelworks.api import docs, errors, metrics, oip, oip_repository, openai
 from modelworks.api.events import Stopping
 from modelworks.api.guard import Guard
 from modelworks.api.native import access, datasets, deployments, jobs, models, predict
@@ -26,9 +26,12 @@ ALL: tuple[Routes, ...] = (
     models.routes,
     deployments.routes,
     predict.routes,
+    oip_repository.routes,  # has literal paths that oip's would match
     oip.routes,
+    openai.routes,
     access.routes,
     access.server,
+    metrics.routes,
 )
 
 

@@ -15,6 +15,9 @@ from modelworks.api.errors import Refused
 from modelworks.core.errors import InvalidInput, PayloadTooLarge
 
 MAX_DEPTH = 64
+MAX_VALUES = 4_000_000  # of the tensors or rows in a body: each takes some tens of bytes of memory
+MAX_CONTROL_VALUES = 32_768  # of a body that describes something; each may become an error that names it
+_CONTAINER = 8  # an array or object takes the memory of so many numbers
 _STRUCTURE = b'"[]{}'
 _NOISE = bytes(byte for byte in range(256) if byte not in _STRUCTURE)
 
@@ -35,8 +38,21 @@ def check_depth(data: bytes, limit: int = MAX_DEPTH) -> None:
             depth -= 1
 
 
+def check_values(data: bytes, limit: int) -> None:
+    """Raise PayloadTooLarge when JSON would take much more memory and time than its bytes. Looks at marks only."""
+    if len(data) * (_CONTAINER + 1) <= limit * 3:  # the shortest is `{},`
+        return
+    if data.count(b",") + _CONTAINER * (data.count(b"[") + data.count(b"{")) > limit:
+        raise PayloadTooLarge(
+            f"the JSON has too many values (with commas counted, arrays and objects {_CONTAINER} times, more than "
+            f"{limit}); send it in several calls",
+            code="too_many_values",
+        )
+
+
 def decode_json(data: bytes, type: Any = Any) -> Any:
     """Strict JSON (no NaN, no Infinity, valid UTF-8); InvalidInput says what is wrong and where."""
+    check_values(data, MAX_VALUES)
     try:
         return msgspec.json.decode(data, type=type)
     except msgspec.ValidationError as error:
@@ -54,8 +70,9 @@ class StrictRequest(Request):
         data = await self.body()
         try:
             check_depth(data)
+            check_values(data, MAX_CONTROL_VALUES)
             return decode_json(data)
-        except InvalidInput as error:
+        except (InvalidInput, PayloadTooLarge) as error:
             raise Refused(error) from None
 
 

@@ -80,6 +80,7 @@ _TAGS = [
     {"name": "Models", "description": "model versions, aliases, import and export"},
     {"name": "Deployments", "description": "what should be serving, and predictions"},
     {"name": "Open Inference Protocol", "description": "version 2, over JSON"},
+    {"name": "OpenAI", "description": "chat completions and models, as OpenAI's clients expect them"},
     {"name": "Access", "description": "keys, projects, users and the audit trail"},
     {"name": "Server", "description": "its health and its state"},
 ]

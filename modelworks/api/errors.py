@@ -20,6 +20,7 @@ log = logger("api")
 
 INTERNAL = "something went wrong on the server; its log has the details under this request id"
 MAX_ERRORS = 20
+MAX_MESSAGE = 2000  # characters; a client's text that an error quotes is not sent back whole
 
 
 class Refused(HTTPException):
@@ -101,7 +102,7 @@ def from_job(error: Mapping[str, Any] | None) -> ModelworksError:
 
 
 def _public(error: ModelworksError) -> str:
-    return INTERNAL if type(error) is ModelworksError and error.code == "internal" else error.message
+    return INTERNAL if type(error) is ModelworksError and error.code == "internal" else error.message[:MAX_MESSAGE]
 
 
 def _title(status: int) -> str:

@@ -11,6 +11,7 @@ import msgspec
 from starlette.responses import StreamingResponse
 
 from modelworks.api.services import Services
+from modelworks.core.errors import CatalogUnavailable, ModelworksError
 from modelworks.core.types import FINAL_JOB_STATES, Caller
 
 HEARTBEAT = 15.0  # seconds without an event until a comment keeps the connection alive
@@ -37,22 +38,27 @@ class Stopping:
         return True
 
 
-def stream(services: Services, caller: Caller, job_id: str, after: int, stopping: Stopping) -> StreamingResponse:
-    """The events of `job_id` after number `after`, as text/event-stream; ends with an event named `end`."""
+def stream(
+    services: Services, caller: Caller, job_id: str, after: int, stopping: Stopping, carrier: str | None
+) -> StreamingResponse:
+    """The events of `job_id` after number `after`, as text/event-stream; ends with an event named `end`.
+
+    `carrier`: the Authorization header, looked at again on the way: a key that is revoked reads no further.
+    """
     return StreamingResponse(
-        _events(services, caller, job_id, after, stopping),
+        _events(services, caller, job_id, after, stopping, carrier),
         media_type="text/event-stream",
         headers={"cache-control": "no-store", "x-accel-buffering": "no"},
     )
 
 
 async def _events(
-    services: Services, caller: Caller, job_id: str, after: int, stopping: Stopping
+    services: Services, caller: Caller, job_id: str, after: int, stopping: Stopping, carrier: str | None
 ) -> AsyncIterator[bytes]:
     library = services.library
     pause, silent = POLL[0], 0.0
     yield b"retry: 1000\n\n"
-    while True:
+    while await anyio.to_thread.run_sync(_still, services, caller, carrier):
         job = await anyio.to_thread.run_sync(library.job, caller, job_id)
         found = await anyio.to_thread.run_sync(library.events, caller, job_id, after, BATCH)
         for event in found:
@@ -70,6 +76,16 @@ async def _events(
             yield b": still here\n\n"
         if await stopping.wait(pause):
             return
+
+
+def _still(services: Services, caller: Caller, carrier: str | None) -> bool:
+    """Whether the key is still one, with the scopes that it had. While the catalog is away, it is."""
+    try:
+        return services.authenticator.authenticate(carrier).scopes >= caller.principal.scopes
+    except CatalogUnavailable:
+        return True
+    except ModelworksError:
+        return False
 
 
 def frame(name: str, data: Any, number: int | None = None) -> bytes:

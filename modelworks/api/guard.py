@@ -6,9 +6,13 @@ Pure ASGI. What passes has `principal` and `request_id` in its scope's state and
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import itertools
 import math
 import os
 import re
+import time
+from typing import NamedTuple
 
 import anyio
 from starlette.requests import ClientDisconnect
@@ -27,8 +31,12 @@ from modelworks.core.errors import (
     UnsupportedMedia,
 )
 from modelworks.core.telemetry import logger
-from modelworks.core.types import Principal
+from modelworks.core.types import Call, Principal
 from modelworks.security import policy
+from modelworks.security.leases import LeasingLimiter
+from modelworks.security.quota import RateLimiter
+from modelworks.serve.observe import CANCELLED, rows_of
+from modelworks.serve.tracing import RequestSpan
 
 log = logger("api.guard")
 
@@ -64,10 +72,44 @@ class Guard:
             await send({"type": "websocket.close", "code": 1008, "reason": ""})
 
     async def _http(self, scope: Scope, receive: Receive, send: Send) -> None:
-        headers = _Headers(scope["headers"])
+        headers = Headers(scope["headers"])
         exchange = _Exchange(headers, scope["path"], send)
         state = scope.setdefault("state", {})
         state["request_id"] = exchange.request_id
+        begun = time.monotonic()
+        observer = self._services.gateway.observer
+        span = observer.tracing.begin(scope["method"], headers.trace) if observer.tracing is not None else None
+        try:
+            with span or contextlib.nullcontext():
+                await self._serve(scope, receive, headers, exchange)
+        finally:
+            self._observe(scope, exchange, time.monotonic() - begun, span)
+
+    def _observe(self, scope: Scope, exchange: _Exchange, seconds: float, span: RequestSpan | None) -> None:
+        """One count and one line for the request, without its content."""
+        state = scope["state"]
+        status = exchange.status or CANCELLED
+        principal: Principal | None = state.get("principal")
+        call: Call | None = state.get("call")
+        deployment = call.deployment if call is not None else ""
+        if exchange.operation or status >= 400:  # probes of /health are not worth a line
+            self._services.gateway.observer.request(
+                exchange.operation,
+                status,
+                request_id=exchange.request_id,
+                key_id=principal.key_id if principal else "",
+                project_id=principal.project_id if principal else "",
+                deployment=deployment,
+                model_version=state.get("model_version", ""),
+                seconds=seconds,
+                bytes_in=exchange.body.size if exchange.body else 0,
+                bytes_out=exchange.sent,
+                rows=rows_of(call) if call is not None else 0,
+            )
+        if span is not None:
+            span.end(exchange.operation, status, exchange.request_id, deployment)
+
+    async def _serve(self, scope: Scope, receive: Receive, headers: Headers, exchange: _Exchange) -> None:
         try:
             rule = await self._admit(scope, headers, exchange)
             if scope["method"] == "HEAD":
@@ -77,16 +119,19 @@ class Guard:
         except ModelworksError as error:
             await exchange.refuse(error)
         except (Disconnected, ClientDisconnect):
+            exchange.status = CANCELLED  # whatever was sent, nobody read it
             log.debug("client went away", request_id=exchange.request_id)
         except Exception as error:  # the one error edge of this process
             log.error("unexpected error", request_id=exchange.request_id, path=scope["path"][:200], exc_info=error)
             await exchange.refuse(ModelworksError("unexpected"))
 
-    async def _admit(self, scope: Scope, headers: _Headers, exchange: _Exchange) -> Rule:
+    async def _admit(self, scope: Scope, headers: Headers, exchange: _Exchange) -> Rule:
         """Authenticate, authorise and count the call; returns the route's rule."""
         rules = self.table.match(scope["path"])
         method = "GET" if scope["method"] == "HEAD" else scope["method"]
         rule = rules.get(method) if rules else None
+        if rule is not None:
+            exchange.operation = rule.operation or ""
         if rule is not None and rule.operation is None:
             return rule
         principal = await self._principal(headers)
@@ -99,10 +144,10 @@ class Guard:
         policy.require(principal, rule.operation)
         self._count(principal, exchange)
         scope["state"]["principal"] = principal
-        _check_media(rule, headers)
+        check_media(rule, headers)
         return rule
 
-    async def _principal(self, headers: _Headers) -> Principal:
+    async def _principal(self, headers: Headers) -> Principal:
         authorization = headers.authorization
         if authorization is None:
             raise Unauthenticated("send a valid API key as `Authorization: Bearer KEY`")
@@ -119,21 +164,12 @@ class Guard:
         )
 
     def _count(self, principal: Principal, exchange: _Exchange) -> None:
-        limit = principal.requests_per_minute
-        if limit is None:
-            return
-        allowed, remaining, reset = self._services.limiter.take(principal.key_id, limit)
-        exchange.limits = [
-            (b"x-ratelimit-limit-requests", b"%d" % limit),
-            (b"x-ratelimit-remaining-requests", b"%d" % max(0, remaining)),
-            (b"x-ratelimit-reset-requests", b"%ds" % math.ceil(reset)),
-        ]
-        if not allowed:
-            raise RateLimited(
-                f"this key may make {limit} requests a minute; try again in {math.ceil(reset)} s", retry_after=reset
-            )
+        left, refusal = count(principal, self._services.limiter)
+        exchange.limits = left.headers() if left is not None else []
+        if refusal is not None:
+            raise refusal
 
-    async def _receive(self, rule: Rule, headers: _Headers, exchange: _Exchange, receive: Receive) -> Receive:
+    async def _receive(self, rule: Rule, headers: Headers, exchange: _Exchange, receive: Receive) -> Receive:
         """What the application reads its body from: streamed for forms, else read here whole."""
         settings = self._services.settings
         if not headers.has_body:
@@ -154,16 +190,69 @@ class Guard:
         return _Replay(data, receive).receive
 
 
+ALLOWANCE = (
+    (b"x-ratelimit-limit-requests", b"%d"),
+    (b"x-ratelimit-remaining-requests", b"%d"),
+    (b"x-ratelimit-reset-requests", b"%ds"),
+)
+
+
+class Allowance(NamedTuple):
+    """What a rate limit leaves of a key's calls: the headers of every answer to it."""
+
+    limit: int
+    remaining: int
+    reset: int  # seconds
+
+    def headers(self) -> list[tuple[bytes, bytes]]:
+        return [(name, form % value) for (name, form), value in zip(ALLOWANCE, self, strict=True)]
+
+
+def count(principal: Principal, limiter: RateLimiter | LeasingLimiter) -> tuple[Allowance | None, RateLimited | None]:
+    """Count one call of the principal: what is left, if there is a limit, and the refusal when nothing was."""
+    limit = principal.requests_per_minute
+    if limit is None:
+        return None, None
+    allowed, remaining, reset = limiter.take(principal.key_id, limit)
+    seconds = math.ceil(reset)
+    left = Allowance(limit, remaining, seconds)
+    if allowed:
+        return left, None
+    message = f"this key may make {limit} requests a minute; try again in {seconds} s"
+    return left, RateLimited(message, retry_after=reset)
+
+
+_run = os.urandom(8).hex()
+_numbers = itertools.count(1)
+
+
+def new_request_id() -> str:
+    """`req_` and 24 hexadecimal digits: those of this process, then of the request."""
+    return f"req_{_run}{next(_numbers):08x}"
+
+
 def too_large(limit: int) -> PayloadTooLarge:
     return PayloadTooLarge(f"the body is larger than {limit} bytes, the most that is taken here")
 
 
-def _check_media(rule: Rule, headers: _Headers) -> None:
+def stalled(timeout: float) -> RequestTimeout:
+    return RequestTimeout(f"no byte of the announced body came for {timeout:g} s; send it again")
+
+
+def check_pace(size: int, seconds: float, timeout: float) -> None:
+    """RequestTimeout for a body of which `size` bytes came in `seconds` that are more than `timeout`: it drips."""
+    if seconds > timeout and size < seconds * MIN_RATE:
+        raise RequestTimeout("the body comes too slowly; send it again over a faster connection")
+
+
+def check_media(rule: Rule, headers: Headers) -> None:
     """Raise UnsupportedMedia for a body that the route cannot read."""
     media = headers.media
     if rule.body == "form":
         if media not in _FORMS:
             raise UnsupportedMedia(f"send multipart/form-data, not {media or 'a body without Content-Type'}")
+    elif rule.binary and headers.binary and media == "application/octet-stream":
+        pass
     elif media and not _JSON.match(media):
         hint = "; curl sends this type unless you add -H 'Content-Type: application/json'" if media in _FORMS else ""
         raise UnsupportedMedia(f"send application/json, not {media}{hint}")
@@ -172,17 +261,23 @@ def _check_media(rule: Rule, headers: _Headers) -> None:
         raise UnsupportedMedia(f"Content-Encoding {encoding} is not taken here; send the body as it is")
 
 
-class _Headers:
-    """The few headers that the guard looks at. `length` None: not announced; `has_body`: one was announced."""
+class Headers:
+    """The few headers that the guard looks at. `length` None: not announced; `has_body`: one was announced; `odd`:
+    nothing for the fast lane."""
 
-    __slots__ = ("authorization", "encoding", "has_body", "length", "media", "project", "request_id")
+    __slots__ = (
+        "authorization", "binary", "encoding", "has_body", "length", "media", "odd", "plain", "project",
+        "request_id", "trace",
+    )  # fmt: skip
 
     def __init__(self, raw: list[tuple[bytes, bytes]]) -> None:
         self.authorization: bytes | None = None
         self.project: str | None = None
         self.length: int | None = None
         self.media = self.encoding = ""
-        self.has_body = False
+        self.has_body = self.odd = False
+        self.trace: dict[str, str] | None = None  # W3C Trace Context
+        self.binary: bytes | None = None  # how long the JSON in front of binary data is
         self.request_id = ""
         for name, value in raw:
             if name == b"authorization":
@@ -192,36 +287,47 @@ class _Headers:
                 self.length = int(value) if value.isdigit() and len(value) < 20 else None
                 self.has_body = self.has_body or self.length != 0
             elif name == b"transfer-encoding":
-                self.has_body = True
+                self.has_body = self.odd = True
             elif name == b"content-type":
                 self.media = value.split(b";", 1)[0].strip().lower().decode("latin-1")[:100]
             elif name == b"content-encoding":
                 encoding = value.strip().lower().decode("latin-1")[:100]
                 self.encoding = "" if encoding == "identity" else encoding
+            elif name == b"inference-header-content-length":
+                self.binary = value
+            elif name == b"traceparent" or name == b"tracestate":
+                self.trace = {**(self.trace or {}), name.decode(): value.decode("latin-1")[:512]}
             elif name == b"x-project":
                 self.project = value.decode("latin-1")[:200]
+            elif name == b"idempotency-key" or name == b"x-priority" or name == b"x-sticky-key":
+                self.odd = True
             elif name == b"x-request-id" and _REQUEST_ID.match(value):
                 self.request_id = value.decode()
-        self.request_id = self.request_id or f"req_{os.urandom(12).hex()}"
+        self.plain = not self.request_id and self.trace is None  # nothing in it belongs to one request alone
+        self.request_id = self.request_id or new_request_id()
 
 
 class _Exchange:
     """The answer's side of one request: adds the headers that every answer has, and knows whether it has begun."""
 
-    __slots__ = ("_headers", "_path", "_send", "body", "limits", "request_id", "started")
+    __slots__ = ("_headers", "_path", "_send", "body", "limits", "operation", "request_id", "sent", "started", "status")
 
-    def __init__(self, headers: _Headers, path: str, send: Send) -> None:
+    def __init__(self, headers: Headers, path: str, send: Send) -> None:
         self.request_id = headers.request_id
         self._headers = headers
         self._path = path
         self._send = send
         self.started = False
+        self.status = 0  # 0: none was sent
+        self.sent = 0  # bytes of the answer's body
+        self.operation = ""
         self.body: _BoundedBody | None = None
         self.limits: list[tuple[bytes, bytes]] = []
 
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             self.started = True
+            self.status = message["status"]
             headers = [
                 *message.get("headers", ()),
                 (b"x-request-id", self.request_id.encode()),
@@ -231,6 +337,8 @@ class _Exchange:
             if self._is_unread():
                 headers.append((b"connection", b"close"))
             message = {**message, "headers": headers}
+        else:
+            self.sent += len(message.get("body", b""))
         await self._send(message)
 
     def _is_unread(self) -> bool:
@@ -256,7 +364,7 @@ class _BoundedBody:
         self._timeout = timeout
         self._loop = asyncio.get_running_loop()
         self._began = self._loop.time()
-        self._size = 0
+        self.size = 0
         self.complete = False
 
     async def receive(self) -> Message:
@@ -266,17 +374,16 @@ class _BoundedBody:
             async with asyncio.timeout(self._timeout):
                 message = await self._receive()
         except TimeoutError:
-            raise RequestTimeout(f"no byte of the announced body came for {self._timeout:g} s; send it again") from None
+            raise stalled(self._timeout) from None
         if message["type"] == "http.disconnect":
             self.complete = True
             return message
-        self._size += len(message.get("body", b""))
-        if self._size > self._limit:
+        self.size += len(message.get("body", b""))
+        if self.size > self._limit:
             raise too_large(self._limit)
         self.complete = not message.get("more_body", False)
-        seconds = self._loop.time() - self._began
-        if not self.complete and seconds > self._timeout and self._size < seconds * MIN_RATE:
-            raise RequestTimeout("the body comes too slowly; send it again over a faster connection")
+        if not self.complete:
+            check_pace(self.size, self._loop.time() - self._began, self._timeout)
         return message
 
     async def read(self) -> bytes:

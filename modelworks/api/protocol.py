@@ -22,7 +22,7 @@ MAX_DISCARD = 1024 * 1024  # bytes still read after the answer, so that the clie
 LINGER = 2.0  # seconds of that, when the connection is to be closed
 
 # What a connection is doing; each but BUSY has a deadline.
-HEAD, BUSY, IDLE, DISCARD, LINGERING = range(5)
+HEAD, BODY, BUSY, IDLE, DISCARD, LINGERING = range(6)
 
 
 class BoundedProtocol(HttpToolsProtocol):
@@ -43,7 +43,10 @@ class BoundedProtocol(HttpToolsProtocol):
         self._head_open = False  # a request's first byte came, the end of its headers did not
         self._message_open = False  # the same until the end of its body
         self._head_bytes = 0
+        self._head_split = False  # came in more than one piece
+        self._chunk_bytes = 0
         self._discarded = 0
+        self._framing = 0  # bytes since the head or the last byte of a body: sizes of chunks, trailers
         self._refusal: ModelworksError | None = None
         self._lingering: _Lingering | None = None
 
@@ -66,6 +69,8 @@ class BoundedProtocol(HttpToolsProtocol):
         if self._phase == IDLE:
             self._enter(HEAD, self.header_timeout)
         was_open = self._head_open
+        self._framing += len(data)
+        self._chunk_bytes = len(data)
         try:
             self.parser.feed_data(data)
         except httptools.HttpParserUpgrade:
@@ -74,10 +79,16 @@ class BoundedProtocol(HttpToolsProtocol):
         except httptools.HttpParserError:
             self._refuse(self._refusal or InvalidInput("this is not a valid HTTP/1.1 request", code="bad_request"))
             return
+        if self._framing > self.max_headers and self._phase == BUSY and self._message_open and not self._head_open:
+            self._refuse(self._headers_too_large())
+            return
+        self._head_split = self._head_open
         if self._head_open and was_open:
             self._head_bytes += len(data)
             if self._head_bytes > self.max_headers:
                 self._refuse(self._headers_too_large())
+        elif self._head_open and self._phase == IDLE:  # begun behind a request that was answered at once
+            self._enter(HEAD, self.header_timeout)
 
     def shutdown(self) -> None:
         """The server stops: end idle connections, and tell endless answers to end."""
@@ -89,37 +100,52 @@ class BoundedProtocol(HttpToolsProtocol):
     # -- the parser ----------------------------------------------------------------------------------------------------
 
     def on_message_begin(self) -> None:
-        super().on_message_begin()
+        """uvicorn's builds the ASGI scope here; ours is built when the headers are complete, if it is needed at all."""
+        self.url = b""
+        self.headers = []
+        self.expect_100_continue = False
         self._head_open = self._message_open = True
+        self._head_split = False
         self._head_bytes = 0
 
     def on_url(self, url: bytes) -> None:
-        super().on_url(url)
+        self.url += url
         if len(self.url) > MAX_URL:
             self._stop_parsing(UriTooLong(f"the URL is longer than {MAX_URL} bytes"))
 
     def on_header(self, name: bytes, value: bytes) -> None:
+        if not self._head_open:
+            return  # a trailer: it comes behind the checks of the head, and must not pass for a header
         super().on_header(name, value)
         if len(self.headers) > MAX_HEADER_COUNT:
             self._stop_parsing(HeadersTooLarge(f"a request has at most {MAX_HEADER_COUNT} headers"))
 
     def on_headers_complete(self) -> None:
-        size = len(self.url) + sum(len(name) + len(value) for name, value in self.headers)
-        if size > self.max_headers:
-            self._stop_parsing(self._headers_too_large())
-        if len(self.pipeline) >= MAX_PIPELINE:
-            self._stop_parsing(
-                InvalidInput("too many requests were sent without waiting for answers", code="bad_request")
-            )
+        self._check_head()
         self._head_open = False
         self._enter(BUSY, None)
-        self._discarded = 0
+        self._discarded = self._framing = 0
+        url, headers, expects = self.url, self.headers, self.expect_100_continue
+        super().on_message_begin()
+        self.url, self.expect_100_continue = url, expects
+        self.headers = self.scope["headers"] = headers
         super().on_headers_complete()
         if self._lingering is None:
             self._lingering = _Lingering(self)
         self.cycle.transport = self._lingering  # type: ignore[assignment]
 
+    def _check_head(self) -> None:
+        if self._head_split or self._chunk_bytes > self.max_headers:  # else it cannot be too large
+            size = len(self.url) + sum(len(name) + len(value) for name, value in self.headers)
+            if size > self.max_headers:
+                self._stop_parsing(self._headers_too_large())
+        if len(self.pipeline) >= MAX_PIPELINE:
+            self._stop_parsing(
+                InvalidInput("too many requests were sent without waiting for answers", code="bad_request")
+            )
+
     def on_body(self, body: bytes) -> None:
+        self._framing = 0
         super().on_body(body)
         if self._phase == DISCARD:
             self._discard(len(body))

@@ -37,11 +37,13 @@ METHODS = ("GET", "POST", "PUT", "DELETE", "PATCH")
 
 @dataclass(frozen=True)
 class Rule:
-    """What the guard must know of a route. `operation` None: public. `infer`: JSON that may be large or compressed."""
+    """What the guard must know of a route. `operation` None: public. `infer`: JSON that may be large or compressed;
+    with `binary`, raw bytes may follow the JSON where a header says how long that is."""
 
     operation: str | None
     body: Body = "none"
     stream: bool = False
+    binary: bool = False
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,7 @@ class Declared:
 class Routes:
     """The routes of one part of the API, which share a tag and the form of their errors (`dialect`)."""
 
-    def __init__(self, tag: str, dialect: Literal["native", "oip"] = "native") -> None:
+    def __init__(self, tag: str, dialect: Literal["native", "oip", "openai"] = "native") -> None:
         self.tag = tag
         self.dialect = dialect
         self.declared: list[Declared] = []
@@ -89,6 +91,7 @@ class Routes:
         request_body: dict[str, Any] | None = None,
         creates: bool = False,
         stream: bool = False,
+        binary: bool = False,
     ) -> Callable[[Endpoint], Endpoint]:
         """Declare a route.
 
@@ -109,7 +112,7 @@ class Routes:
                 ),
                 "openapi_extra": schemas.extra(request, request_body, creates=creates),
             }
-            self.declared.append(Declared(method, path, Rule(operation, body, stream), endpoint, options))
+            self.declared.append(Declared(method, path, Rule(operation, body, stream, binary), endpoint, options))
             return endpoint
 
         return declare

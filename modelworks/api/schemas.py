@@ -59,6 +59,23 @@ OIP_ERROR_SCHEMA: dict[str, Any] = {
     "required": ["error"],
     "properties": {"error": {"type": "string"}},
 }
+OPENAI_ERROR_SCHEMA: dict[str, Any] = {
+    "type": "object",
+    "title": "OpenAIError",
+    "required": ["error"],
+    "properties": {
+        "error": {
+            "type": "object",
+            "required": ["message", "type", "param", "code"],
+            "properties": {
+                "message": {"type": "string"},
+                "type": {"type": "string"},
+                "param": {"type": ["string", "null"]},
+                "code": {"type": ["string", "null"]},
+            },
+        }
+    },
+}
 
 # status -> (code, an example of the sentence)
 _ERRORS: dict[int, tuple[str, str]] = {
@@ -139,6 +156,10 @@ def _error(dialect: str, status: int) -> Content:
     code, sentence = _ERRORS[status]
     if dialect == "oip":
         return plain({"$ref": "#/components/schemas/OipError"}, {"error": sentence})
+    if dialect == "openai":
+        kind = "invalid_request_error" if status < HTTPStatus.INTERNAL_SERVER_ERROR else "server_error"
+        body = {"message": sentence, "type": kind, "param": None, "code": code}
+        return plain({"$ref": "#/components/schemas/OpenAIError"}, {"error": body})
     example = {
         "type": f"urn:modelworks:error:{code}",
         "title": HTTPStatus(status).phrase,
@@ -173,7 +194,11 @@ def extra(request: Any, request_body: dict[str, Any] | None, *, creates: bool) -
 
 def components() -> dict[str, Any]:
     """The schemas of the nouns, without what never leaves the server, and of the errors."""
-    found: dict[str, Any] = {"Problem": PROBLEM_SCHEMA, "OipError": OIP_ERROR_SCHEMA}
+    found: dict[str, Any] = {
+        "Problem": PROBLEM_SCHEMA,
+        "OipError": OIP_ERROR_SCHEMA,
+        "OpenAIError": OPENAI_ERROR_SCHEMA,
+    }
     for cls in NOUNS:
         schema = cls.model_json_schema(ref_template="#/components/schemas/{model}", mode="serialization")
         found.update(schema.pop("$defs", {}))

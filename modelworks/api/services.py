@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from modelworks.control.library import Library
     from modelworks.core.settings import Settings
     from modelworks.security.identity import Authenticator
+    from modelworks.security.leases import LeasingLimiter
     from modelworks.security.quota import RateLimiter
     from modelworks.serve.gateway import Gateway
     from modelworks.store.catalog import Catalog
@@ -24,5 +25,5 @@ class Services:
     deployments: Deployments
     access: Access
     authenticator: Authenticator
-    limiter: RateLimiter
+    limiter: RateLimiter | LeasingLimiter
     gateway: Gateway

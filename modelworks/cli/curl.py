@@ -1,4 +1,4 @@
-"""The curl line that repeats a prediction. The key itself is never in it."""
+"""The curl line that repeats a prediction or a chat. The key itself is never in it."""
 
 from __future__ import annotations
 
@@ -12,8 +12,16 @@ if TYPE_CHECKING:
 
 def predict_line(connection: Connection, name: str, inputs: list[dict[str, Any]]) -> str:
     """One shell command, over two lines; control characters in names stay escaped inside the JSON."""
-    body = json.dumps({"inputs": inputs})
-    url = shlex.quote(f"{connection.url}/api/v1/deployments/{name}/predict")
+    return _line(connection, f"/api/v1/deployments/{name}/predict", {"inputs": inputs})
+
+
+def chat_line(connection: Connection, name: str, chat: dict[str, Any]) -> str:
+    return _line(connection, "/v1/chat/completions", {"model": name, **chat})
+
+
+def _line(connection: Connection, path: str, content: dict[str, Any]) -> str:
+    body = json.dumps(content)
+    url = shlex.quote(f"{connection.url}{path}")
     return (
         f'curl -s {url} -H "Authorization: Bearer {_key(connection)}" -H "Content-Type: application/json" \\\n'
         f"  -d {shlex.quote(body)}"

@@ -24,16 +24,17 @@ _FILLED_IN = ("model", "dataset", "seed")
 
 @dataclass(frozen=True)
 class Loaded:
-    """A recipe whose every part is valid. `file` is the local table to upload; None: the server fetches the source."""
+    """A recipe whose every part is valid. `file` is the local file to upload; None: the server fetches the source."""
 
     path: Path
     recipe: Recipe
     file: Path | None
     deployment: str | None
     inputs: list[dict[str, Any]]
+    chat: dict[str, Any] | None = None  # messages and parameters of a sample chat
 
     def training(self, dataset: str) -> TrainingSpec:
-        return self._parse(TrainingSpec, {**self.recipe.train, **self._filled(dataset)}, "train")
+        return self._parse(TrainingSpec, {**(self.recipe.train or {}), **self._filled(dataset)}, "train")
 
     def deploy_spec(self, model: str) -> DeploymentSpec:
         given = {key: value for key, value in (self.recipe.deploy or {}).items() if key != "name"}
@@ -63,6 +64,7 @@ class Teller(Protocol):
 
     def is_deployed(self, deployment: Deployment, url: str, new: bool) -> None: ...
     def predicted(self, inputs: list[dict[str, Any]], prediction: Prediction, curl: str) -> None: ...
+    def chatted(self, chat: dict[str, Any], text: str, curl: str) -> None: ...
     def ends(self, outcome: Outcome) -> None: ...
 
 
@@ -97,12 +99,16 @@ def load(path: Path) -> Loaded:
         raise InvalidInput(f"{path} is not TOML: {error}", param="recipe") from None
     recipe: Recipe = _checked(path, Recipe, found, "")
     for key in _FILLED_IN:
-        if key in recipe.train:
+        if key in (recipe.train or {}):
             raise InvalidInput(f"{path}: train.{key} is filled in by the recipe; leave it out", param=f"train.{key}")
-    loaded = Loaded(
-        path, recipe, _local_file(path, recipe.data.source), _deployment(path, recipe), _inputs(path, recipe)
-    )
-    loaded.training(recipe.data.name)
+    origin, section = (recipe.data, "data") if recipe.data else (recipe.model, "model")
+    assert origin is not None
+    file = _local_file(path, origin.source, section)
+    chat = _chat(path, recipe)
+    inputs = [] if chat else _inputs(path, recipe)
+    loaded = Loaded(path, recipe, file, _deployment(path, recipe), inputs, chat)
+    if recipe.data:
+        loaded.training(recipe.data.name)
     if loaded.deployment:
         loaded.deploy_spec(recipe.name)
     return loaded
@@ -121,16 +127,16 @@ def _checked(path: Path, model: Any, value: Any, section: str) -> Any:
         raise InvalidInput(f"{path}: {unknown}{section}{joint}{reason}", param=param) from None
 
 
-def _local_file(path: Path, source: str) -> Path | None:
+def _local_file(path: Path, source: str, section: str) -> Path | None:
     """A source without a scheme is a file beside the recipe."""
     if source.startswith(SERVER_SOURCES) or "://" in source:
         return None
     file = path.parent / source
     if not file.is_file():
         raise InvalidInput(
-            f"{path}: data.source: there is no file {file}; give a path relative to the recipe, sklearn:NAME, "
+            f"{path}: {section}.source: there is no file {file}; give a path relative to the recipe, sklearn:NAME, "
             "package:DIST/PATH or an https URL",
-            param="data.source",
+            param=f"{section}.source",
         )
     return file
 
@@ -144,6 +150,19 @@ def _deployment(path: Path, recipe: Recipe) -> str | None:
         why = "it must be a text" if key == "name" else "the recipe deploys the version it trained; leave it out"
         raise InvalidInput(f"{path}: deploy.{key}: {why}", param=f"deploy.{key}")
     return name
+
+
+def _chat(path: Path, recipe: Recipe) -> dict[str, Any] | None:
+    """The sample chat of `predict`: its messages, and parameters beside them."""
+    found = recipe.predict or {}
+    if "messages" not in found:
+        return None
+    if recipe.deploy is None:
+        raise InvalidInput(f"{path}: predict needs a [deploy] section, which may be empty", param="predict")
+    messages = found["messages"]
+    if not isinstance(messages, list) or not messages or not all(isinstance(one, dict) for one in messages):
+        raise InvalidInput(f"{path}: predict.messages must be a list of messages", param="predict.messages")
+    return found
 
 
 def _inputs(path: Path, recipe: Recipe) -> list[dict[str, Any]]:
@@ -168,18 +187,24 @@ def carry_out(client: Client, loaded: Loaded, teller: Teller) -> Outcome:
     """ingest -> profile -> train and evaluate -> package -> deploy -> predict; tells of each step as it is done."""
     outcome = Outcome(recipe=loaded.recipe.name)
     teller.begins(loaded)
-    dataset = _ingest(client, loaded, teller, outcome)
-    version = _train(client, loaded, dataset, teller, outcome)
+    if loaded.recipe.model:
+        version = _import(client, loaded, teller, outcome)
+    else:
+        dataset = _ingest(client, loaded, teller, outcome)
+        version = _train(client, loaded, dataset, teller, outcome)
     if loaded.deployment:
         _deploy(client, loaded, loaded.deployment, version, teller, outcome)
         if loaded.inputs:
             _predict(client, loaded.deployment, loaded.inputs, teller, outcome)
+        if loaded.chat:
+            _converse(client, loaded.deployment, loaded.chat, teller, outcome)
     teller.ends(outcome)
     return outcome
 
 
 def _ingest(client: Client, loaded: Loaded, teller: Teller, outcome: Outcome) -> Dataset:
     data = loaded.recipe.data
+    assert data is not None
     known = _dataset_versions(client, data.name)
     if loaded.file is None:
         dataset = client.datasets.create(data.source, name=data.name, schema=data.table)
@@ -217,7 +242,27 @@ def _train(client: Client, loaded: Loaded, dataset: Dataset, teller: Teller, out
     if error is not None:
         raise Failed(error.message, code=error.code, param=error.param)
     version = client.models.version(str(job.model_version))
-    new = version.version not in known
+    outcome.metrics = version.metrics or job.metrics
+    _has_model(version, version.version not in known, teller, outcome)
+    return version
+
+
+def _import(client: Client, loaded: Loaded, teller: Teller, outcome: Outcome) -> ModelVersion:
+    wanted, name = loaded.recipe.model, loaded.recipe.name
+    assert wanted is not None
+    known = _model_versions(client, name)
+    if loaded.file is None:
+        version = client.models.import_(name, source=wanted.source, task=wanted.task, licence=wanted.licence)
+    else:
+        with teller.uploading(loaded.file) as progress:
+            version = client.models.import_(
+                name, loaded.file, task=wanted.task, licence=wanted.licence, progress=progress
+            )
+    _has_model(version, version.version not in known, teller, outcome)
+    return version
+
+
+def _has_model(version: ModelVersion, new: bool, teller: Teller, outcome: Outcome) -> None:
     outcome.model = {
         "name": version.name,
         "version": version.version,
@@ -225,10 +270,8 @@ def _train(client: Client, loaded: Loaded, dataset: Dataset, teller: Teller, out
         "size": version.size,
         "new": new,
     }
-    outcome.metrics = version.metrics or job.metrics
     outcome.new += [f"model {version.ref}"] if new else []
     teller.has_model(version, new)
-    return version
 
 
 def _deploy(client: Client, loaded: Loaded, name: str, version: ModelVersion, teller: Teller, outcome: Outcome) -> None:
@@ -237,7 +280,8 @@ def _deploy(client: Client, loaded: Loaded, name: str, version: ModelVersion, te
     with teller.deploying(name):
         deployment = client.deployments.wait_ready(name, timeout=_READY_SECONDS)
     new = put.spec_revision != before
-    outcome.url = f"{client.connection.url}/api/v1/deployments/{name}/predict"
+    chat = version.task == "text-generation"
+    outcome.url = f"{client.connection.url}" + ("/v1" if chat else f"/api/v1/deployments/{name}/predict")
     outcome.deployment = {
         "name": name,
         "revision": deployment.spec_revision,
@@ -256,6 +300,15 @@ def _predict(client: Client, name: str, inputs: list[dict[str, Any]], teller: Te
     outcome.prediction = prediction.model_dump(mode="json", exclude_none=True)
     outcome.curl = predict_line(client.connection, name, inputs)
     teller.predicted(inputs, prediction, outcome.curl)
+
+
+def _converse(client: Client, name: str, chat: dict[str, Any], teller: Teller, outcome: Outcome) -> None:
+    from modelworks.cli.curl import chat_line
+
+    messages, params = chat["messages"], {key: value for key, value in chat.items() if key != "messages"}
+    outcome.prediction = client.deployments.chat(name, messages, **params)
+    outcome.curl = chat_line(client.connection, name, chat)
+    teller.chatted(chat, str(outcome.prediction["choices"][0]["message"]["content"]), outcome.curl)
 
 
 def _dataset_versions(client: Client, name: str) -> tuple[int, ...]:

@@ -145,6 +145,8 @@ def recipes() -> str:
         _fields(deployment["$defs"]["Replicas"]),
         "### `[deploy.batching]`",
         _fields(deployment["$defs"]["Batching"]),
+        "### `[deploy.limits]`",
+        _fields(deployment["$defs"]["CallLimits"]),
         "## `[predict]`",
         _table(
             ("key", "type", "default", ""),

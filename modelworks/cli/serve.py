@@ -33,8 +33,14 @@ def up(
         bool | None, Optional("--insecure", help="Allow listening beyond loopback without TLS.")
     ] = None,
     offline: Annotated[bool | None, Optional("--offline", help="Never make an outgoing connection.")] = None,
+    gateways: Annotated[int | None, Optional(help="Processes that answer requests.  [default: 1]")] = None,
     workers: Annotated[int | None, Optional(help="Jobs that run at the same time.  [default: 2]")] = None,
     log_level: Annotated[str | None, Optional(help="debug, info, warning or error.  [default: info]")] = None,
+    request_log: Annotated[
+        bool | None,
+        Optional("--request-log/--no-request-log", help="A line a request in logs/requests.log.  [default: on]"),
+    ] = None,
+    otlp_endpoint: Annotated[str | None, Optional(help="OpenTelemetry collector for traces, http://host:4318.")] = None,
     max_body: Annotated[int | None, Optional(help="Largest request body in bytes, uploads aside.")] = None,
     max_upload: Annotated[int | None, Optional(help="Largest upload in bytes.")] = None,
     max_headers: Annotated[int | None, Optional(help="Largest sum of a request's header bytes.")] = None,
@@ -125,8 +131,14 @@ def status(session: Session) -> None:
             ("key", f"{who.key_name or who.key_id} ({who.role})"),
             ("project", who.project_name or who.project_id),
             *((name, _shown(value)) for name, value in state.items()),
+            *((f"  {item['name']}", _deployment(item)) for item in state.get("deployments", [])),
         ]
     )
+
+
+def _deployment(item: dict[str, Any]) -> str:
+    calls, errors = item.get("requests_per_second", 0.0), item.get("errors_per_second", 0.0)
+    return f"{item['status']}, {number(calls)} requests/s, {number(errors)} errors/s"
 
 
 def _shown(value: Any) -> str:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 _METRICS = 4  # beside the first
 _ROWS = 5  # of a prediction
+_LINES = 12  # of a chat's answer
 
 
 class Silence:
@@ -29,6 +30,7 @@ class Silence:
     def has_model(self, version: ModelVersion, new: bool) -> None: ...
     def is_deployed(self, deployment: Deployment, url: str, new: bool) -> None: ...
     def predicted(self, inputs: list[dict[str, Any]], prediction: Prediction, curl: str) -> None: ...
+    def chatted(self, chat: dict[str, Any], text: str, curl: str) -> None: ...
     def ends(self, outcome: Outcome) -> None: ...
 
     @contextmanager
@@ -101,6 +103,13 @@ class Story:
             self._detail(f"for {shown}")
         self._detail("once more, from the shell:")
         print(lines(curl))  # as it is, so that it can be copied
+
+    def chatted(self, chat: dict[str, Any], text: str, curl: str) -> None:
+        self._line("Chat", str(chat["messages"][-1].get("content", "")), "")
+        for line in text.splitlines()[:_LINES]:
+            self._detail(line, "bold green")
+        self._detail("once more, from the shell:")
+        print(lines(curl))
 
     def ends(self, outcome: Outcome) -> None:
         made = ", ".join(outcome.new)

@@ -6,7 +6,7 @@ import json
 import os
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import IO, Any
 
@@ -48,8 +48,9 @@ class Models(Resource[Mode]):
     async def import_(
         self,
         name: str,
-        file: Any,
+        file: Any = None,
         *,
+        source: str | None = None,
         filename: str | None = None,
         task: str | None = None,
         classes: Sequence[Any] | None = None,
@@ -57,18 +58,24 @@ class Models(Resource[Mode]):
         progress: Progress | None = None,
         idempotency_key: str | None = None,
     ) -> ModelVersion:
-        """Register a package (as `export` wrote it) or an ONNX model as a new version of `name`; waits for it."""
-        with opened(file, filename) as (content, known_as):
+        """Register a package (as `export` wrote it) or a model (ONNX, GGUF) as a new version of `name`; waits for it.
+
+        In place of a file, `source`: `package:DIST/PATH` or an https URL, which the server fetches.
+        """
+        with opened(file, filename) if source is None else nullcontext((None, "")) as (content, known_as):
             form: dict[str, Any] = {
                 field: (None, value)
                 for field, value in (
                     ("task", task),
                     ("classes", None if classes is None else json.dumps([*classes])),
                     ("licence", licence),
+                    ("source", source),
                 )
                 if value is not None
             }
-            form["file"] = (known_as, Counted(content, progress) if progress else content, "application/octet-stream")
+            if content is not None:
+                body = Counted(content, progress) if progress else content
+                form["file"] = (known_as, body, "application/octet-stream")
             request = creation(path("/api/v1/models/{}/versions", name), key=idempotency_key, form=form)
             response = await self._http.send(request)
         if response.status_code != 202:

@@ -247,6 +247,9 @@ def error_of(response: httpx2.Response) -> ModelworksError:
         body = None
     if not isinstance(body, dict):
         body = {}
+    if isinstance(body.get("error"), dict):  # OpenAI's form
+        body = {**body["error"], "detail": body["error"].get("message")}
+        body.pop("message", None)
     rest = {
         name: value
         for name, value in body.items()

@@ -9,6 +9,7 @@ from typing import Any
 
 from modelworks.control.idempotency import create_once
 from modelworks.control.references import resolve_model
+from modelworks.control.requests import without_paths
 from modelworks.core.errors import InvalidInput, NotFound
 from modelworks.core.specs import NAME_PATTERN, DeploymentSpec
 from modelworks.core.types import Caller, Deployment, DeploymentRevision, Page, Replica
@@ -114,7 +115,7 @@ class Deployments:
             return tx.list(Replica, deployment_id=self._find(tx, caller, name).id)
 
     def logs(self, caller: Caller, name: str, *, limit: int = 64 * 1024) -> str:
-        """The ends of the newest replicas' logs, `limit` bytes in all."""
+        """The ends of the newest replicas' logs, `limit` bytes in all, without this machine's paths."""
         with self._catalog.read() as tx:
             deployment = self._find(tx, caller, name)
             newest = tx.list(Replica, deployment_id=deployment.id, newest_first=True, limit=4)
@@ -126,7 +127,7 @@ class Deployments:
                     file.seek(max(0, path.stat().st_size - limit // len(newest)))
                     tail = file.read().decode(errors="replace")
                 parts.append(f"== {replica.id} ({replica.model_version}, {replica.status})\n{tail}")
-        return "\n".join(parts)
+        return without_paths("\n".join(parts), self._logs.parent)
 
     def _find(self, tx: Tx, caller: Caller, name: str) -> Deployment:
         found = tx.find(Deployment, project_id=caller.project_id, name=name)

@@ -238,17 +238,23 @@ class Library:
         caller: Caller,
         *,
         name: str,
-        path: Path,
+        path: Path | None = None,
+        source: str | None = None,
         filename: str = "",
         task: str | None = None,
         classes: list[Any] | None = None,
         licence: str | None = None,
     ) -> Job:
-        """A job that checks the ONNX model or exported package at `path` (which the store takes) and registers it."""
+        """A job that checks a model (ONNX, GGUF) or exported package and registers it: the file at `path`, which the
+        store takes, or what `source` names.
+        """
         requests.check_name(name, "model")
+        if (path is None) == (source is None):
+            raise InvalidInput("give either a file or a source", param="file")
         spec = {
             "name": name,
-            "filename": requests.plain_filename(filename or path.name),
+            "filename": requests.plain_filename(filename or (path.name if path else "")),
+            "source": requests.check_source(source) if source is not None else None,
             "task": requests.check_task(task),
             "classes": requests.check_classes(classes),
             "licence": requests.check_licence(licence),

@@ -197,6 +197,8 @@ class Reconciler:
                 max_batch=spec.batching.max_batch,
                 max_rows=spec.batching.max_rows,
                 wait_ms=spec.batching.wait_ms,
+                auto_batch=spec.batching.auto,
+                p99_ms=spec.batching.p99_ms,
                 drain_seconds=self._drain_seconds,
             )
         )

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import modelworks
 from modelworks.control.references import resolve_dataset, resolve_model
 from modelworks.core.errors import InvalidInput
 from modelworks.core.specs import ALIAS_PATTERN, NAME_PATTERN, EvaluationSpec, Method, TrainingSpec
@@ -15,6 +16,8 @@ from modelworks.ml.evaluate.catalogue import check_metrics
 from modelworks.ml.train.checks import check_method, check_training, find
 from modelworks.store.catalog import Tx
 
+_CODE = str(Path(modelworks.__file__).parent.parent)
+_TRACE = re.compile(r"^Traceback \(most recent call last\):\n(?:[ \t].*\n)*", re.MULTILINE)
 SOURCES = ("sklearn:", "package:", "https://")
 TASKS = ("tabular-classification", "tabular-regression")
 MAX_CLASSES = 100_000
@@ -145,7 +148,8 @@ def check_licence(licence: str | None) -> str | None:
 
 
 def without_paths(text: str, home: Path) -> str:
-    """`text` without the folders of this machine, which are nobody's business."""
-    for folder, shown in ((str(home), "HOME"), (sys.prefix, "PYTHON"), (sys.base_prefix, "PYTHON")):
+    """`text` without the folders of this machine and without stack frames, which are nobody's business."""
+    text = _TRACE.sub("", text)
+    for folder, shown in ((str(home), "HOME"), (sys.prefix, "PYTHON"), (sys.base_prefix, "PYTHON"), (_CODE, "CODE")):
         text = text.replace(folder, shown)
     return text

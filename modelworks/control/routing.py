@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections import defaultdict
+from dataclasses import replace
 
 from modelworks.control import scaling
 from modelworks.core import telemetry
 from modelworks.core.errors import CatalogUnavailable
+from modelworks.core.specs import DeploymentSpec
 from modelworks.core.types import Deployment, ModelVersion, Replica
 from modelworks.security.identity import Authenticator
 from modelworks.serve.router import Router
@@ -41,9 +43,22 @@ def snapshot(tx: Tx, number: int, limits: Limits) -> Snapshot:
             task=model.task,
             classes=model.classes,
             replicas=tuple(Target(replica.id, replica.endpoint) for replica in chosen),
-            limits=limits,
+            limits=limits_of(deployment, limits),
         )
     return Snapshot(number, routes)
+
+
+def limits_of(deployment: Deployment, usual: Limits) -> Limits:
+    """The limits that a deployment's spec sets; where it sets none, the `usual` ones."""
+    spec = DeploymentSpec.model_validate(deployment.spec)
+    return replace(
+        usual,
+        queue=spec.limits.queue or usual.queue,
+        in_flight=max(usual.in_flight, 2 * spec.batching.max_batch),
+        concurrency=spec.limits.concurrency or usual.concurrency,
+        wait_seconds=spec.batching.wait_ms / 1000,
+        hedge_seconds=spec.hedge_ms / 1000 if spec.hedge_ms else None,
+    )
 
 
 class Follower:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from pydantic import Field
+from pydantic import AliasChoices, Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 MIB = 1024 * 1024
@@ -14,7 +14,7 @@ MIB = 1024 * 1024
 class Settings(BaseSettings):
     """Read from flags, then `MODELWORKS_*` environment variables, then these defaults. Sizes in bytes, times in seconds."""
 
-    model_config = SettingsConfigDict(env_prefix="MODELWORKS_", frozen=True, extra="ignore")
+    model_config = SettingsConfigDict(env_prefix="MODELWORKS_", frozen=True, extra="ignore", populate_by_name=True)
 
     home: Path = Field(Path("~/.modelworks"), description="the folder that holds the catalog, the blobs and the logs")
     host: str = Field("127.0.0.1", description="the address to listen on")
@@ -24,8 +24,15 @@ class Settings(BaseSettings):
     tls_key: Path | None = Field(None, description="PEM private key of tls_cert")
     insecure: bool = Field(False, description="allow listening beyond loopback without TLS")
     offline: bool = Field(False, description="never make an outgoing connection")
+    gateways: int = Field(1, ge=1, le=64, description="processes that answer requests and share the HTTP and gRPC ports")
     workers: int = Field(2, ge=1, le=256, description="jobs that run at the same time on this machine")
     log_level: str = Field("info", description="debug, info, warning or error")
+    request_log: bool = Field(True, description="one line a request in logs/requests.log, without its content")
+    otlp_endpoint: str | None = Field(
+        None,
+        validation_alias=AliasChoices("MODELWORKS_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT"),
+        description="base address of an OpenTelemetry collector (OTLP over HTTP) for traces; unset: none",
+    )
 
     max_body: int = Field(64 * MIB, description="largest request body, uploads aside")
     max_upload: int = Field(64 * 1024 * MIB, description="largest upload")

@@ -17,7 +17,9 @@ Name = Annotated[
     StringConstraints(pattern=NAME_PATTERN),
     Field(description="1 to 100 letters, digits, `.`, `_` or `-`, starting with a letter or digit", examples=["iris"]),
 ]
-_REF = re.compile(r"^(?P<name>[A-Za-z0-9][A-Za-z0-9._-]{0,99})(?::(?P<version>[1-9][0-9]{0,8})|@(?P<alias>[A-Za-z][A-Za-z0-9._-]{0,99}))?$")
+_REF = re.compile(
+    r"^(?P<name>[A-Za-z0-9][A-Za-z0-9._-]{0,99})(?::(?P<version>[1-9][0-9]{0,8})|@(?P<alias>[A-Za-z][A-Za-z0-9._-]{0,99}))?$"
+)
 
 
 class Spec(BaseModel):
@@ -38,7 +40,9 @@ class Ref(Spec):
         match = _REF.fullmatch(text)
         if not match:
             raise InvalidInput(
-                f"{text[:120]!r} does not name a {what}; write name, name:version or name@alias", param=what, code="bad_reference"
+                f"{text[:120]!r} does not name a {what}; write name, name:version or name@alias",
+                param=what,
+                code="bad_reference",
             )
         version = match["version"]
         return cls(name=match["name"], version=int(version) if version else None, alias=match["alias"])
@@ -92,7 +96,9 @@ class Method(Spec):
     kfold: int | None = Field(None, ge=2, le=100, description="number of folds")
     repeats: int = Field(1, ge=1, le=100, description="with kfold: how many times, each shuffled differently")
     test: RefText | None = Field(None, description="another dataset whose rows are the test set")
-    stratify: bool | None = Field(None, description="keep class shares in each part; by default wherever it is possible")
+    stratify: bool | None = Field(
+        None, description="keep class shares in each part; by default wherever it is possible"
+    )
     group: str | None = Field(None, description="rows that share this column's value stay together")
     time: str | None = Field(None, description="split along this column: train on the past, test on what follows")
     shuffle: bool = True
@@ -139,7 +145,9 @@ class TrainingSpec(Spec):
         None, description="by default told from the algorithm and the target's type"
     )
     hyperparameters: dict[str, Any] = Field({}, description="of the algorithm; those not given have its defaults")
-    features: list[str] | None = Field(None, description="the columns to learn from; by default all but target, group and time")
+    features: list[str] | None = Field(
+        None, description="the columns to learn from; by default all but target, group and time"
+    )
     transforms: Transforms | None = Field(
         None, description="run in this order; by default: fill missing, standardise numbers, one-hot categories"
     )
@@ -178,9 +186,36 @@ class Replicas(Spec):
 
 
 class Batching(Spec):
-    max_batch: int = Field(64, ge=1, le=65536, description="calls that run together at most")
+    """Which calls run together. `"auto"` is short for `{"auto": true}`."""
+
+    max_batch: int = Field(64, ge=1, le=65536, description="calls that run together at most; with auto 1024")
     max_rows: int = Field(4096, ge=1, description="rows that run together at most")
     wait_ms: float = Field(0.0, ge=0, le=10_000, description="how long an idle replica waits for more; 0 never waits")
+    auto: bool = Field(
+        False,
+        description="measure the model when it is loaded, use the smallest batch that is as fast as any, and adapt",
+    )
+    p99_ms: float | None = Field(
+        None, gt=0, le=600_000, description="the latency in the replica that batches are kept small enough for"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _auto(cls, value: Any) -> Any:
+        if value == "auto":
+            value = {"auto": True}
+        if isinstance(value, dict) and value.get("auto") is True:
+            return {"max_batch": 1024, **value}
+        return value
+
+
+class CallLimits(Spec):
+    concurrency: int | None = Field(
+        None, ge=1, le=1_000_000, description="calls that a gateway has running at once, over all replicas; others wait"
+    )
+    queue: int | None = Field(
+        None, ge=1, le=1_000_000, description="calls that may wait in a gateway; by default the server's queue_limit"
+    )
 
 
 class DeploymentSpec(Spec):
@@ -188,7 +223,12 @@ class DeploymentSpec(Spec):
 
     model: RefText
     replicas: Replicas = Replicas()
-    batching: Batching = Batching()
+    batching: Batching = Field(Batching(), description="a table, or \"auto\"")
+    limits: CallLimits = CallLimits()
+    hedge_ms: float | None = Field(
+        None, gt=0, le=600_000,
+        description="a call without an answer after so long is sent to a second replica too; at most 5 in 100 are",
+    )  # fmt: skip
     resources: Resources = Resources()
 
 
@@ -226,13 +266,36 @@ class DataSource(Spec):
     table: TableSchema | None = Field(None, alias="schema")
 
 
+class ModelSource(Spec):
+    """A model that is there already, in place of data and training."""
+
+    source: str = Field(description="a file beside the recipe, `package:DIST/PATH` or an https URL")
+    task: Name | None = Field(None, description="such as text-generation; by default told from the file")
+    licence: str | None = Field(None, max_length=200, description="by default what the file says")
+
+
 class Recipe(Spec):
-    """A whole lifecycle in one TOML file: data, training with its evaluation, deployment, and a sample prediction."""
+    """A whole lifecycle in one TOML file: data and training with its evaluation, or a model that is there already;
+    then deployment, and a sample prediction.
+    """
 
     name: Name
     description: str = ""
     seed: int = Field(0, ge=0, lt=2**32)
-    data: DataSource
-    train: dict[str, Any] = Field(description="a training job without model, dataset and seed, which the recipe fills in")
-    deploy: dict[str, Any] | None = Field(None, description="a deployment without model; its `name` is the recipe's by default")
-    predict: dict[str, Any] | None = Field(None, description="`inputs`: rows to predict once it is deployed")
+    data: DataSource | None = None
+    train: dict[str, Any] | None = Field(
+        None, description="a training job without model, dataset and seed, which the recipe fills in"
+    )
+    model: ModelSource | None = Field(None, description="in place of data and train: a model to import")
+    deploy: dict[str, Any] | None = Field(
+        None, description="a deployment without model; its `name` is the recipe's by default"
+    )
+    predict: dict[str, Any] | None = Field(
+        None, description="`inputs`: rows to predict once it is deployed; or `messages` for a chat"
+    )
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> Recipe:
+        if (self.data is None) != (self.train is None) or (self.data is None) == (self.model is None):
+            raise ValueError("give data and train, or model in their place")
+        return self

@@ -381,7 +381,11 @@ class IdempotencyRecord(Noun):
 
 
 class Call(msgspec.Struct):
-    """One inference on its way through the data plane. `deadline` is seconds on the gateway's monotonic clock."""
+    """One inference on its way through the data plane. `deadline` is seconds on the gateway's monotonic clock.
+
+    For the router: `key_id` shares the queue fairly with other keys; `priority` 0 high, 1 normal, 2 low; calls with the
+    same `sticky` go to the same replica while it is usable and not much busier than others.
+    """
 
     deployment: str
     inputs: list[Tensor]
@@ -391,6 +395,9 @@ class Call(msgspec.Struct):
     version: str | None = None
     stream: bool = False
     idempotent: bool = True
+    key_id: str = ""
+    priority: int = 1
+    sticky: str = ""
 
 
 class Answer(msgspec.Struct):

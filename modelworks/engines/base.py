@@ -27,6 +27,8 @@ class ReplicaSpec(msgspec.Struct, frozen=True, kw_only=True):
     max_batch: int = 64
     max_rows: int = 4096
     wait_ms: float = 0.0
+    auto_batch: bool = False  # find the batch size by measuring (see serve/sizing.py)
+    p99_ms: float | None = None
     queue_limit: int = 4096  # calls that may wait inside the replica
     drain_seconds: float = 10.0
 

@@ -199,13 +199,17 @@ def evaluate(step: Step) -> None:
 
 
 def import_version(step: Step) -> None:
-    """An uploaded ONNX model or exported package, checked here in a limited process, becomes a model version."""
+    """A model (ONNX, GGUF) or exported package, checked here in a limited process, becomes a model version."""
     from modelworks.ml import build
 
     spec, context = step.job.spec, step.context
-    path = step.blobs.path(spec["upload"])
+    path, _ = _input(step)
     context.progress(0.1, "checking")
-    if build.sniff(path) == "onnx":
+    kind = build.sniff(path)
+    if kind == "gguf":
+        _refuse_classes(spec)
+        manifest, files = build.import_gguf(path, context.workdir, task=spec["task"], licence=spec["licence"])
+    elif kind == "onnx":
         manifest, files = build.import_onnx(
             path, context.workdir, task=spec["task"], classes=spec["classes"], licence=spec["licence"]
         )
@@ -220,6 +224,11 @@ def import_version(step: Step) -> None:
         _finish_model(step, tx, job, model, metrics=manifest.metrics)
 
     step.commit(write)
+
+
+def _refuse_classes(spec: dict[str, Any]) -> None:
+    if spec["classes"] is not None:
+        raise InvalidInput("a model that generates text has no classes; leave them out", param="classes")
 
 
 def _refuse_options(spec: dict[str, Any]) -> None:

@@ -14,13 +14,14 @@ from pathlib import Path
 from typing import BinaryIO, Literal
 
 from modelworks.core.errors import InvalidInput, PayloadTooLarge, UnsupportedMedia
+from modelworks.ml.llm_import import check_llama, import_gguf
 from modelworks.ml.onnx_import import check_onnx, import_onnx
 from modelworks.ml.package import Manifest, Package
 from modelworks.ml.runtimes.onnx import MODEL_FILE
 from modelworks.ml.runtimes.parity import replay_parity
 from modelworks.ml.runtimes.registry import RUNTIMES
 
-__all__ = ["check_package", "export_package", "import_onnx", "import_package", "sniff"]
+__all__ = ["check_package", "export_package", "import_gguf", "import_onnx", "import_package", "sniff"]
 
 MANIFEST = "manifest.json"
 MAX_MANIFEST = 64 * 1024**2
@@ -30,7 +31,7 @@ MAX_PACKAGE = 64 * 1024**3
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}\Z")
 _EPOCH = (1980, 1, 1, 0, 0, 0)
 _BLOCK = 1024**2
-_ACCEPTED = "upload an ONNX file or a package that was exported from here"
+_ACCEPTED = "upload an ONNX file, a GGUF model or a package that was exported from here"
 
 
 def export_package(manifest: Manifest, locate: Callable[[str], Path], out: Path) -> None:
@@ -90,6 +91,9 @@ def check_package(manifest: Manifest, files: dict[str, Path], threads: int = 1) 
             raise _bad(f"it has no {MODEL_FILE}")
         check_onnx(files[MODEL_FILE])
     by_digest = {manifest.files[name].digest: path for name, path in files.items()}
+    if manifest.runtime == "llama":
+        check_llama(manifest, files, threads)
+        return
     runtime = RUNTIMES.get(manifest.runtime)()
     runtime.load(Package(manifest, by_digest.__getitem__), threads)
     replay_parity(Package(manifest, by_digest.__getitem__), runtime)
@@ -175,12 +179,14 @@ def _bad(why: str) -> InvalidInput:
     return InvalidInput(f"this is not a sound package: {why}; export it again", code="bad_package")
 
 
-def sniff(path: Path) -> Literal["onnx", "package"]:
+def sniff(path: Path) -> Literal["onnx", "gguf", "package"]:
     """What an upload is, told from its bytes. UnsupportedMedia names what it is instead, and what is accepted."""
     with path.open("rb") as file:
         head = file.read(512)
         if head[:4] in (b"PK\x03\x04", b"PK\x05\x06", b"PK\x07\x08"):
             return _sniff_zip(file)
+    if head[:4] == b"GGUF":
+        return "gguf"
     # an ONNX file starts with its field ir_version, a small number
     if len(head) > 2 and head[0] == 0x08 and 0 < head[1] < 0x40:
         return "onnx"
@@ -210,7 +216,6 @@ def _sniff_zip(file: BinaryIO) -> Literal["package"]:
 _MAGIC = (
     (b"\x89HDF\r\n\x1a\n", "an HDF5 or Keras file"),
     (b"\x93NUMPY", "a NumPy array"),
-    (b"GGUF", "a GGUF model, which is not served yet"),
     (b"\x1f\x8b", "compressed by gzip (joblib does that with pickles)"),
     (b"BZh", "compressed by bzip2 (joblib does that with pickles)"),
     (b"\xfd7zXZ", "compressed by xz (joblib does that with pickles)"),

@@ -194,7 +194,15 @@ class Authenticator:
 
     def cached(self, authorization: bytes) -> Principal | None:
         """The principal of a header that was verified before; None: ask `authenticate`. No I/O: for the event loop."""
-        digest = self._carriers.get(hashlib.blake2b(authorization, key=self._salt, digest_size=16).digest())
+        return self.tagged(self.tag(authorization))
+
+    def tag(self, carrier: bytes) -> bytes:
+        """A salted hash of bytes that may hold a key: what may be kept in memory in their place."""
+        return hashlib.blake2b(carrier, key=self._salt, digest_size=16).digest()
+
+    def tagged(self, tag: bytes) -> Principal | None:
+        """`cached` for a header of which only the `tag` was kept."""
+        digest = self._carriers.get(tag)
         principal = self._known.get(digest) if digest is not None else None
         if principal is None or (principal.expires_at is not None and principal.expires_at <= self._clock()):
             return None
@@ -294,7 +302,7 @@ class Authenticator:
         return found
 
     def _remember_carrier(self, authorization: str, digest: str) -> None:
-        tag = hashlib.blake2b(authorization.encode("latin-1"), key=self._salt, digest_size=16).digest()
+        tag = self.tag(authorization.encode("latin-1"))
         with self._lock:
             if tag not in self._carriers and digest in self._known:
                 self._make_room(self._carriers)

@@ -31,6 +31,7 @@ SCOPES: frozenset[str] = frozenset().union(*ROLES.values())
 OPERATIONS: dict[str, str] = {
     "whoami.get": ANY_KEY,
     "status.get": "deployments:read",
+    "metrics.scrape": "usage:read",
     # data
     "datasets.create": "data:write",
     "datasets.list": "data:read",
@@ -69,6 +70,8 @@ OPERATIONS: dict[str, str] = {
     "oip.metadata": "invoke",
     "oip.ready": "invoke",
     "oip.infer": "invoke",
+    "openai.models": "invoke",
+    "openai.chat": "invoke",
     # who may enter a project
     "keys.create": "keys:write",
     "keys.list": "keys:read",

@@ -1,7 +1,7 @@
 """Turns a plain `predict(batch)` into admit / step / abort: runs whatever waits the moment the model is free.
 
-Pure: no loop, no threads, no sockets; the clock is given. `take` and `settle` belong to one thread, `run` may be called
-in another while calls are admitted.
+How many at once is a fixed bound, or found by measuring (sizing.py). Pure: no loop, no threads, no sockets; the clock is
+given. `take` and `settle` belong to one thread, `run` may be called in another while calls are admitted.
 """
 
 from __future__ import annotations
@@ -16,9 +16,13 @@ from modelworks.core.telemetry import logger
 from modelworks.core.tensors import Tensor
 from modelworks.core.types import Signature
 from modelworks.serve.checks import Kind, NotSplittable, Reading, Shape, cut, kind_of
+from modelworks.serve.sizing import Sizer
 from modelworks.serve.wire import Part
 
 _KNOWN_SHAPES = 1024
+_MARGIN = 1.2  # by which an expected time is stretched when it is held against a deadline
+_POISONS = 4  # bad calls that are looked for by halving a batch; with more of them the rest runs one by one
+_REPEATS = 3  # runs of each size when measuring, of which the fastest counts
 
 log = logger("batcher")
 Predict = Callable[[dict[str, Any]], dict[str, Any]]
@@ -42,16 +46,42 @@ class Item:
 class Batch:
     """Calls that run together."""
 
-    __slots__ = ("items", "shape", "taken")
+    __slots__ = ("items", "more", "queue", "shape", "taken")
 
-    def __init__(self, shape: Shape, items: list[Item], taken: float) -> None:
-        self.shape = shape
+    def __init__(self, queue: Queue, items: list[Item], taken: float) -> None:
+        self.shape = queue.shape
+        self.queue = queue
         self.items = items
         self.taken = taken
+        self.more = bool(queue.items)  # others are left waiting
+
+
+class Queue:
+    """The waiting calls of one shape. `soonest`: no deadline among them is before this."""
+
+    __slots__ = ("items", "shape", "sizer", "soonest")
+
+    def __init__(self, shape: Shape, sizer: Sizer) -> None:
+        self.shape = shape
+        self.sizer = sizer
+        self.items: deque[Item] = deque()
+        self.soonest = float("inf")
+
+    def urgent_first(self, until: float) -> None:
+        """Calls due before `until` go to the front, the soonest first; the others keep their order."""
+        live = [item for item in self.items if not item.gone]
+        urgent = sorted([item for item in live if item.deadline <= until], key=lambda item: item.deadline)
+        if urgent:
+            live = urgent + [item for item in live if item.deadline > until]
+        self.items = deque(live)
+        self.soonest = min([item.deadline for item in live], default=float("inf"))
 
 
 class Batcher:
-    """At most `max_batch` calls and `max_rows` rows run together; with `wait_ms` an idle model waits so long."""
+    """At most `max_batch` calls and `max_rows` rows run together; with `wait_ms` an idle model waits so long.
+
+    With `auto` or `p99_ms`, within these bounds, as many rows as pay (see sizing.py).
+    """
 
     def __init__(
         self,
@@ -62,6 +92,8 @@ class Batcher:
         max_batch: int = 64,
         max_rows: int = 4096,
         wait_ms: float = 0.0,
+        auto: bool = False,
+        p99_ms: float | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._predict = predict
@@ -70,10 +102,14 @@ class Batcher:
         self._max_batch = max_batch
         self._max_rows = max_rows
         self._wait = wait_ms / 1000
+        self._objective = p99_ms / 1000 if p99_ms else None
+        self.adaptive = auto or p99_ms is not None
         self._clock = clock
         self._shapes: dict[Kind, Shape] = {}
-        self._queues: dict[Shape, deque[Item]] = {}
+        self._sizers: dict[Shape, Sizer] = {}
+        self._queues: dict[Shape, Queue] = {}
         self._items: dict[Hashable, Item] = {}  # admitted and not settled
+        self._ran: tuple[Batch, float] | None = None  # the batch that `settle` will end, and its seconds
         self.waiting = 0
 
     def __len__(self) -> int:
@@ -91,10 +127,20 @@ class Batcher:
         item = Item(id, tensors, shape.read(tensors), deadline, self._clock())
         queue = self._queues.get(shape)
         if queue is None:
-            queue = self._queues[shape] = deque()
-        queue.append(item)
+            queue = self._queues[shape] = Queue(shape, self._sizer(shape))
+        queue.items.append(item)
+        if deadline < queue.soonest:
+            queue.soonest = deadline
         self._items[id] = item
         self.waiting += 1
+
+    def _sizer(self, shape: Shape) -> Sizer:
+        sizer = self._sizers.get(shape)
+        if sizer is None:
+            sizer = Sizer(self._max_rows, self._objective, adaptive=self.adaptive)
+            if len(self._sizers) < _KNOWN_SHAPES:
+                self._sizers[shape] = sizer
+        return sizer
 
     def abort(self, id: Hashable) -> None:
         """Forget a call: it will not run, or if it is running, its answer is dropped. Unknown ids are ignored."""
@@ -106,35 +152,64 @@ class Batcher:
         """Seconds until `take` should be called: 0 unless the oldest call may still wait for company."""
         if not self._wait or self.waiting >= self._max_batch:
             return 0.0
-        oldest = min((queue[0] for queue in self._queues.values() if queue), key=lambda item: item.since, default=None)
-        if oldest is None:
+        oldest = min(
+            (queue for queue in self._queues.values() if queue.items),
+            key=lambda queue: queue.items[0].since,
+            default=None,
+        )
+        if oldest is None or len(oldest.items) >= oldest.sizer.size:
             return 0.0
-        return max(0.0, min(oldest.since + self._wait, oldest.deadline - self._wait) - self._clock())
+        soonest = min([queue.soonest for queue in self._queues.values()])
+        return max(0.0, min(oldest.items[0].since + self._wait, soonest - self._wait) - self._clock())
 
     def take(self) -> tuple[Batch | None, list[Step]]:
-        """The batch to run next, oldest calls first, and the calls whose deadline has passed, which will not run."""
+        """The batch to run next, oldest calls first, and the calls whose deadline has passed, which will not run.
+
+        A call that could not wait for a large batch goes before it, with no more company than its deadline bears.
+        """
         now = self._clock()
         expired: list[Step] = []
         while self.waiting:
-            shape, queue = min(
-                ((shape, queue) for shape, queue in self._queues.items() if queue), key=lambda pair: pair[1][0].since
-            )
+            queue = self._next(now)
             items = self._fill(queue, now, expired)
-            if not queue:
-                del self._queues[shape]
+            if not queue.items:
+                del self._queues[queue.shape]
             if items:
-                return Batch(shape, items, now), expired
+                return Batch(queue, items, now), expired
         return None, expired
 
-    def _fill(self, queue: deque[Item], now: float, expired: list[Step]) -> list[Item]:
+    def _next(self, now: float) -> Queue:
+        """The queue with the oldest call, or one with a call that could not wait until that queue's batch has run."""
+        if len(self._queues) == 1:
+            (queue,) = self._queues.values()
+            return queue
+        queue = min(self._queues.values(), key=lambda queue: queue.items[0].since)
+        soonest = min(self._queues.values(), key=lambda queue: queue.soonest)
+        return soonest if soonest.soonest <= now + self._expected(queue) + soonest.sizer.estimate(1) else queue
+
+    def _expected(self, queue: Queue) -> float:
+        return _MARGIN * queue.sizer.estimate(min(queue.sizer.size, self._max_rows, self._max_batch, len(queue.items)))
+
+    def _fill(self, queue: Queue, now: float, expired: list[Step]) -> list[Item]:
         items: list[Item] = []
         rows = 0
-        while queue and len(items) < self._max_batch:
-            item = queue[0]
+        most = queue.sizer.size
+        until = now + self._expected(queue) + queue.sizer.estimate(1)
+        urgent = queue.soonest <= until
+        if urgent:
+            before = len(queue.items)
+            queue.urgent_first(until)
+            self.waiting -= before - len(queue.items)
+        bound = float("inf")  # the soonest deadline that this batch can keep
+        waiting = queue.items
+        while waiting and len(items) < self._max_batch:
+            item = waiting[0]
             reading = item.reading
-            if items and (reading.alone or rows + reading.rows > self._max_rows):
+            if items and (reading.alone or rows + reading.rows > most):
                 break
-            queue.popleft()
+            if urgent and items and now + _MARGIN * queue.sizer.estimate(rows + reading.rows) > bound:
+                break
+            waiting.popleft()
             self.waiting -= 1
             if item.gone:
                 continue
@@ -144,31 +219,63 @@ class Batcher:
                 continue
             items.append(item)
             rows += reading.rows
+            if urgent and now + queue.sizer.estimate(reading.rows) <= item.deadline:
+                bound = min(bound, item.deadline)
             if reading.alone:
                 break
         return items
 
     def run(self, batch: Batch) -> list[tuple[Item, Part | ModelworksError]]:
-        """Run the model on a batch. If that fails, each call by itself, so that a bad one fails alone."""
+        """Run the model on a batch. If that fails, in smaller and smaller parts, so that a bad call fails alone."""
         items = batch.items
         begun = self._clock()
         try:
             answers: list[Any] = self._answer(batch.shape, items)
+            self._ran = batch, self._clock() - begun
+        except NotSplittable:
+            batch.shape.batchable = False  # its next calls run by themselves at once
+            answers = [self._alone(batch.shape, item) for item in items]
         except Exception as error:  # a plug's edge: whatever the model throws belongs to the calls, not to the replica
-            if isinstance(error, NotSplittable):
-                batch.shape.batchable = False  # its next calls run by themselves at once
-            alone = len(items) == 1
-            answers = [_model_error(error)] if alone else [self._alone(batch.shape, item) for item in items]
+            answers = [_model_error(error)] if len(items) == 1 else self._isolate(batch.shape, items, [])
         run_us = int((self._clock() - begun) * 1e6)
         results: list[tuple[Item, Part | ModelworksError]] = []
         for item, answer in zip(items, answers, strict=True):
             if not isinstance(answer, ModelworksError):
-                answer = Part(answer, self._version, True, int((begun - item.since) * 1e6), run_us)
+                answer = Part(answer, self._version, True, int((begun - item.since) * 1e6), run_us, len(items))
             results.append((item, answer))
         return results
 
+    def _isolate(self, shape: Shape, items: list[Item], found: list[ModelworksError]) -> list[Any]:
+        """The answers of a part that failed as a whole, by halves. `found` collects the bad calls' errors.
+
+        One bad call among n costs about 2 log2(n) runs, and n calls at most n + 8 log2(n).
+        """
+        if len(items) == 1 or len(found) >= _POISONS:
+            answers: list[Any] = [self._alone(shape, item) for item in items]
+            found += [answer for answer in answers if isinstance(answer, ModelworksError)]
+            return answers
+        middle = len(items) // 2
+        left, good = self._try(shape, items[:middle], found)
+        if good:  # then it is the right half that fails
+            return left + self._isolate(shape, items[middle:], found)
+        return left + self._try(shape, items[middle:], found)[0]
+
+    def _try(self, shape: Shape, items: list[Item], found: list[ModelworksError]) -> tuple[list[Any], bool]:
+        if len(items) > 1 and len(found) < _POISONS:
+            try:
+                return self._answer(shape, items), True
+            except Exception:  # as in run; the cause is told of the call that it is found in
+                pass
+        before = len(found)
+        answers = self._isolate(shape, items, found)
+        return answers, len(found) == before
+
     def settle(self, results: list[tuple[Item, Part | ModelworksError]]) -> list[Step]:
         """The answers of the calls that were not aborted meanwhile; these are then forgotten."""
+        if self._ran is not None:
+            (batch, seconds), self._ran = self._ran, None
+            rows = sum([item.reading.rows for item in batch.items])
+            batch.queue.sizer.ran(rows, seconds, more=batch.more)
         steps: list[Step] = []
         for item, answer in results:
             if not item.gone:
@@ -180,6 +287,40 @@ class Batcher:
         """take, run and settle in one: the answers of the next batch; [] when nothing waits."""
         batch, steps = self.take()
         return steps + (self.settle(self.run(batch)) if batch else [])
+
+    def measure(self, calls: list[list[Tensor]], seconds: float) -> dict[int, float]:
+        """Run sample calls of one row, all of one shape, in batches of 1, 2, 4, ...: rows -> seconds of the fastest run.
+
+        It ends after about `seconds`, and where larger batches are no faster a row, or too slow for the objective.
+        """
+        shape = Shape(self._inputs, kind_of(calls[0]))
+        shape = self._shapes.setdefault(kind_of(calls[0]), shape)
+        items = [Item(number, tensors, shape.read(tensors), 0.0, 0.0) for number, tensors in enumerate(calls)]
+        sizer = self._sizer(shape)
+        found: dict[int, float] = {}
+        until = self._clock() + seconds
+        rows, best, flat = 1, 0.0, 0
+        while rows <= min(self._max_batch, self._max_rows) and flat < 2:
+            batch = [items[index % len(items)] for index in range(rows)]
+            took = self._fastest(shape, batch, until)
+            found[rows] = took
+            sizer.measured(rows, took)
+            flat = 0 if rows / took > best * 1.05 else flat + 1
+            best = max(best, rows / took)
+            if self._clock() + 2 * took > until or (sizer.target is not None and took > sizer.target):
+                break
+            rows *= 2
+        return found
+
+    def _fastest(self, shape: Shape, items: list[Item], until: float) -> float:
+        best = float("inf")
+        for _ in range(_REPEATS):
+            begun = self._clock()
+            self._answer(shape, items)
+            best = min(best, max(self._clock() - begun, 1e-7))
+            if self._clock() + best > until:
+                break
+        return best
 
     def _answer(self, shape: Shape, items: list[Item]) -> list[list[Tensor]]:
         outputs = self._predict(shape.join([item.reading for item in items], items[0].tensors))

@@ -1,25 +1,32 @@
 """Both ends of the gateway-replica connection: `Channel` moves frames, `Link` is the gateway's end of it.
 
 Messages sent in one turn of the loop leave in one frame, with one system call. A reader that is slow pauses its writer.
-No callback's failure reaches the others that share a link.
+No callback's failure reaches the others that share a link. Endpoints are a Unix socket's path or tcp://HOST:PORT.
 """
 
 from __future__ import annotations
 
 import asyncio
+import hmac
+import os
+import socket
 import time
 from collections.abc import AsyncIterator, Callable
 from typing import Any, cast
 
-from modelworks.core.errors import ModelworksError, Unavailable
+from modelworks.core.errors import InvalidInput, ModelworksError, Unavailable
 from modelworks.core.telemetry import logger
 from modelworks.core.types import Answer, Call
 from modelworks.serve import wire
+from modelworks.serve.shm import Sharing, SharingError, Slot
 from modelworks.serve.wire import Part, WireError
 
 _HIGH_WATER = 4 * 1024 * 1024
 _JOIN_UP_TO = 256 * 1024  # a frame up to this size is copied into one piece, a larger one is written piece by piece
 _MAX_ID = 2**32 - 1
+WINDOW = 64  # parts of one stream that may be on their way or not consumed yet
+ACKNOWLEDGE = 8  # consumed parts are acknowledged so many at a time
+TCP = "tcp://"
 
 log = logger("channel")
 Deliver = Callable[[Part | ModelworksError], None]
@@ -33,9 +40,12 @@ class LinkLost(Unavailable):
 
 
 class Channel(asyncio.Protocol):
-    """Frames in, frames out. Subclasses implement `on_message` and `on_lost`."""
+    """Frames in, frames out. Subclasses implement `on_message` and `on_lost`.
 
-    def __init__(self, limit: int = wire.MAX_HELLO) -> None:
+    `side`: the socket that carries file descriptors, where both ends are on one host; then large tensors are shared.
+    """
+
+    def __init__(self, limit: int = wire.MAX_HELLO, side: socket.socket | None = None) -> None:
         self.loop = asyncio.get_running_loop()
         self.transport: asyncio.Transport | None = None
         self.congested = False
@@ -43,6 +53,7 @@ class Channel(asyncio.Protocol):
         self._out: list[bytes] = []
         self._out_size = 0
         self._scheduled = False
+        self.sharing = Sharing(side, self.loop, self._announce, self.flush) if side is not None else None
 
     def on_message(self, kind: int, number: int, frame: bytes, start: int, stop: int) -> None:
         raise NotImplementedError
@@ -76,7 +87,10 @@ class Channel(asyncio.Protocol):
         self.flush()
 
     def flush(self) -> None:
-        """Write what was sent, as one frame."""
+        """Write what was sent, as one frame; acknowledgements of shared memory ride along."""
+        if self.sharing is not None:
+            for number in self.sharing.take_released():
+                self.send(wire.plain(wire.FREE, number))
         pieces, size = self._out, self._out_size
         if not pieces:
             return
@@ -95,6 +109,46 @@ class Channel(asyncio.Protocol):
         if self.transport is not None:
             self.flush()
             self.transport.close()
+
+    # large tensors
+
+    def share(self, data: bytes) -> Slot | None:
+        """Put a tensor's bytes where the peer can read them; None: they go through the socket."""
+        return self.sharing.pool.put(data) if self.sharing is not None else None
+
+    def view(self, slot: Slot) -> memoryview:
+        if self.sharing is None:
+            raise SharingError("this connection shares no memory")
+        return self.sharing.window.view(slot)
+
+    def tidy(self) -> None:
+        """Give shared memory back that was not used for a while."""
+        if self.sharing is not None:
+            for segment in self.sharing.pool.idle(time.monotonic()):
+                self.send(wire.plain(wire.DROP, segment))
+
+    def on_shared(self, kind: int, number: int, payload: bytes) -> None:
+        """The messages about shared memory, the same in both directions. WireError for all others."""
+        sharing = self.sharing
+        if sharing is None or kind not in (wire.FREE, wire.SEGMENT, wire.MAPPED, wire.DROP):
+            raise WireError(f"a message of kind {kind}, which has no place here")
+        try:
+            if kind == wire.FREE:
+                sharing.pool.free(number)
+            elif kind == wire.SEGMENT:
+                done = sharing.accept(number, wire.read_segment(payload))
+                self.send(wire.plain(wire.MAPPED, number, b"\1" if done else b"\0"))
+            elif kind == wire.MAPPED:
+                sharing.pool.mapped(number, payload == b"\1")
+            else:
+                sharing.window.detach(number)
+        except SharingError as problem:
+            raise WireError(str(problem)) from None
+
+    def _announce(self, segment: int, size: int) -> None:
+        self.send(wire.segment(segment, size))
+
+    # what the transport calls
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = cast(asyncio.Transport, transport)  # uvloop's are none by inheritance
@@ -123,6 +177,8 @@ class Channel(asyncio.Protocol):
 
     def connection_lost(self, error: Exception | None) -> None:
         self._out, self._out_size = [], 0
+        if self.sharing is not None:
+            self.sharing.close()
         self.on_lost()
 
 
@@ -132,8 +188,10 @@ class Link(Channel):
     `on_change(link)` is called when it becomes ready, is drained by the replica, uncongested or lost.
     """
 
-    def __init__(self, secret: str, on_change: Callable[[Link], None] | None = None) -> None:
-        super().__init__(wire.MAX_FRAME)
+    def __init__(
+        self, secret: str, on_change: Callable[[Link], None] | None = None, side: socket.socket | None = None
+    ) -> None:
+        super().__init__(wire.MAX_HELLO, side)
         self.calls: dict[int, Deliver] = {}
         self.ready = False
         self.draining = False
@@ -142,11 +200,16 @@ class Link(Channel):
         self.replica_id = ""
         self.ping_sent: float | None = None  # when the ping that is not answered yet was sent
         self.last_ping = 0.0
+        self.stats = wire.Stats()  # with the last pong
         self.opened: asyncio.Future[None] = self.loop.create_future()
         self._secret = secret
+        self._nonce = os.urandom(wire.NONCE)
+        self._proven = False  # the replica has shown that it has the secret
         self._on_change = on_change
         self._next = 0
         self._closing = False
+        self._manual: set[int] = set()  # calls whose reader says itself what it has consumed
+        self._owed: dict[int, int] = {}  # parts consumed and not acknowledged yet, by call
 
     @property
     def usable(self) -> bool:
@@ -155,21 +218,42 @@ class Link(Channel):
 
     # calls
 
-    def start(self, call: Call, deliver: Deliver) -> int:
-        """Send a call; `deliver` gets each part, or one error. Returns the id for `abort`."""
+    def start(self, call: Call, deliver: Deliver, *, manual: bool = False) -> int:
+        """Send a call; `deliver` gets each part, or one error. Returns the id for `abort`.
+
+        `manual`: whoever reads the parts calls `took` for them; the replica pauses the stream when it is WINDOW ahead.
+        Otherwise a part counts as consumed once `deliver` returned.
+        """
         if self.lost or not self.ready:
             raise self._loss()
         number = self._next = self._next + 1 if self._next < _MAX_ID else 1
         while number in self.calls:
             number = self._next = self._next + 1 if self._next < _MAX_ID else 1
-        self.send(wire.call(number, call, call.deadline - time.monotonic()))
+        share = self.share if self.sharing is not None else None
+        self.send(wire.call(number, call, call.deadline - time.monotonic(), share))
         self.calls[number] = deliver
+        if manual:
+            self._manual.add(number)
         return number
 
     def abort(self, number: int) -> None:
         """Forget a call; the replica stops working on it. Unknown ids are ignored."""
-        if self.calls.pop(number, None) is not None and not self.lost:
+        if self._forget(number) is not None and not self.lost:
             self.send(wire.plain(wire.ABORT, number))
+
+    def took(self, number: int, parts: int = 1) -> None:
+        """So many more parts of a call were consumed: its stream may go on. Unknown ids are ignored."""
+        if number in self.calls and not self.lost:
+            owed = self._owed.get(number, 0) + parts
+            if owed >= ACKNOWLEDGE:
+                self.send(wire.credit(number, owed))
+                owed = 0
+            self._owed[number] = owed
+
+    def _forget(self, number: int) -> Deliver | None:
+        self._manual.discard(number)
+        self._owed.pop(number, None)
+        return self.calls.pop(number, None)
 
     async def call(self, call: Call) -> Answer:
         """The whole answer of a call. Cancelling the awaiting task aborts the call."""
@@ -183,7 +267,7 @@ class Link(Channel):
     async def stream(self, call: Call) -> AsyncIterator[Part]:
         """The parts of a call as they come. Leaving the loop early aborts it."""
         arrived: asyncio.Queue[Part | ModelworksError] = asyncio.Queue()
-        number = self.start(call, arrived.put_nowait)
+        number = self.start(call, arrived.put_nowait, manual=True)
         try:
             while True:
                 item = await arrived.get()
@@ -192,12 +276,14 @@ class Link(Channel):
                 yield item
                 if item.done:
                     return
+                self.took(number)
         finally:
             self.abort(number)
 
     def ping(self, now: float) -> None:
         self.last_ping = self.ping_sent = now
         self.send(wire.plain(wire.PING))
+        self.tidy()
 
     def close(self) -> None:
         self._closing = True
@@ -207,21 +293,26 @@ class Link(Channel):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
-        self.send(wire.hello(self._secret))
+        self.send(wire.hello(self._nonce))
 
     def on_message(self, kind: int, number: int, frame: bytes, start: int, stop: int) -> None:
-        if kind == wire.PART:
-            part = wire.read_part(frame, start, stop)
-            deliver = self.calls.pop(number, None) if part.done else self.calls.get(number)
+        if not self._proven:
+            self._check(kind, frame[start:stop])
+        elif kind == wire.PART:
+            part = wire.read_part(frame, start, stop, self.view)
+            deliver = self._forget(number) if part.done else self.calls.get(number)
             if deliver is not None:
                 self._deliver(deliver, part)
+                if not part.done and number not in self._manual:
+                    self.took(number)
         elif kind == wire.ERROR:
             error = wire.read_error(frame[start:stop])
-            deliver = self.calls.pop(number, None)
+            deliver = self._forget(number)
             if deliver is not None:
                 self._deliver(deliver, error)
         elif kind == wire.PONG:
             self.ping_sent = None
+            self.stats = wire.read_pong(frame[start:stop])
         elif kind == wire.READY:
             greeting = wire.read_ready(frame[start:stop])
             self.replica_id, self.model_version = greeting.replica_id, greeting.model_version
@@ -233,7 +324,19 @@ class Link(Channel):
             self.draining = True
             self._changed()
         else:
-            raise WireError(f"a message of kind {kind} from a replica")
+            self.on_shared(kind, number, frame[start:stop])
+
+    def _check(self, kind: int, payload: bytes) -> None:
+        """Nothing is taken from a replica, and no call given to it, before it has proven to have the secret."""
+        if kind != wire.CHALLENGE:
+            raise WireError("a replica that did not prove itself")
+        challenge = wire.read_challenge(payload)
+        expected = wire.proof(self._secret, "replica", self._nonce, challenge.nonce)
+        if len(challenge.nonce) != wire.NONCE or not hmac.compare_digest(challenge.proof, expected):
+            raise WireError("a replica without the right secret")
+        self._proven = True
+        self.allow(wire.MAX_FRAME)
+        self.send(wire.plain(wire.PROOF, 0, wire.proof(self._secret, "gateway", self._nonce, challenge.nonce)))
 
     def resume_writing(self) -> None:
         super().resume_writing()
@@ -245,6 +348,8 @@ class Link(Channel):
             self.opened.set_exception(self._loss())
             self.opened.exception()  # looked at, so that nobody waiting is no warning
         calls, self.calls = self.calls, {}
+        self._manual.clear()
+        self._owed.clear()
         for deliver in calls.values():
             self._deliver(deliver, self._loss())
         self._changed()
@@ -269,14 +374,80 @@ class Link(Channel):
 
 
 async def connect(
-    endpoint: str, secret: str, *, timeout: float = 5.0, on_change: Callable[[Link], None] | None = None
+    endpoint: str,
+    secret: str,
+    *,
+    timeout: float = 5.0,
+    on_change: Callable[[Link], None] | None = None,
+    share: bool = True,
 ) -> Link:
-    """A ready link to the replica at the Unix socket `endpoint`; LinkLost, OSError or TimeoutError if there is none."""
+    """A ready link to the replica at `endpoint`; LinkLost, OSError or TimeoutError if there is none.
+
+    `share`: use shared memory for large tensors, where the endpoint is on this host.
+    """
     async with asyncio.timeout(timeout):
-        _, link = await asyncio.get_running_loop().create_unix_connection(lambda: Link(secret, on_change), endpoint)
+        loop = asyncio.get_running_loop()
+        side = None
+        if endpoint.startswith(TCP):
+            carrier = await _dial_tcp(endpoint)
+        else:
+            carrier, side = await _dial_unix(endpoint, share)
+        try:
+            create: Any = loop.create_connection if endpoint.startswith(TCP) else loop.create_unix_connection
+            _, link = await create(lambda: Link(secret, on_change, side), sock=carrier)
+        except BaseException:
+            carrier.close()
+            if side is not None:
+                side.close()
+            raise
         try:
             await link.opened
         except BaseException:
             link.close()
             raise
-    return link
+    return cast(Link, link)
+
+
+async def _dial_unix(endpoint: str, share: bool) -> tuple[socket.socket, socket.socket | None]:
+    """A connected socket, and the socket for file descriptors, whose other end went over as the first byte's passenger."""
+    carrier = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    side: socket.socket | None = None
+    try:
+        carrier.setblocking(False)
+        await asyncio.get_running_loop().sock_connect(carrier, endpoint)
+        if not share:
+            carrier.send(b"\0")
+            return carrier, None
+        side, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with theirs:
+            socket.send_fds(carrier, [b"\0"], [theirs.fileno()])
+    except BaseException:
+        carrier.close()
+        if side is not None:
+            side.close()
+        raise
+    return carrier, side
+
+
+async def _dial_tcp(endpoint: str) -> socket.socket:
+    host, port = tcp_address(endpoint)
+    loop = asyncio.get_running_loop()
+    family, kind, protocol, _, address = (await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM))[0]
+    carrier = socket.socket(family, kind, protocol)
+    try:
+        carrier.setblocking(False)
+        carrier.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        await loop.sock_connect(carrier, address)
+    except BaseException:
+        carrier.close()
+        raise
+    return carrier
+
+
+def tcp_address(endpoint: str) -> tuple[str, int]:
+    """Host and port of tcp://HOST:PORT or tcp://[IPV6]:PORT; InvalidInput for anything else."""
+    host, _, port = endpoint.removeprefix(TCP).rpartition(":")
+    host = host.removeprefix("[").removesuffix("]")
+    if not endpoint.startswith(TCP) or not host or not port.isascii() or not port.isdigit() or int(port) > 65535:
+        raise InvalidInput(f"{endpoint[:100]!r} is no endpoint; write tcp://HOST:PORT", param="endpoint")
+    return host, int(port)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from modelworks.core.errors import InvalidInput
 from modelworks.core.tensors import (
@@ -17,12 +17,16 @@ from modelworks.core.tensors import (
     unpack_bytes,
 )
 from modelworks.core.types import Signature, TensorSpec
+from modelworks.serve.shm import SHARED_FROM
 
 if TYPE_CHECKING:
     import numpy as np
 
 # name, datatype and shape after the first axis (None: a scalar) of each input, in the order given
 Kind = tuple[tuple[str, str, tuple[int, ...] | None], ...]
+
+
+_KNOWN_SHAPES = 1024
 
 
 def kind_of(tensors: Sequence[Tensor]) -> Kind:
@@ -32,9 +36,18 @@ def kind_of(tensors: Sequence[Tensor]) -> Kind:
     )
 
 
-def check_inputs(signature: Signature, tensors: Sequence[Tensor]) -> None:
-    """InvalidInput that names the input unless names, datatypes, shapes and sizes are what the signature asks for."""
-    Shape(signature.inputs, kind_of(tensors)).read(tensors)
+def check_inputs(signature: Signature, tensors: Sequence[Tensor], known: dict[Kind, Shape] | None = None) -> None:
+    """InvalidInput that names the input unless names, datatypes, shapes and sizes are what the signature asks for.
+
+    `known`: where the kinds of calls of this signature that were seen are kept, so that each is looked at once.
+    """
+    kind = kind_of(tensors)
+    shape = known.get(kind) if known is not None else None
+    if shape is None:
+        shape = Shape(signature.inputs, kind)
+        if known is not None and len(known) < _KNOWN_SHAPES:
+            known[kind] = shape
+    shape.read(tensors)
 
 
 class Input(NamedTuple):
@@ -121,7 +134,7 @@ class NotSplittable(Exception):
 def cut(outputs: dict[str, np.ndarray], rows: Sequence[int]) -> list[list[Tensor]]:
     """The outputs of a batch for each of its calls, which have `rows` rows. NotSplittable for more than one call."""
     if len(rows) == 1:
-        return [[from_numpy(name, array) for name, array in outputs.items()]]
+        return [[_whole(name, array) for name, array in outputs.items()]]
     total = sum(rows)
     calls: list[list[Tensor]] = [[] for _ in rows]
     for name, array in outputs.items():
@@ -129,7 +142,7 @@ def cut(outputs: dict[str, np.ndarray], rows: Sequence[int]) -> list[list[Tensor
             raise NotSplittable(f"output {name!r} has shape {list(array.shape)} for {total} rows")
         trailing = list(array.shape[1:])
         texts = array.ravel().tolist() if array.dtype.kind in "OUS" else None
-        whole = Tensor(name, "BYTES", [], b"") if texts is not None else from_numpy(name, array)
+        whole = Tensor(name, "BYTES", [], b"") if texts is not None else _whole(name, array)
         # in texts: elements a row; otherwise: bytes a row
         step = element_count(trailing) if texts is not None else len(whole.data) // total if total else 0
         start = 0
@@ -139,6 +152,14 @@ def cut(outputs: dict[str, np.ndarray], rows: Sequence[int]) -> list[list[Tensor
             call.append(Tensor(name, whole.datatype, [count, *trailing], data))
             start = stop
     return calls
+
+
+def _whole(name: str, array: np.ndarray) -> Tensor:
+    """The array as a tensor; a large one's data is a view of it, which is copied once, when it is sent."""
+    if array.nbytes < SHARED_FROM or array.dtype.kind not in "biuf" or not array.flags.c_contiguous:
+        return from_numpy(name, array)
+    view: Any = memoryview(cast(Any, array)).toreadonly().cast("B")
+    return Tensor(name, from_numpy(name, array[:0]).datatype, list(array.shape), view)
 
 
 def _check_names(specs: dict[str, TensorSpec], names: Sequence[str]) -> None:

@@ -376,7 +376,7 @@ def _shown(value: Any) -> str:
 def decode_outputs(route: Route, answer: Answer) -> list[dict[str, Any]]:
     """JSON rows of an answer: {"label", "probabilities": {class: p}}, {"value"}, or outputs by name. NaN is null."""
     columns = {tensor.name: _rows(tensor) for tensor in answer.outputs}
-    if len({len(column) for column in columns.values()}) > 1:
+    if len(columns) > 1 and len({len(column) for column in columns.values()}) > 1:
         raise ModelworksError("the model's outputs have different numbers of rows", code="bad_model_output")
     if route.classes is not None and "label" in columns:
         labels = route.labels
@@ -404,6 +404,8 @@ def _rows(tensor: Tensor) -> list[Any]:
     shape = tensor.shape
     if len(shape) <= 1 or shape[1:] == [1]:
         return flat
+    if len(shape) == 2 and shape[0] == 1:
+        return [flat]
     for size in reversed(shape[1:]):
         flat = [flat[i : i + size] for i in range(0, len(flat), size)] if size else []
     return flat

@@ -10,6 +10,7 @@ from typing import Any
 from modelworks.core.errors import Forbidden, ModelworksError, NotFound
 from modelworks.core.types import Answer, Call, Principal
 from modelworks.serve.channel import Deliver
+from modelworks.serve.observe import Observer, Watch
 from modelworks.serve.router import Pending, Router
 from modelworks.serve.routes import Route
 from modelworks.serve.wire import Part
@@ -24,12 +25,22 @@ def allowed(principal: Principal, deployment: str) -> bool:
 
 
 class Gateway:
-    """`may_call` decides who may call which deployment; each of `checks` may refuse a call by raising (quota)."""
+    """`may_call` decides who may call which deployment; each of `checks` may refuse a call by raising (quota).
+
+    Every call that names a deployment there is goes through `submit`, where `observer` counts its end.
+    """
 
     def __init__(
-        self, router: Router, *, may_call: MayCall = allowed, checks: Sequence[Check] = (), timeout: float = 30.0
+        self,
+        router: Router,
+        *,
+        may_call: MayCall = allowed,
+        checks: Sequence[Check] = (),
+        timeout: float = 30.0,
+        observer: Observer | None = None,
     ) -> None:
         self.router = router
+        self.observer = observer or Observer()
         self._may_call = may_call
         self._checks = tuple(checks)
         self._timeout = timeout
@@ -67,15 +78,32 @@ class Gateway:
         mine = [route for route in self.router.routes() if route.project_id == principal.project_id]
         return sorted((route for route in mine if self._may_call(principal, route.name)), key=lambda route: route.name)
 
-    def submit(self, principal: Principal, call: Call, deliver: Deliver) -> Pending:
-        """Start a call; its parts or one error come to `deliver`. For dialects without tasks; `abort` ends it."""
+    def submit(self, principal: Principal, call: Call, deliver: Deliver, *, manual: bool = False) -> Pending:
+        """Start a call; its parts or one error come to `deliver`. For dialects without tasks; `abort` ends it.
+
+        `manual`: the caller tells by `took` how many parts it has passed on, and the replica waits for a slow reader.
+        """
         route = self.route(principal, call.deployment, call.version)
-        for check in self._checks:
-            check(principal, call)
-        return self.router.submit(route.key, call, deliver)
+        call.key_id = principal.key_id
+        watch = Watch(self.observer, route, deliver)
+        try:
+            for check in self._checks:
+                check(principal, call)
+            return self.router.submit(route.key, call, watch, manual=manual)
+        except ModelworksError as error:
+            watch.refused(error)
+            raise
+
+    def took(self, pending: Pending, parts: int = 1) -> None:
+        """So many more parts of a `manual` call were passed on."""
+        self.router.took(pending, parts)
 
     def abort(self, pending: Pending) -> None:
-        self.router.abort(pending)
+        """Nobody waits for the answer any more. After its end this does nothing."""
+        if not pending.done:
+            if isinstance(pending.deliver, Watch):
+                pending.deliver.cancelled()
+            self.router.abort(pending)
 
     async def infer(self, principal: Principal, call: Call) -> Answer:
         """The whole answer. Cancelling the task (the client went away) aborts the call in the replica too."""
@@ -96,13 +124,12 @@ class Gateway:
         try:
             return await future
         finally:
-            if not pending.done:
-                self.router.abort(pending)
+            self.abort(pending)
 
     async def stream(self, principal: Principal, call: Call) -> AsyncIterator[Part]:
         """The parts of the answer as they come. Leaving the loop early aborts the call."""
         arrived: asyncio.Queue[Part | ModelworksError] = asyncio.Queue()
-        pending = self.submit(principal, call, arrived.put_nowait)
+        pending = self.submit(principal, call, arrived.put_nowait, manual=True)
         try:
             while True:
                 item = await arrived.get()
@@ -111,5 +138,6 @@ class Gateway:
                 yield item
                 if item.done:
                     return
+                self.router.took(pending)
         finally:
-            self.router.abort(pending)
+            self.abort(pending)

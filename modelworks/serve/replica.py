@@ -32,12 +32,14 @@ from modelworks.engines.local import status_path
 from modelworks.engines.process import attach
 from modelworks.ml.package import Manifest, Package
 from modelworks.serve.batcher import Batcher
+from modelworks.serve.continuous import Continuous
 from modelworks.serve.features import encode_features
 from modelworks.serve.host import Host
 from modelworks.serve.wire import Part
 
 REFUSED = 3
 _WARM_UP = 5
+_TUNING = 0.3  # seconds that measuring the model may take
 _BEAT = 1.0  # seconds between signs of life
 
 log = telemetry.logger("replica")
@@ -51,15 +53,8 @@ def main() -> int:
     begun = time.perf_counter()
     try:
         runtime, manifest = load(spec)
-        batcher = Batcher(
-            runtime.predict,
-            manifest.signature,
-            model_version=spec.model_version,
-            max_batch=spec.max_batch,
-            max_rows=spec.max_rows,
-            wait_ms=spec.wait_ms,
-        )
-        samples = prove(manifest, batcher)
+        batcher = driver(runtime, manifest, spec)
+        samples = prove(manifest, batcher) if isinstance(batcher, Batcher) else 0
     except ModelworksError as error:
         log.error("refused", reason=error.message, code=error.code)
         report("failed", error.message)
@@ -68,7 +63,9 @@ def main() -> int:
         log.exception("load_failed")
         report("failed", "the model could not be loaded; the deployment's log has the cause")
         return REFUSED
-    seconds = warm_up(manifest, batcher)
+    seconds = warm_up(manifest, batcher) if isinstance(batcher, Batcher) else 0.0
+    if isinstance(batcher, Batcher) and batcher.adaptive:
+        tune(manifest, batcher)
     log.info("loaded", seconds=round(time.perf_counter() - begun, 3), parity_samples=samples, batch_seconds=seconds)
     gc.collect()
     gc.freeze()  # what was loaded is never garbage: later collections skip it
@@ -82,8 +79,28 @@ def load(spec: ReplicaSpec) -> tuple[Any, Manifest]:
     """The runtime with the package loaded, and the package's manifest."""
     manifest = Manifest.parse(Path(spec.manifest).read_bytes())
     runtime = _runtime(spec.runtime or manifest.runtime)()
-    runtime.load(Package(manifest, _locator(spec)), spec.threads)
+    package = Package(manifest, _locator(spec))
+    if hasattr(runtime, "admit"):
+        runtime.load(package, spec.threads, slots=spec.max_batch)
+    else:
+        runtime.load(package, spec.threads)
     return runtime, manifest
+
+
+def driver(runtime: Any, manifest: Manifest, spec: ReplicaSpec) -> Batcher | Continuous:
+    """What runs the calls: a runtime that batches continuously by itself, or a batcher around `predict`."""
+    if hasattr(runtime, "admit"):
+        return Continuous(runtime, model_version=spec.model_version)
+    return Batcher(
+        runtime.predict,
+        manifest.signature,
+        model_version=spec.model_version,
+        max_batch=spec.max_batch,
+        max_rows=spec.max_rows,
+        wait_ms=spec.wait_ms,
+        auto=spec.auto_batch,
+        p99_ms=spec.p99_ms,
+    )
 
 
 def _runtime(name: str) -> Callable[[], Any]:
@@ -135,13 +152,21 @@ def warm_up(manifest: Manifest, batcher: Batcher) -> float:
     return best
 
 
+def tune(manifest: Manifest, batcher: Batcher) -> None:
+    """Measure batches of the parity samples, so that the first calls already run in batches of a good size."""
+    inputs = manifest.signature.inputs
+    if manifest.parity.inputs and all(spec.shape and spec.shape[0] == -1 for spec in inputs):
+        found = batcher.measure([encode_features(inputs, [row]) for row in manifest.parity.inputs[:64]], _TUNING)
+        log.info("measured", **{f"rows_{rows}": round(seconds, 7) for rows, seconds in found.items()})
+
+
 def _answer(manifest: Manifest, batcher: Batcher, rows: list[dict[str, Any]]) -> Part | ModelworksError:
     batcher.admit("sample", encode_features(manifest.signature.inputs, rows), time.monotonic() + 3600)
     ((_, answer, _),) = batcher.step()
     return answer
 
 
-async def serve(spec: ReplicaSpec, batcher: Batcher, batch_seconds: float, report: Status) -> None:
+async def serve(spec: ReplicaSpec, batcher: Batcher | Continuous, batch_seconds: float, report: Status) -> None:
     """Listen until SIGTERM, then finish what is aboard."""
     host = Host(
         batcher,

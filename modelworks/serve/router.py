@@ -1,23 +1,27 @@
 """Sends each call to a ready replica: the one with the fewest calls outstanding, as this gateway itself counts them.
 
 One instance a gateway, all in the loop's thread. `apply` follows snapshots; `submit` never blocks: its answer, or one
-error, comes to a callback. With no replica ready, calls wait in a bounded queue until their deadline.
+error, comes to a callback. With no replica ready, calls wait in a bounded queue until their deadline. Which call is next
+is fairness.py's to say, which replica lane.py's.
 """
 
 from __future__ import annotations
 
 import asyncio
-import random
 import time
-from collections import deque
+from collections.abc import Callable
 
 from modelworks.core.errors import DeadlineExceeded, ModelworksError, NotFound, RateLimited, Unavailable
 from modelworks.core.telemetry import logger
 from modelworks.core.types import Call
-from modelworks.serve.channel import Deliver, LinkLost
-from modelworks.serve.peer import Peer, PeerState
+from modelworks.serve.channel import Deliver, LinkLost, connect
+from modelworks.serve.hedging import Hedges
+from modelworks.serve.lane import Lane, Pending, Seat
+from modelworks.serve.peer import Connect, Peer, PeerState
 from modelworks.serve.routes import Key, Route, Snapshot, Target
 from modelworks.serve.wire import Part
+
+__all__ = ["Pending", "Router"]
 
 MAX_RETRIES = 2
 POISON_DEATHS = 2
@@ -27,64 +31,21 @@ _RETIRE_SECONDS = 30.0
 log = logger("router")
 
 
-class Pending:
-    """A call on its way, from `submit` until its last part or its error was delivered."""
-
-    __slots__ = ("begun", "call", "deaths", "deliver", "done", "lane", "number", "peer", "retries")
-
-    def __init__(self, lane: Lane, call: Call, deliver: Deliver) -> None:
-        self.lane = lane
-        self.call = call
-        self.deliver = deliver
-        self.peer: Peer | None = None  # where it is aboard
-        self.number = 0  # its id there
-        self.begun = False  # a part of its answer was delivered: it cannot be retried
-        self.done = False
-        self.retries = 0
-        self.deaths = 0  # replicas that died with it aboard
-
-
-class Lane:
-    """A deployment's replicas and the calls that wait for one of them."""
-
-    def __init__(self, route: Route) -> None:
-        self.route = route
-        self.peers: list[Peer] = []
-        self.waiting: deque[Pending] = deque()
-        self.suspects: deque[Pending] = (
-            deque()
-        )  # a replica died with them: they go one by one, so that few share a fate
-        self.queued = 0  # calls in the two queues that are not done
-
-    def forget(self) -> None:
-        """One queued call is done. It is skipped when its turn comes; many such are swept out before."""
-        self.queued -= 1
-        if len(self.waiting) > 2 * self.queued + 64:
-            self.waiting = deque(pending for pending in self.waiting if not pending.done)
-
-    def pick(self, *, suspect: bool = False) -> Peer | None:
-        """The usable replica with the fewest calls outstanding; None when all are away or full."""
-        best: Peer | None = None
-        fewest = self.route.limits.in_flight
-        for peer in self.peers:
-            if peer.usable and not (suspect and peer.suspect):
-                count = peer.outstanding
-                if count < fewest or (count == fewest and best is not None and random.random() < 0.5):
-                    best, fewest = peer, count
-        return best
-
-
 class Router:
-    """`secret`: what the replicas of this server run expect in a hello."""
+    """`secret`: what the replicas of this server run expect in a hello. `clock` is the one that deadlines are told by."""
 
-    def __init__(self, secret: str) -> None:
+    def __init__(self, secret: str, *, connect: Connect = connect, clock: Callable[[], float] = time.monotonic) -> None:
         self.number = -1
+        self.retries: dict[Key, int] = {}  # deployment -> calls that were given to another replica
         self._secret = secret
+        self._connect = connect
+        self._clock = clock
         self._lanes: dict[Key, Lane] = {}
         self._peers: dict[Target, Peer] = {}
         self._aboard: set[Pending] = set()
         self._ticker: asyncio.TimerHandle | None = None
         self._last_tick = 0.0
+        self.hedged = 0  # calls that were sent to a second replica
         self._closed = False
 
     # following the catalog
@@ -97,7 +58,9 @@ class Router:
         wanted = {target for route in snapshot.routes.values() for target in route.replicas}
         for target in wanted:
             if target not in self._peers:
-                self._peers[target] = Peer(target, self._secret, self._changed)
+                self._peers[target] = Peer(
+                    target, self._secret, self._changed, connect=self._connect, clock=self._clock
+                )
             self._peers[target].open()
         for target, peer in self._peers.items():
             if target not in wanted:
@@ -108,11 +71,11 @@ class Router:
             lane = self._lanes.get(key)
             if lane is None:
                 lane = self._lanes[key] = Lane(route)
-            lane.route = route
+            lane.follow(route)
             lane.peers = [self._peers[target] for target in route.replicas]
             self._pump(lane)
         if self._ticker is None:
-            self._last_tick = time.monotonic()
+            self._last_tick = self._clock()
             self._tick()
 
     def route(self, key: Key) -> Route | None:
@@ -125,28 +88,34 @@ class Router:
     def ready(self, key: Key) -> bool:
         """Whether a replica of the deployment could be called now."""
         lane = self._lanes.get(key)
-        return lane is not None and any(peer.usable for peer in lane.peers)
+        return lane is not None and lane.usable
 
     def outstanding(self, key: Key) -> int:
         """Calls of a deployment that wait or are aboard."""
         lane = self._lanes.get(key)
         return lane.queued + sum(peer.outstanding for peer in lane.peers) if lane else 0
 
+    def waiting(self, key: Key) -> int:
+        """Calls of a deployment that no replica has yet."""
+        lane = self._lanes.get(key)
+        return lane.queued if lane else 0
+
     def states(self) -> list[PeerState]:
         """All replicas as this gateway sees them, hung ones marked."""
-        now = time.monotonic()
+        now = self._clock()
         return [peer.state(now) for peer in self._peers.values()]
 
     def _remove(self, lane: Lane) -> None:
-        for pending in (*lane.waiting, *lane.suspects):
-            if not pending.done:
-                self._fail(pending, NotFound(f"the deployment {lane.route.name!r} was deleted", param="deployment"))
+        for pending in list(lane):
+            self._leave(pending)
+            self._fail(pending, NotFound(f"the deployment {lane.route.name!r} was deleted", param="deployment"))
 
     # calls
 
-    def submit(self, key: Key, call: Call, deliver: Deliver) -> Pending:
+    def submit(self, key: Key, call: Call, deliver: Deliver, *, manual: bool = False) -> Pending:
         """Send a call, or queue it. `deliver` gets its parts or one error, always after this returned.
 
+        `manual`: a stream whose reader tells by `took` what it has consumed; the replica waits for it when it is behind.
         NotFound for an unknown deployment, RateLimited or Unavailable at once when its queue is full.
         """
         lane = self._lanes.get(key)
@@ -155,71 +124,129 @@ class Router:
         if self._closed:
             raise Unavailable("the server is stopping", code="stopping", retry_after=2.0)
         pending = Pending(lane, call, deliver)
-        if not lane.queued:
-            peer = lane.pick()
+        pending.manual = manual
+        if not lane.queued and lane.aboard < lane.concurrency:
+            peer = lane.pick_sticky(call.sticky) if call.sticky else lane.pick()
             if peer is not None:
                 self._send(pending, peer)
                 return pending
-        if lane.queued >= lane.route.limits.queue:
-            raise self._full(lane)
-        lane.waiting.append(pending)
-        lane.queued += 1
+        self._enqueue(lane, pending)
         return pending
 
     def abort(self, pending: Pending) -> None:
         """Nobody waits for the answer any more."""
         if not pending.done:
             self._leave(pending)
+            if pending.lane.queued:
+                asyncio.get_running_loop().call_soon(self._pump, pending.lane)
 
-    def _full(self, lane: Lane) -> ModelworksError:
+    def took(self, pending: Pending, parts: int = 1) -> None:
+        """So many more parts of a stream were consumed."""
+        if pending.peer is not None and pending.peer.link is not None:
+            pending.peer.link.took(pending.number, parts)
+
+    def _enqueue(self, lane: Lane, pending: Pending) -> None:
+        """Let a call wait; in a full queue only in the place of one whose key has more waiting, or is less urgent."""
+        displaced: Pending | None = None
+        if lane.queued >= lane.route.limits.queue:
+            displaced = lane.waiting.displaced_by(pending.call)
+            if displaced is None:
+                raise self._full(lane)
+            self._leave(displaced)
+        lane.wait(pending, self._clock())
+        if displaced is not None:
+            self._fail(displaced, self._full(lane, "; others have their turn"))
+
+    def _full(self, lane: Lane, reason: str = "") -> ModelworksError:
         name, queued = lane.route.name, lane.queued
-        if any(peer.usable for peer in lane.peers):
+        if lane.usable:
             return RateLimited(
-                f"{queued} calls wait for {name!r} already; try again in a moment", code="queue_full", retry_after=1.0
+                f"{queued} calls wait for {name!r} already{reason}; try again in a moment",
+                code="queue_full",
+                retry_after=1.0,
             )
         return Unavailable(
-            f"no replica of {name!r} is ready and {queued} calls wait already", code="queue_full", retry_after=2.0
+            f"no replica of {name!r} is ready and {queued} calls wait already{reason}",
+            code="queue_full",
+            retry_after=2.0,
         )
 
     def _send(self, pending: Pending, peer: Peer) -> None:
         """Put a call aboard; its link may have gone since it was picked, or its tensors may be too large."""
         assert peer.link is not None
         try:
-            pending.number = peer.link.start(pending.call, lambda item: self._arrived(pending, item))
+            pending.number = peer.link.start(
+                pending.call, lambda item: self._arrived(pending, item), manual=pending.manual
+            )
         except LinkLost:
             self._queue_again(pending)
             return
+        lane = pending.lane
         pending.peer = peer
-        peer.suspect = peer.suspect or pending.deaths > 0
+        lane.aboard += 1
         self._aboard.add(pending)
+        if pending.deaths:
+            peer.suspect = True
+        if lane.hedges is not None and pending.call.idempotent and not pending.call.stream:
+            self._note_hedge(lane, pending)
 
     def _arrived(self, pending: Pending, item: Part | ModelworksError) -> None:
         """What the link brings for a call that is aboard."""
         if pending.done:
             return
-        if isinstance(item, LinkLost):
+        peer = pending.peer
+        assert peer is not None
+        last = True
+        if isinstance(item, Part):
+            last = item.done
+            if peer.breaker.failures:
+                peer.succeed()
+        elif isinstance(item, LinkLost):
             self._lost(pending, died=not item.expected)
             return
-        if isinstance(item, ModelworksError) and item.code in ("draining", "replica_full"):
+        elif item.code in ("draining", "replica_full"):
             self._lost(pending, died=False)  # refused before it ran
             return
-        last = isinstance(item, ModelworksError) or item.done
+        elif item.status == 500:
+            self._blame(peer, pending.lane, item.code)
         pending.begun = True
+        if pending.hedge is not None:
+            self._drop_hedge(pending)
+        if not last:
+            pending.deliver(item)
+            return
         lane = pending.lane
-        if last:
-            self._leave(pending)
+        pending.done = True  # as in _leave, but the link has let go of it already
+        pending.peer = None
+        lane.aboard -= 1
+        self._aboard.discard(pending)
+        if pending.deaths:
+            peer.suspect = False
         try:
             pending.deliver(item)
         finally:
-            if last and lane.queued:
+            if lane.queued:
+                if isinstance(item, Part):
+                    peer.adapt(self._clock(), item.queue_us * 1e-6, item.run_us * 1e-6, lane.route.limits.wait_seconds)
                 self._pump(lane)
+
+    def _blame(self, peer: Peer, lane: Lane, reason: str) -> None:
+        """A failure of the replica's own; its breaker opens only while another one can stand in."""
+        others = any(other.usable for other in lane.peers if other is not peer)
+        peer.fail(self._clock(), reason, may_open=others)
 
     def _lost(self, pending: Pending, *, died: bool) -> None:
         """Its replica is gone, hangs or refused it: send it elsewhere if that is safe."""
         call = pending.call
+        hedge, pending.hedge = pending.hedge, None
         self._leave(pending)
         pending.done = False
         pending.deaths += died
+        if hedge is not None and pending.deaths < POISON_DEATHS:
+            self._promote(pending, hedge)
+            return
+        if hedge is not None:
+            _abort(hedge.peer, hedge.number)
         if pending.begun or not call.idempotent:
             self._fail(
                 pending,
@@ -248,6 +275,7 @@ class Router:
             )
         else:
             pending.retries += 1
+            self.retries[pending.lane.route.key] = self.retries.get(pending.lane.route.key, 0) + 1
             self._queue_again(pending)
 
     def _queue_again(self, pending: Pending) -> None:
@@ -256,11 +284,7 @@ class Router:
         if lane is not self._lanes.get(lane.route.key):
             self._fail(pending, NotFound(f"the deployment {lane.route.name!r} was deleted", param="deployment"))
             return
-        if pending.deaths:
-            lane.suspects.append(pending)
-        else:
-            lane.waiting.appendleft(pending)
-        lane.queued += 1
+        lane.wait_again(pending)
         asyncio.get_running_loop().call_soon(self._pump, lane)
 
     def _leave(self, pending: Pending) -> None:
@@ -268,14 +292,16 @@ class Router:
         pending.done = True
         peer = pending.peer
         if peer is None:
-            pending.lane.forget()
+            pending.lane.forget(pending)
             return
         pending.peer = None
+        pending.lane.aboard -= 1
         self._aboard.discard(pending)
         if pending.deaths:
             peer.suspect = False
-        if peer.link is not None:
-            peer.link.abort(pending.number)
+        _abort(peer, pending.number)
+        if pending.hedge is not None:
+            self._drop_hedge(pending)
 
     def _fail(self, pending: Pending, error: ModelworksError) -> None:
         if pending.peer is not None:
@@ -288,30 +314,90 @@ class Router:
 
     def _pump(self, lane: Lane) -> None:
         """Send what waits to whoever is free."""
-        while lane.suspects:
-            if lane.suspects[0].done:
-                lane.suspects.popleft()
-                continue
+        while lane.suspects and lane.aboard < lane.concurrency:
             peer = lane.pick(suspect=True)
             if peer is None:
                 break
-            self._release(lane.suspects, peer)
-        while lane.waiting:
-            if lane.waiting[0].done:
-                lane.waiting.popleft()
-                continue
+            pending = lane.next_suspect()
+            if pending is not None:
+                self._release(pending, peer)
+        while lane.queued and lane.aboard < lane.concurrency:
             peer = lane.pick()
             if peer is None:
                 return
-            self._release(lane.waiting, peer)
+            pending = lane.next(self._clock())
+            if pending is None:
+                return
+            if pending.call.sticky:
+                peer = lane.pick_sticky(pending.call.sticky) or peer
+            self._release(pending, peer)
 
-    def _release(self, queue: deque[Pending], peer: Peer) -> None:
-        pending = queue.popleft()
-        pending.lane.queued -= 1
+    def _release(self, pending: Pending, peer: Peer) -> None:
         try:
             self._send(pending, peer)
         except ModelworksError as error:  # it cannot travel
             self._fail(pending, error)
+
+    # hedging: a second seat for a call that takes long; the first answer wins
+
+    def _note_hedge(self, lane: Lane, pending: Pending) -> None:
+        assert lane.hedges is not None
+        if lane.hedges.note(pending, self._clock()):
+            asyncio.get_running_loop().call_later(lane.hedges.after, self._hedge_due, lane, lane.hedges)
+
+    def _hedge_due(self, lane: Lane, hedges: Hedges[Pending]) -> None:
+        if self._closed or lane.hedges is not hedges:
+            return
+        now = self._clock()
+        for pending in hedges.take(now):
+            self._hedge(lane, hedges, pending)
+        due = hedges.next_due()
+        if due is not None:
+            asyncio.get_running_loop().call_later(max(0.001, due - now), self._hedge_due, lane, hedges)
+
+    def _hedge(self, lane: Lane, hedges: Hedges[Pending], pending: Pending) -> None:
+        """Give a call a second seat if it has none, a replica is free, nobody waits for it, and the allowance holds."""
+        if pending.peer is None or pending.begun or pending.hedge is not None or pending.deaths or lane.queued:
+            return
+        peer = lane.pick(other_than=pending.peer)
+        if peer is None or peer.link is None or not hedges.pay():
+            return
+        seat = Seat(peer)
+        try:
+            seat.number = peer.link.start(pending.call, lambda item: self._hedge_arrived(pending, seat, item))
+        except ModelworksError:
+            return
+        pending.hedge = seat
+        self.hedged += 1
+
+    def _hedge_arrived(self, pending: Pending, seat: Seat, item: Part | ModelworksError) -> None:
+        if pending.done:
+            return
+        if pending.hedge is seat:
+            if not isinstance(item, Part):  # the first seat's answer is still to come
+                pending.hedge = None
+                pending.deaths += isinstance(item, LinkLost) and not item.expected
+                return
+            first, number = pending.peer, pending.number
+            assert first is not None
+            self._promote(pending, seat)
+            _abort(first, number)
+        self._arrived(pending, item)
+
+    def _promote(self, pending: Pending, seat: Seat) -> None:
+        """The second seat becomes the only one."""
+        if pending.peer is None:
+            pending.lane.aboard += 1
+            self._aboard.add(pending)
+        pending.hedge = None
+        pending.peer, pending.number = seat.peer, seat.number
+        if pending.deaths:
+            seat.peer.suspect = True
+
+    def _drop_hedge(self, pending: Pending) -> None:
+        seat, pending.hedge = pending.hedge, None
+        assert seat is not None
+        _abort(seat.peer, seat.number)
 
     # health and deadlines
 
@@ -322,17 +408,23 @@ class Router:
                     self._pump(lane)
 
     def _tick(self) -> None:
-        now = time.monotonic()
+        now = self._clock()
         lateness = max(0.0, now - self._last_tick - 2 * _TICK)
         self._last_tick = now
         self._ticker = asyncio.get_running_loop().call_later(_TICK, self._tick)
         for target, peer in list(self._peers.items()):
             if peer.check(now, lateness):
+                peer.fail(now, "hung", may_open=False)
                 self._evacuate(peer)
             if peer.retiring_until is not None and (not peer.outstanding or now >= peer.retiring_until):
                 del self._peers[target]
                 peer.close()
-        for pending in [pending for pending in self._aboard if pending.call.deadline <= now]:
+        late = [pending for pending in self._aboard if pending.call.deadline <= now]
+        for peer, lane in {pending.peer: pending.lane for pending in late if pending.peer is not None}.items():
+            self._blame(peer, lane, "deadlines")
+        for pending in late:
+            if pending.done:
+                continue
             self._leave(pending)
             self._fail(pending, DeadlineExceeded("the deadline passed before the model answered"))
         for lane in self._lanes.values():
@@ -341,9 +433,9 @@ class Router:
                 self._pump(lane)
 
     def _expire(self, lane: Lane, now: float) -> None:
-        usable = any(peer.usable for peer in lane.peers)
-        for pending in [*lane.suspects, *lane.waiting]:
-            if not pending.done and pending.call.deadline <= now:
+        usable = lane.usable
+        for pending in [pending for pending in lane if pending.call.deadline <= now]:
+            if not pending.done:
                 self._leave(pending)
                 self._fail(pending, _late(lane, usable))
 
@@ -357,8 +449,8 @@ class Router:
     async def drain(self, seconds: float) -> bool:
         """Take no more calls and wait for those outstanding; True when none is left."""
         self._closed = True
-        until = time.monotonic() + seconds
-        while time.monotonic() < until:
+        until = self._clock() + seconds
+        while self._clock() < until:
             if not self._aboard and not any(lane.queued for lane in self._lanes.values()):
                 return True
             await asyncio.sleep(0.01)
@@ -369,10 +461,7 @@ class Router:
         self._closed = True
         if self._ticker is not None:
             self._ticker.cancel()
-        left = [
-            *self._aboard,
-            *(pending for lane in self._lanes.values() for pending in (*lane.waiting, *lane.suspects)),
-        ]
+        left = [*self._aboard, *(pending for lane in self._lanes.values() for pending in lane)]
         for pending in left:
             if not pending.done:
                 self._leave(pending)
@@ -380,6 +469,11 @@ class Router:
         for peer in self._peers.values():
             peer.retiring_until = 0.0
             peer.close()
+
+
+def _abort(peer: Peer, number: int) -> None:
+    if peer.link is not None:
+        peer.link.abort(number)
 
 
 def _late(lane: Lane, usable: bool) -> ModelworksError:

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from modelworks.core.types import Signature
+from modelworks.core.types import Signature, TensorSpec
+from modelworks.serve.checks import Kind, Shape
 from modelworks.serve.features import Field, class_name, fields
 
 Key = tuple[str, str]  # project id, deployment name
@@ -23,10 +24,18 @@ class Target:
 
 @dataclass(frozen=True)
 class Limits:
-    """`queue`: calls that may wait in a gateway; `in_flight`: calls a gateway sends to one replica before it queues."""
+    """What one gateway keeps to for one deployment.
+
+    `queue`: calls that may wait; `in_flight`: calls sent to one replica before they wait; `concurrency`: calls aboard of
+    all replicas together; `wait_seconds`: how long a replica waits for company; `hedge_seconds`: when an idempotent call
+    without an answer is sent to a second replica.
+    """
 
     queue: int = 1024
     in_flight: int = 256
+    concurrency: int | None = None
+    wait_seconds: float = 0.0
+    hedge_seconds: float | None = None
 
 
 @dataclass(frozen=True)
@@ -51,6 +60,16 @@ class Route:
     @cached_property
     def fields(self) -> list[Field]:
         return fields(self.signature.inputs)
+
+    @cached_property
+    def shapes(self) -> dict[Kind, Shape]:
+        """Kinds of calls that were checked against the signature; see `check_inputs`."""
+        return {}
+
+    @cached_property
+    def specs(self) -> dict[str, TensorSpec]:
+        """The inputs by name."""
+        return {spec.name: spec for spec in self.signature.inputs}
 
     @cached_property
     def class_names(self) -> list[str]:

@@ -19,7 +19,7 @@ from pydantic import BaseModel
 from sqlalchemy import event
 from sqlalchemy.exc import DBAPIError, IntegrityError, OperationalError
 
-from modelworks.core.errors import CatalogUnavailable, Conflict, NotFound
+from modelworks.core.errors import CatalogUnavailable, Conflict, InvalidInput, NotFound
 from modelworks.core.types import MOVES, Noun, Page, check_move, new_id
 from modelworks.store import schema
 
@@ -78,6 +78,8 @@ class Catalog:
                     with contextlib.suppress(DBAPIError):
                         _end(connection, "ROLLBACK", self.sqlite)
                     raise
+        except OverflowError as error:
+            raise InvalidInput("a number in the request is larger than 64 bits can hold", code="too_large") from error
         except IntegrityError as error:
             raise Conflict(f"this exists already or was changed by someone else: {_reason(error)}") from error
         except (OperationalError, sa.exc.TimeoutError) as error:
@@ -176,6 +178,14 @@ class Tx:
         query = sa.select(sa.func.count()).select_from(table)
         query = query.where(*clauses, *(table.c[name] == value for name, value in equals.items()))
         return int(self.execute(query).scalar_one())
+
+    def counts(self, cls: type[Noun], *columns: str, **equals: Any) -> dict[tuple[Any, ...], int]:
+        """How many there are with each combination of values of `columns`; combinations without any are left out."""
+        table = schema.TABLES[cls]
+        chosen = [table.c[name] for name in columns]
+        query = sa.select(*chosen, sa.func.count()).group_by(*chosen)
+        query = query.where(*(table.c[name] == value for name, value in equals.items()))
+        return {tuple(row[:-1]): int(row[-1]) for row in self.execute(query)}
 
     def update(self, noun: N, **changes: Any) -> N:
         """Write `changes` if the row still has the noun's revision, else Conflict. A `status` must be a legal move."""

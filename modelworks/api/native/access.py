@@ -156,17 +156,30 @@ def whoami(services: Use, caller: Who) -> Response:
     return answer(services.access.whoami(caller))
 
 
+_DEPLOYMENT = {
+    "name": "iris",
+    "status": "ready",
+    "model_version": "iris:1",
+    "ready_replicas": 1,
+    "requests_per_second": 12.5,
+    "errors_per_second": 0.0,
+}
+
+
 @server.get(
     "/api/v1/status",
     "status.get",
     "The server's state",
     answer=schemas.plain(
         {"type": "object"},
-        {"version": "0.1.0", "jobs": {"running": 1, "queued": 0}, "deployments": [{"name": "iris", "status": "ready"}]},
+        {"version": "0.1.0", "jobs": {"running": 1, "queued": 0}, "deployments": [_DEPLOYMENT]},
     ),
 )
 def status(services: Use, caller: Who) -> Response:
-    """Its version, the project's unfinished jobs by state, and the project's deployments."""
+    """Its version, the project's unfinished jobs by state, and the project's deployments with their rates.
+
+    Rates are over the last ten seconds and all gateways; errors are answers with status 500 and above.
+    """
     from modelworks.core.types import MOVES, Deployment, Job
 
     jobs: dict[str, int] = {}
@@ -175,12 +188,17 @@ def status(services: Use, caller: Who) -> Response:
             if state not in FINAL_JOB_STATES:
                 jobs[state] = tx.count(Job, project_id=caller.project_id, status=state)
         found = tx.list(Deployment, project_id=caller.project_id, limit=100, newest_first=True)
+    shelf = services.gateway.observer.shelf
+    loads = shelf.total().loads if shelf is not None else {}
+    rates = {name: load for (project, name), load in loads.items() if project == caller.project_id}
     deployments = [
         {
             "name": item.name,
             "status": item.status,
             "model_version": item.model_version,
             "ready_replicas": item.ready_replicas,
+            "requests_per_second": round(rates[item.name].per_second, 2) if item.name in rates else 0.0,
+            "errors_per_second": round(rates[item.name].errors_per_second, 2) if item.name in rates else 0.0,
         }
         for item in found
     ]

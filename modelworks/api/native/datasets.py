@@ -11,7 +11,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from modelworks.api import errors, schemas
-from modelworks.api.body import check_depth, decode_json
+from modelworks.api.body import MAX_CONTROL_VALUES, check_depth, check_values, decode_json
 from modelworks.api.events import Stopping
 from modelworks.api.routes import After, Limit, NamePath, Routes, Use, VersionPath, Who, accepted, answer, listing
 from modelworks.api.services import Services
@@ -122,6 +122,7 @@ def _schema(text: str | None) -> TableSchema:
         return TableSchema()
     try:
         check_depth(text.encode())
+        check_values(text.encode(), MAX_CONTROL_VALUES)
         return TableSchema.model_validate(decode_json(text.encode()))
     except ValidationError as error:
         found = errors.invalid([{**item, "loc": ("body", "schema", *item["loc"])} for item in error.errors()])

@@ -145,7 +145,7 @@ def _declare(routes: Routes, base: str, prefix: str, word: str, kind: str | None
         await anyio.to_thread.run_sync(find_job, services, caller, id, kind)
         start = int(last_event_id) if last_event_id is not None else after
         stopping = request.scope["state"].get("stopping") or Stopping()
-        return stream(services, caller, id, start, stopping)
+        return stream(services, caller, id, start, stopping, request.headers.get("authorization"))
 
     @routes.get(f"{base}/{{id}}/log", "training_jobs.logs", f"Read a {word}'s log", answer=LOG)
     @named("get_{}_log")

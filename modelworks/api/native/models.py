@@ -42,13 +42,13 @@ MAX_CLASSES = 100_000
 ModelName = Annotated[str | None, Query(max_length=100, description="only those of this model")]
 FORM: dict[str, Any] = {
     "type": "object",
-    "required": ["file"],
     "properties": {
         "file": {
             "type": "string",
             "contentMediaType": "application/octet-stream",
-            "description": "an ONNX model, or a package that was exported from Modelworks",
+            "description": "an ONNX or GGUF model, or a package that was exported from Modelworks",
         },
+        "source": {"type": "string", "description": "in place of the file: `package:DIST/PATH` or an https URL"},
         "task": {"type": "string", "description": "such as tabular-classification; needed for a bare ONNX model"},
         "classes": {
             "type": "string",
@@ -115,20 +115,22 @@ def get_model_version(services: Use, caller: Who, name: NamePath, version: Versi
     creates=True,
 )
 async def create_model_version(request: Request, services: Use, caller: Who, name: NamePath) -> Response:
-    """A model of your own (ONNX), or a package exported elsewhere: checked in a process of its own, then registered.
+    """A model of your own (ONNX or GGUF), or a package exported elsewhere: checked in a process of its own, then registered.
 
     When that takes longer than a minute, it answers 202 with the job.
     """
     async with receive_form(request, services.settings.home_path / "tmp") as form:
-        form.only("task", "classes", "licence")
-        if form.path is None:
-            raise InvalidInput("send the model as the form field `file`", param="file")
+        form.only("task", "classes", "licence", "source")
+        source = form.fields.get("source") or None
+        if (form.path is None) == (source is None):
+            raise InvalidInput("send the model as the form field `file`, or name its `source`", param="file")
         path, classes = form.path, _classes(form.fields.get("classes"))
         job = await anyio.to_thread.run_sync(
             lambda: services.library.import_version(
                 caller,
                 name=name,
                 path=path,
+                source=source,
                 filename=form.filename,
                 task=form.fields.get("task") or None,
                 classes=classes,

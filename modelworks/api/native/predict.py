@@ -10,13 +10,15 @@ from starlette.responses import Response
 
 from modelworks.api import schemas
 from modelworks.api.body import decode_json
-from modelworks.api.calls import infer
-from modelworks.api.routes import NamePath, Routes, Use, Who, answer
+from modelworks.api.calls import JSON_TYPE, Prepared, Reply, respond
+from modelworks.api.routes import NamePath, Routes, Use, Who
 from modelworks.core.errors import InvalidInput
-from modelworks.core.types import Call
+from modelworks.core.types import Answer, Call, Principal
 from modelworks.serve.features import MAX_ROWS, decode_outputs, encode_rows
+from modelworks.serve.gateway import Gateway
 
 routes = Routes("Deployments")
+_encode = msgspec.json.Encoder(enc_hook=str).encode
 
 REQUEST: dict[str, Any] = {
     "application/json": {
@@ -85,13 +87,20 @@ class PredictBody(msgspec.Struct, forbid_unknown_fields=True):
 )
 async def predict(request: Request, services: Use, caller: Who, name: NamePath) -> Response:
     """Answer `inputs`, one or many at once. A missing, unknown or mistyped feature is 400 and named in `param`."""
-    route = services.gateway.route(caller.principal, name)
-    body = decode_predict(await request.body())
-    call = Call(name, encode_rows(route, body.inputs), services.gateway.deadline(), caller.request_id)
-    found = await infer(request, services, caller, call)
-    return answer(
-        {"outputs": decode_outputs(route, found), "model": found.model_version, "request_id": caller.request_id}
-    )
+    prepared = prepare(services.gateway, caller.principal, name, await request.body(), caller.request_id)
+    return await respond(request, services, caller, prepared)
+
+
+def prepare(gateway: Gateway, principal: Principal, name: str, data: bytes, request_id: str) -> Prepared:
+    """The call that the body `data` asks for; both lanes go through this. InvalidInput names the feature."""
+    route = gateway.route(principal, name)
+    call = Call(name, encode_rows(route, decode_predict(data).inputs), gateway.deadline(), request_id)
+
+    def reply(found: Answer) -> Reply:
+        rows = decode_outputs(route, found)
+        return Reply((JSON_TYPE,), _encode({"outputs": rows, "model": found.model_version, "request_id": request_id}))
+
+    return Prepared(call, reply)
 
 
 def decode_predict(data: bytes) -> PredictBody:

@@ -6,5 +6,10 @@ from modelworks.core.registry import Registry
 from modelworks.ml.base import Runtime
 
 RUNTIMES: Registry[type[Runtime]] = Registry(
-    "modelworks.runtimes", "runtime", {"onnx": "modelworks.ml.runtimes.onnx:OnnxRuntime"}
+    "modelworks.runtimes",
+    "runtime",
+    {
+        "onnx": "modelworks.ml.runtimes.onnx:OnnxRuntime",
+        "llama": "modelworks.ml.runtimes.llm_llama:LlamaRuntime",  # continuous: admit / step / abort
+    },
 )

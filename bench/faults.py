@@ -1,0 +1,235 @@
+"""What users notice of faults, over HTTP on a real server: a table of faults and figures.
+
+    python -m bench.faults [--seconds 60] [--cuts 10000] [--gateways 2]
+
+One server, two replicas of iris, 64 connections. Replicas are killed, stopped, clients cut in mid-flight, a gateway killed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+import uvloop
+from rich.console import Console
+from rich.table import Table
+
+from bench.load import post
+from bench.predict import ROW, wait_for
+from modelworks import Client
+
+CONNECTIONS = 64
+
+
+@dataclass
+class Seen:
+    """What the clients saw. `broken`: connections that ended in the middle of a request, which was then sent again."""
+
+    answered: int = 0
+    broken: int = 0
+    failures: dict[str, int] = field(default_factory=dict)
+    slowest: float = 0.0
+    times: list[float] = field(default_factory=list)
+
+    @property
+    def failed(self) -> int:
+        return sum(self.failures.values())
+
+
+class Load:
+    """Connections that send one request after the other until stopped, each checked to be a right answer."""
+
+    def __init__(self, port: int, request: bytes, connections: int = CONNECTIONS) -> None:
+        self.seen = Seen()
+        self._port = port
+        self._request = request
+        self._stopped = False
+        self._tasks = [asyncio.create_task(self._run()) for _ in range(connections)]
+
+    async def stop(self) -> Seen:
+        self._stopped = True
+        await asyncio.gather(*self._tasks)
+        return self.seen
+
+    async def _run(self) -> None:
+        while not self._stopped:
+            try:
+                reader, writer = await asyncio.open_connection("127.0.0.1", self._port)
+                await self._talk(reader, writer)
+                writer.close()
+            except (OSError, asyncio.IncompleteReadError):
+                self.seen.broken += 1
+
+    async def _talk(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while not self._stopped:
+            begun = time.perf_counter()
+            writer.write(self._request)
+            head = await reader.readuntil(b"\r\n\r\n")
+            length = next(int(line[15:]) for line in head.lower().split(b"\r\n") if line.startswith(b"content-length:"))
+            body = await reader.readexactly(length)
+            took = time.perf_counter() - begun
+            self.seen.slowest = max(self.seen.slowest, took)
+            self.seen.times.append(took)
+            if head.startswith(b"HTTP/1.1 200") and b'"setosa"' in body:
+                self.seen.answered += 1
+            else:
+                kind = f"{head[9:12].decode()} {body[:120].decode(errors='replace')}"
+                self.seen.failures[kind] = self.seen.failures.get(kind, 0) + 1
+
+
+class Server:
+    """`modelworks up` with iris on two replicas."""
+
+    def __init__(self, home: Path, gateways: int) -> None:
+        command = [sys.executable, "-m", "modelworks.cli", "up", "--home", str(home), "--port", "0"]
+        more = ["--gateways", str(gateways)] if gateways > 1 else []
+        self.process = subprocess.Popen(command + more, stdout=subprocess.DEVNULL)
+        self.url = wait_for(home / "server.json")
+        self.port = int(self.url.rsplit(":", 1)[1])
+        self.key = (home / "admin.key").read_text().strip()
+        client = Client(url=self.url, api_key=self.key)
+        client.datasets.create(name="iris", source="sklearn:iris")
+        job = client.training_jobs.create(
+            model="iris", dataset="iris", target="species", algorithm="logistic-regression"
+        )
+        job = client.training_jobs.wait(job)
+        client.deployments.put("iris", model=job.model_version, replicas={"min": 2})
+        client.deployments.wait_ready("iris")
+
+    def request(self) -> bytes:
+        import json
+
+        key = {"authorization": f"Bearer {self.key}"}
+        return post("/api/v1/deployments/iris/predict", json.dumps({"inputs": [ROW]}).encode(), key)
+
+    def processes(self, title: str) -> list[psutil.Process]:
+        found = []
+        for child in psutil.Process(self.process.pid).children(recursive=True):
+            try:
+                if title in " ".join(child.cmdline()):
+                    found.append(child)
+            except psutil.Error:
+                continue
+        return sorted(found, key=lambda one: one.pid)
+
+    def close(self) -> None:
+        self.process.terminate()
+        self.process.wait(30)
+
+
+Row = tuple[str, str, str]
+
+
+async def killed_replicas(server: Server, seconds: float) -> Row:
+    """kill -9 the longest-lived replica every second."""
+    load = Load(server.port, server.request())
+    until = time.monotonic() + seconds
+    kills = 0
+    while time.monotonic() < until:
+        await asyncio.sleep(1.0)
+        alive = server.processes("modelworks replica iris")
+        if len(alive) > 1:  # the first one is the older
+            os.kill(min(alive, key=lambda one: one.create_time()).pid, signal.SIGKILL)
+            kills += 1
+    seen = await load.stop()
+    figures = f"{seen.failed} of {seen.answered + seen.failed:,} failed, slowest {seen.slowest:.2f} s {_kinds(seen)}"
+    return "kill -9 of a replica every second", f"{kills} kills in {seconds:.0f} s", figures
+
+
+async def hung_replica(server: Server) -> Row:
+    """SIGSTOP one of two."""
+    while len(server.processes("modelworks replica iris")) < 2:
+        await asyncio.sleep(0.1)
+    await asyncio.sleep(2.0)
+    load = Load(server.port, server.request())
+    await asyncio.sleep(1.0)
+    victim = server.processes("modelworks replica iris")[0]
+    os.kill(victim.pid, signal.SIGSTOP)
+    await asyncio.sleep(5.0)
+    seen = await load.stop()
+    if victim.is_running():
+        os.kill(victim.pid, signal.SIGCONT)
+    figures = f"{seen.failed} of {seen.answered + seen.failed:,} failed; calls aboard moved after {seen.slowest:.2f} s"
+    return "SIGSTOP of a replica", "one of two", figures
+
+
+async def cut_clients(server: Server, cuts: int) -> Row:
+    """Clients that send a request and are gone before the answer."""
+    request = server.request()
+    processes = server.processes("modelworks gateway") + server.processes("modelworks replica iris")
+    load = Load(server.port, request, 8)
+    await asyncio.sleep(1.0)
+    before = [(one.memory_info().rss, one.num_fds()) for one in processes]
+
+    async def cut(number: int) -> None:
+        _, writer = await asyncio.open_connection("127.0.0.1", server.port)
+        writer.write(request if number % 3 else request[:-20])
+        if number % 2:
+            await asyncio.sleep(0.0005 * (number % 5))
+        writer.transport.abort()
+
+    for start in range(0, cuts, 100):
+        await asyncio.gather(*[cut(number) for number in range(start, min(cuts, start + 100))])
+    seen = await load.stop()
+    await asyncio.sleep(2.0)
+    after = [(one.memory_info().rss, one.num_fds()) for one in processes]
+    files = sum(a[1] - b[1] for a, b in zip(after, before, strict=True))
+    memory = sum(a[0] - b[0] for a, b in zip(after, before, strict=True)) / 1e6
+    figures = (
+        f"others: {seen.failed} of {seen.answered + seen.failed:,} failed; {files:+d} descriptors, {memory:+.1f} MB"
+    )
+    return "clients cut in mid-flight", f"{cuts:,} cuts", figures
+
+
+async def killed_gateway(server: Server) -> Row:
+    load = Load(server.port, server.request())
+    await asyncio.sleep(1.0)
+    gateways = server.processes("modelworks gateway")
+    os.kill(gateways[0].pid, signal.SIGKILL)
+    await asyncio.sleep(3.0)
+    seen = await load.stop()
+    figures = (
+        f"{seen.broken} connections broke, {seen.failed} of {seen.answered + seen.failed:,} failed after connecting "
+        f"again, slowest {seen.slowest:.2f} s, {len(server.processes('modelworks gateway'))} gateways afterwards"
+    )
+    return "kill -9 of a gateway", f"one of {len(gateways)}", figures
+
+
+def _kinds(seen: Seen) -> str:
+    return "; ".join(f"{count} x {kind}" for kind, count in list(seen.failures.items())[:3])
+
+
+async def story(server: Server, seconds: float, cuts: int) -> list[Row]:
+    rows = [await killed_replicas(server, seconds), await hung_replica(server), await cut_clients(server, cuts)]
+    return [*rows, await killed_gateway(server)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seconds", type=float, default=60.0)
+    parser.add_argument("--cuts", type=int, default=10_000)
+    parser.add_argument("--gateways", type=int, default=1)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="mw-faults-") as folder:
+        server = Server(Path(folder) / "home", options.gateways)
+        try:
+            rows = uvloop.run(story(server, options.seconds, options.cuts))
+        finally:
+            server.close()
+    shown = Table("fault", "how often", "what clients saw", title=f"{CONNECTIONS} connections, two replicas")
+    for row in rows:
+        shown.add_row(*row)
+    Console(width=160).print(shown)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,436 @@
+"""The fast lane: predictions are answered by the HTTP protocol itself, with no ASGI scope, no task and no framework.
+
+Only what is plainly a prediction by a key that was seen before is taken; everything else, and all that is odd about a
+prediction, falls through to the application unchanged, so that the guard alone says no to a request's head.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from time import monotonic
+from typing import Any, NamedTuple
+
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE
+
+from modelworks.api import oip_codec
+from modelworks.api.calls import Prepared, Reply
+from modelworks.api.errors import render
+from modelworks.api.guard import ALLOWANCE, MAX_IGNORED, Allowance, Headers, check_pace, count, new_request_id, stalled
+from modelworks.api.native import predict
+from modelworks.api.protocol import BODY, BUSY, HEAD, IDLE, BoundedProtocol, bounded
+from modelworks.api.services import Services
+from modelworks.core.errors import ModelworksError
+from modelworks.core.specs import NAME_PATTERN
+from modelworks.core.telemetry import logger
+from modelworks.core.types import Answer, Principal
+from modelworks.security.policy import OPERATIONS
+from modelworks.serve.observe import CANCELLED, rows_of
+from modelworks.serve.router import Pending
+from modelworks.serve.tracing import RequestSpan
+from modelworks.serve.wire import Part
+
+log = logger("api.fastlane")
+
+_NAME = NAME_PATTERN.strip("^$").encode()
+_PATHS = re.compile(
+    rb"/api/v1/deployments/(?P<name>%b)/predict|/v2/models/(?P<model>%b)(?:/versions/(?P<version>[1-9][0-9]{0,8}))?/infer"
+    % (_NAME, _NAME)
+)
+_MAX_TARGETS = 4096
+_MANY = 1024  # pieces of one body that are kept apart
+_TENSORS = "application/octet-stream"
+_MAX_HEAD = 4096  # bytes of a head that is remembered
+_MAX_HEADS = 4096
+_COMMON = b"content-length: %d\r\nx-request-id: %b\r\nx-content-type-options: nosniff\r\n"
+_LIMITS = b"".join(b"%b: %b\r\n" % pair for pair in ALLOWANCE)
+
+
+class Target(NamedTuple):
+    """What a hot URL names. `prepare(gateway, principal, data, binary, request_id)` makes the call of its body."""
+
+    path: str
+    operation: str
+    scope: str
+    deployment: str
+    binary: bool
+    prepare: Callable[[Any, Principal, bytes, bytes | None, str], Prepared]
+
+
+def target(url: bytes) -> Target | None:
+    """The hot path that `url` is, exactly: no query, no escapes."""
+    match = _PATHS.fullmatch(url)
+    if match is None:
+        return None
+    path = url.decode("ascii")
+    if match["name"] is not None:
+        name = match["name"].decode("ascii")
+        return Target(
+            path,
+            "deployments.predict",
+            OPERATIONS["deployments.predict"],
+            name,
+            False,
+            lambda gateway, who, data, binary, id: predict.prepare(gateway, who, name, data, id),
+        )
+    model = match["model"].decode("ascii")
+    version = match["version"].decode("ascii") if match["version"] else None
+    return Target(
+        path,
+        "oip.infer",
+        OPERATIONS["oip.infer"],
+        model,
+        True,
+        lambda gateway, who, data, binary, id: oip_codec.prepare(gateway, who, model, version, data, binary, id),
+    )
+
+
+class Head(NamedTuple):
+    """What a request's head says, where it is plainly hot. `carrier`: a salted hash in the place of its key."""
+
+    target: Target
+    carrier: bytes
+    binary: bytes | None
+    length: int
+
+
+class _Never:
+    """Stands for the event that uvicorn sets in a cycle when its client goes away."""
+
+    def set(self) -> None:
+        """There is no task to wake."""
+
+
+class Exchange:
+    """One request in the fast lane. To uvicorn's protocol it looks like a cycle: what comes behind it waits for it."""
+
+    __slots__ = (
+        "_allowance", "_outputs", "_pending", "_protocol", "_reply", "began", "binary", "body",
+        "disconnected", "keep_alive", "length", "parts", "principal", "received", "refusal", "request_id",
+        "response_complete", "rows", "span", "target",
+    )  # fmt: skip
+    message_event = _Never()
+
+    def __init__(
+        self,
+        protocol: FastLane,
+        head: Head,
+        principal: Principal,
+        request_id: str,
+        allowance: Allowance | None,
+        refusal: ModelworksError | None,
+    ) -> None:
+        self.target, _, self.binary, self.length = head
+        self.principal = principal
+        self.request_id = request_id
+        self.refusal = refusal  # told once the body is there, which keeps the connection
+        self.body = b""
+        self.parts: list[bytes] = []
+        self.received = 0
+        self.began = monotonic()
+        self.rows = 0
+        self.span: RequestSpan | None = None  # when traces are on
+        self.response_complete = self.disconnected = False
+        self.keep_alive = True
+        self._protocol = protocol
+        self._allowance = allowance
+        self._pending: Pending | None = None
+        self._outputs: list[Any] = []
+        self._reply: Callable[[Answer], Reply] | None = None
+
+    def add(self, piece: bytes) -> None:
+        self.received += len(piece)
+        if self.refusal is not None:
+            return
+        if not self.body:
+            self.body = piece
+            return
+        self.parts.append(piece)
+        if len(self.parts) > _MANY:  # dripped bytes must not cost an object each
+            self.parts = [b"".join(self.parts)]
+
+    def start(self) -> None:
+        """The body is there: make the call."""
+        try:
+            if self.refusal is not None:
+                raise self.refusal
+            data = b"".join([self.body, *self.parts]) if self.parts else self.body
+            self.body, self.parts = b"", []
+            gateway = self._protocol.services.gateway
+            call, self._reply = self.target.prepare(gateway, self.principal, data, self.binary, self.request_id)
+            self.rows = rows_of(call)
+            if self.span is None:
+                pending = gateway.submit(self.principal, call, self.deliver)
+            else:
+                with self.span:
+                    pending = gateway.submit(self.principal, call, self.deliver)
+            if not self.response_complete:
+                self._pending = pending
+        except ModelworksError as error:
+            self.refuse(error)
+        except Exception as error:  # the same edge as the guard's
+            self._unexpected(error)
+
+    def deliver(self, item: Part | ModelworksError) -> None:
+        """What the gateway brings: parts of the answer, or one error."""
+        if self.response_complete:
+            return
+        if isinstance(item, ModelworksError):
+            self.refuse(item)
+        elif not item.done:
+            self._outputs += item.outputs
+        else:
+            outputs = self._outputs + item.outputs if self._outputs else item.outputs
+            try:
+                assert self._reply is not None
+                reply = self._reply(Answer(outputs, item.model_version))
+            except ModelworksError as error:
+                self.refuse(error)
+            except Exception as error:  # as in start
+                self._unexpected(error)
+            else:
+                self._write(200, reply.headers, reply.body, item.model_version)
+
+    def _unexpected(self, error: Exception) -> None:
+        log.error("unexpected error", request_id=self.request_id, path=self.target.path, exc_info=error)
+        self.refuse(ModelworksError("unexpected"), quiet=True)
+
+    def refuse(self, error: ModelworksError, *, quiet: bool = False) -> None:
+        if error.status >= 500 and not quiet:
+            log.error("request failed", request_id=self.request_id, code=error.code, exc_info=error)
+        status, headers, body = render(error, self.target.path, self.request_id)
+        self._write(status, [pair for pair in headers if pair[0] != b"content-length"], body)
+
+    def drop(self) -> None:
+        """The client went away: nobody waits for the answer."""
+        self.disconnected = True
+        if not self.response_complete:
+            self.response_complete = True
+            if self._pending is not None:
+                self._protocol.services.gateway.abort(self._pending)
+            self._observe(CANCELLED, 0, "")
+
+    def _write(self, status: int, headers: Any, body: bytes, version: str = "") -> None:
+        self.response_complete = True
+        self._pending = None
+        protocol = self._protocol
+        transport = protocol.transport
+        if not transport.is_closing():
+            allowance = self._allowance
+            lines = [
+                STATUS_LINE[status],
+                protocol.default_head(),
+                *[b"%b: %b\r\n" % pair for pair in headers],
+                _COMMON % (len(body), self.request_id.encode()),
+                b"" if allowance is None else _LIMITS % allowance,
+                b"\r\n" if self.keep_alive else b"connection: close\r\n\r\n",
+                body,
+            ]
+            transport.write(b"".join(lines))
+            if not self.keep_alive:
+                protocol.close()
+        self._observe(status, len(body), version)
+        protocol.on_response_complete()
+
+    def _observe(self, status: int, sent: int, version: str) -> None:
+        """Count and log the request, once."""
+        target = self.target
+        self._protocol.services.gateway.observer.request(
+            target.operation,
+            status,
+            request_id=self.request_id,
+            key_id=self.principal.key_id,
+            project_id=self.principal.project_id,
+            deployment=target.deployment,
+            model_version=version,
+            seconds=monotonic() - self.began,
+            bytes_in=self.length,
+            bytes_out=sent,
+            rows=self.rows,
+        )
+        if self.span is not None:
+            self.span.end(target.operation, status, self.request_id, target.deployment)
+
+
+class FastLane(BoundedProtocol):
+    """See `fast` for how the services and limits get here."""
+
+    services: Services
+    _targets: dict[bytes, Target]  # what URLs name, for all connections
+    _heads: dict[bytes, Head]  # salted hashes of whole heads that the parser has read before -> what they say
+
+    def __init__(self, config: Any, server_state: Any, app_state: Any, _loop: Any = None) -> None:
+        super().__init__(config, server_state, app_state, _loop)
+        self._intake: Exchange | None = None  # its body is being received
+        self._exchange: Exchange | None = None  # the last one
+        self._remember: Head | None = None  # of the request that the parser just read
+        self._begun = 0  # messages that began in what was received last
+        self._defaults: tuple[Any, bytes] = (None, b"")
+
+    def default_head(self) -> bytes:
+        """uvicorn's own headers (the date), as it makes them each second."""
+        headers = self.server_state.default_headers
+        if self._defaults[0] is not headers:
+            self._defaults = (headers, b"".join([b"%b: %b\r\n" % pair for pair in headers]))
+        return self._defaults[1]
+
+    # -- heads that are known ------------------------------------------------------------------------------------------
+
+    def data_received(self, data: bytes) -> None:
+        """A request whose head was read before, byte by byte the same, and whose body is there, needs no parser.
+
+        Only between two messages, so that the parser's state stays as it is.
+        """
+        end = data.find(b"\r\n\r\n", 0, _MAX_HEAD) + 4
+        if end < 4 or self._head_open or self._message_open or (self._phase != IDLE and self._phase != HEAD):
+            super().data_received(data)
+            return
+        tag = self.services.authenticator.tag(data[:end])
+        head = self._heads.get(tag)
+        if head is not None and head.length == len(data) - end and self._free():
+            exchange = self._begin(head, new_request_id())
+            if exchange is not None:
+                exchange.body = data[end:]
+                self.cycle = self._exchange = exchange  # type: ignore[assignment]
+                self._phase, self._deadline = BUSY, None
+                exchange.start()
+                return
+        self._remember = None
+        self._begun = 0
+        super().data_received(data)
+        head, self._remember = self._remember, None
+        # one message, whole, without anything before or behind it: then its head is what `tag` was made of
+        whole = self._begun == 1 and not self._message_open and data.startswith(b"POST ")
+        if head is not None and whole and head.length == len(data) - end:
+            if len(self._heads) >= _MAX_HEADS:
+                self._heads.clear()
+            self._heads[tag] = head
+
+    # -- the parser ----------------------------------------------------------------------------------------------------
+
+    def on_message_begin(self) -> None:
+        self._begun += 1
+        super().on_message_begin()
+
+    def on_headers_complete(self) -> None:
+        exchange = self._take()
+        if exchange is None:
+            super().on_headers_complete()
+            return
+        self._check_head()
+        self._head_open = False
+        self.cycle = self._exchange = self._intake = exchange  # type: ignore[assignment]
+        self._enter(BODY, self.write_timeout)
+
+    def _take(self) -> Exchange | None:
+        """The exchange of a request that is plainly hot; None: let it fall through. Counts it only if it is taken."""
+        found = self._target()
+        if found is None or self.parser.get_method() != b"POST" or not self._free():
+            return None
+        parser = self.parser
+        if self.expect_100_continue or parser.should_upgrade() or not parser.should_keep_alive():
+            return None
+        if parser.get_http_version() != "1.1":
+            return None
+        headers = Headers(self.headers)
+        length = headers.length
+        settings = self.services.settings
+        if length is None or length > settings.max_body or headers.odd or headers.project is not None:
+            return None
+        if headers.encoding or headers.authorization is None:
+            return None
+        media = headers.media
+        if media and media != "application/json" and not (found.binary and headers.binary and media == _TENSORS):
+            return None
+        head = Head(found, self.services.authenticator.tag(headers.authorization), headers.binary, length)
+        exchange = self._begin(head, headers.request_id, headers.trace)
+        if exchange is not None and headers.plain and not self._head_split:
+            self._remember = head
+        return exchange
+
+    def _begin(self, head: Head, request_id: str, trace: dict[str, str] | None = None) -> Exchange | None:
+        """Authenticate, authorise and count; None: let the guard say what is wrong."""
+        services = self.services
+        found = head.target
+        principal = services.authenticator.tagged(head.carrier)
+        if principal is None or found.scope not in principal.scopes:
+            return None
+        allowance, refusal = count(principal, services.limiter)
+        if refusal is not None and head.length > MAX_IGNORED:
+            return None  # a refused call was not counted: the guard refuses it again, and ends the connection
+        exchange = Exchange(self, head, principal, request_id, allowance, refusal)
+        tracing = services.gateway.observer.tracing
+        if tracing is not None:
+            exchange.span = tracing.begin("POST", trace)
+        return exchange
+
+    def _target(self) -> Target | None:
+        url = self.url
+        found = self._targets.get(url)
+        if found is None:
+            found = target(url)
+            if found is not None:
+                if len(self._targets) >= _MAX_TARGETS:
+                    self._targets.clear()
+                self._targets[url] = found
+        return found
+
+    def _free(self) -> bool:
+        """Whether nothing is before this request on the connection, and its client reads what it is sent."""
+        cycle = self.cycle
+        return (
+            (cycle is None or cycle.response_complete)
+            and not self.pipeline
+            and not self.flow.write_paused
+            and self.limit_concurrency is None
+            and not self.root_path
+        )
+
+    def on_body(self, body: bytes) -> None:
+        exchange = self._intake
+        if exchange is None:
+            super().on_body(body)
+            return
+        exchange.add(body)
+        if exchange.received < exchange.length:
+            self._deadline = self.loop.time() + self.write_timeout
+            try:
+                check_pace(exchange.received, monotonic() - exchange.began, self.write_timeout)
+            except ModelworksError as error:
+                self._give_up(exchange, error)
+
+    def on_message_complete(self) -> None:
+        exchange = self._intake
+        if exchange is None:
+            super().on_message_complete()
+            return
+        self._intake = None
+        self._message_open = False
+        self._enter(BUSY, None)
+        exchange.start()
+
+    def _give_up(self, exchange: Exchange, error: ModelworksError) -> None:
+        """The body does not come: say so and end the connection."""
+        self._intake = None
+        exchange.keep_alive = False
+        exchange.refuse(error)
+
+    # -- the connection ------------------------------------------------------------------------------------------------
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        if self._exchange is not None:
+            self._exchange.drop()
+
+    def _expired(self) -> None:
+        exchange = self._intake
+        if self._phase == BODY and exchange is not None:
+            self._give_up(exchange, stalled(self.write_timeout))
+        else:
+            super()._expired()
+
+
+def fast(services: Services) -> type[FastLane]:
+    """The protocol class with the limits of the services' settings, for uvicorn's `http=`."""
+    base = bounded(services.settings)
+    return type("ModelworksFastLane", (FastLane, base), {"services": services, "_targets": {}, "_heads": {}})

@@ -1,0 +1,353 @@
+"""The Open Inference Protocol's bodies: JSON, and JSON followed by the tensors' raw bytes (the binary extension).
+
+`prepare` makes the call of a request and what will encode its answer; both lanes go through it.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import msgspec
+
+from modelworks.api.body import decode_json
+from modelworks.api.calls import JSON_TYPE, Prepared, Reply
+from modelworks.api.errors import NotImplementedHere
+from modelworks.core.errors import InvalidInput
+from modelworks.core.tensors import (
+    BOOL_MISSING,
+    DATATYPES,
+    INT64_MISSING,
+    Tensor,
+    element_count,
+    pack,
+    unpack,
+    unpack_bytes,
+)
+from modelworks.core.types import Answer, Call, Principal, TensorSpec
+from modelworks.serve.checks import check_inputs
+from modelworks.serve.gateway import Gateway
+from modelworks.serve.routes import Route
+
+MAX_TENSORS = 4096
+MAX_RANK = 16
+HEADER_LENGTH = b"inference-header-content-length"
+_BINARY_TYPE = (b"content-type", b"application/octet-stream")
+_TEXT = 80  # characters of a client's text that an error quotes
+
+_BINARY_ONLY = frozenset({"FP16", "BF16"})
+_FLOATS = frozenset({"FP32", "FP64"})
+_TAKES: dict[str, set[type]] = {"BOOL": {bool}, "BYTES": {str}, **{name: {int, float} for name in _FLOATS}}
+_WORDS = {"BOOL": "true or false", "BYTES": "texts", **dict.fromkeys(_FLOATS, "numbers")}
+_PACKS: dict[str, tuple[frozenset[type], str]] = {
+    name: (frozenset(_TAKES.get(name, {int})), DATATYPES[name][1])
+    for name in DATATYPES
+    if name != "BYTES" and name not in _BINARY_ONLY
+}
+_encode = msgspec.json.Encoder(enc_hook=str).encode
+
+
+class InputTensor(msgspec.Struct):
+    name: str
+    shape: list[int]
+    datatype: str
+    data: list[Any] | None = None
+    parameters: dict[str, Any] = {}
+
+
+class OutputTensor(msgspec.Struct):
+    name: str
+    parameters: dict[str, Any] = {}
+
+
+class InferBody(msgspec.Struct):
+    """The protocol's inference request. Fields it does not name are ignored, as the protocol's extensions ask."""
+
+    inputs: list[InputTensor]
+    id: str | None = None
+    parameters: dict[str, Any] = {}
+    outputs: list[OutputTensor] | None = None
+
+
+class Wanted(NamedTuple):
+    """An output to answer; `binary`: after the JSON instead of in it."""
+
+    name: str
+    binary: bool = False
+
+
+def prepare(
+    gateway: Gateway,
+    principal: Principal,
+    model: str,
+    version: str | None,
+    data: bytes,
+    header_length: bytes | None,
+    request_id: str,
+) -> Prepared:
+    """The call that the body `data` asks for. `header_length`: the header of that name, which announces binary data.
+
+    NotFound and Forbidden for the deployment, InvalidInput that names the tensor.
+    """
+    route = gateway.route(principal, model, version)
+    size = _header_size(header_length, len(data))
+    body: InferBody = decode_json(data if size == len(data) else data[:size], InferBody)
+    tensors = decode_inputs(route, body, data, size)
+    wanted = _wanted(route, body)
+    call = Call(model, tensors, gateway.deadline(), request_id, version=version)
+    return Prepared(call, lambda found: encode_answer(model, body.id, found, wanted))
+
+
+# -- requests ----------------------------------------------------------------------------------------------------------
+
+
+def _header_size(header_length: bytes | None, whole: int) -> int:
+    """Where the JSON ends."""
+    if header_length is None:
+        return whole
+    size = int(header_length) if header_length.isdigit() and len(header_length) < 20 else -1
+    if not 0 <= size <= whole:
+        raise InvalidInput(
+            f"Inference-Header-Content-Length must be the length of the JSON, at most {whole} here",
+            code="bad_header_length",
+            param="Inference-Header-Content-Length",
+        )
+    return size
+
+
+def decode_inputs(route: Route, body: InferBody, data: bytes = b"", offset: int = 0) -> list[Tensor]:
+    """The request's tensors, checked against the route's signature; binary ones lie in `data` from `offset` on.
+
+    InvalidInput names the tensor.
+    """
+    if len(body.inputs) > MAX_TENSORS:
+        raise InvalidInput(f"a request has at most {MAX_TENSORS} inputs", code="too_many_inputs", param="inputs")
+    specs = route.specs
+    tensors = []
+    binary = []
+    for given in body.inputs:
+        spec = specs.get(given.name)
+        size = given.parameters.get("binary_data_size") if given.parameters else None
+        if size is None:
+            tensors.append(_plain(spec, given) or _tensor(spec, given))
+            continue
+        tensors.append(_binary(given, size, data, offset))
+        offset += size
+        if spec is not None:
+            binary.append((spec, tensors[-1]))
+    if offset < len(data):
+        raise InvalidInput(
+            f"{len(data) - offset} bytes follow the last tensor; binary_data_size says how many each has",
+            code="bad_binary_size",
+            param="binary_data_size",
+        )
+    check_inputs(route.signature, tensors, route.shapes)
+    for spec, tensor in binary:
+        _check_missing(spec, tensor)
+    return tensors
+
+
+def _binary(given: InputTensor, size: Any, data: bytes, offset: int) -> Tensor:
+    name = given.name[:_TEXT]
+    left = max(0, len(data) - offset)
+    if type(size) is not int or not 0 <= size <= left:
+        raise InvalidInput(
+            f"the input {name!r} has a binary_data_size that does not fit: {left} bytes are left for it",
+            code="bad_binary_size",
+            param=name,
+        )
+    if given.data is not None:
+        raise InvalidInput(f"the input {name!r} has both `data` and binary data", code="bad_data", param=name)
+    if len(given.shape) > MAX_RANK:
+        raise _too_many_axes(name)
+    return Tensor(given.name, given.datatype, given.shape, data[offset : offset + size])
+
+
+def _too_many_axes(name: str) -> InvalidInput:
+    return InvalidInput(f"the input {name!r} has more than {MAX_RANK} axes", code="bad_shape", param=name)
+
+
+def _check_missing(spec: TensorSpec, tensor: Tensor) -> None:
+    """Refuse what stands for a missing value in the column of a table that must not have one."""
+    if not spec.column or spec.nullable:
+        return
+    if tensor.datatype in ("FP32", "FP64"):
+        missing = any(map(math.isnan, unpack(tensor)))
+    elif tensor.datatype == "BYTES":
+        missing = b"" in unpack_bytes(tensor.data, tensor.name)
+    elif tensor.datatype == "BOOL":
+        missing = bool(tensor.data) and max(tensor.data) > 1
+    else:
+        missing = tensor.datatype == "INT64" and INT64_MISSING in unpack(tensor)
+    if missing:
+        raise _missing_value(spec)
+
+
+def _plain(spec: TensorSpec | None, given: InputTensor) -> Tensor | None:
+    """The tensor of flat numbers that are all as they should be; None: look with all care, and say what is wrong."""
+    data, shape = given.data, given.shape
+    if spec is None or not data or given.parameters or given.datatype != spec.datatype or len(shape) > MAX_RANK:
+        return None
+    packs = _PACKS.get(spec.datatype)
+    if packs is None or not packs[0].issuperset(map(type, data)):
+        return None
+    if math.prod(shape) != len(data) or min(shape, default=1) < 1:
+        return None
+    try:
+        return Tensor(spec.name, spec.datatype, shape, struct.pack(f"<{len(data)}{packs[1]}", *data))
+    except (struct.error, OverflowError):
+        return None
+
+
+def _tensor(spec: TensorSpec | None, given: InputTensor) -> Tensor:
+    name = given.name[:_TEXT]
+    if "shared_memory_region" in given.parameters:
+        raise NotImplementedHere("regions of shared memory are not taken from clients; send the tensors' data")
+    if spec is None or given.datatype != spec.datatype:
+        return Tensor(given.name, given.datatype, given.shape[:MAX_RANK], b"")  # check_inputs says what is wrong
+    if given.data is None:
+        raise InvalidInput(f"the input {name!r} has no `data`", code="missing_data", param=name)
+    if spec.datatype in _BINARY_ONLY:
+        raise InvalidInput(
+            f"the input {name!r} is {spec.datatype}, which travels only as binary data", code="binary_only", param=name
+        )
+    if len(given.shape) > MAX_RANK:
+        raise _too_many_axes(name)
+    flat = _flatten(given, name)
+    count = element_count(given.shape)
+    if len(flat) != count:
+        raise InvalidInput(
+            f"the input {name!r} has {len(flat)} values but its shape {given.shape} asks for {count}",
+            code="bad_shape",
+            param=name,
+        )
+    return pack(spec.name, spec.datatype, given.shape, _values(spec, flat))
+
+
+def _flatten(given: InputTensor, name: str) -> list[Any]:
+    """`data` as it is when flat; nested lists must have exactly the shape."""
+    flat: list[Any] = given.data or []
+    if not any(type(value) is list for value in flat):
+        return flat
+    for axis, size in enumerate(given.shape):
+        if axis == 0:
+            fits = len(flat) == size
+        else:
+            fits = all(type(value) is list and len(value) == size for value in flat)
+            flat = [item for value in flat for item in value] if fits else flat
+        if not fits:
+            raise InvalidInput(
+                f"the nested data of {name!r} does not have the shape {given.shape}", code="bad_shape", param=name
+            )
+    return flat
+
+
+def _values(spec: TensorSpec, flat: list[Any]) -> Sequence[Any]:
+    """`flat` as the datatype's values, with what stands for null."""
+    types = set(map(type, flat))
+    if type(None) in types:
+        flat = _with_missing(spec, flat)
+        types.discard(type(None))
+    unfit = types - _TAKES.get(spec.datatype, {int})
+    if unfit:
+        at = next(index for index, value in enumerate(flat) if type(value) in unfit)
+        raise InvalidInput(
+            f"the input {spec.name!r} is {spec.datatype} and takes {_WORDS.get(spec.datatype, 'integers')}; "
+            f"its value {at} is {_kind(flat[at])}",
+            code="bad_value",
+            param=spec.name,
+        )
+    if spec.datatype == "BYTES":
+        try:
+            return [text.encode() for text in flat]
+        except UnicodeEncodeError:
+            raise InvalidInput(f"the input {spec.name!r} has a text that is not UTF-8", param=spec.name) from None
+    return flat
+
+
+def _with_missing(spec: TensorSpec, flat: list[Any]) -> list[Any]:
+    missing: Any = None
+    if spec.nullable:
+        floats = dict.fromkeys(_FLOATS, float("nan"))
+        missing = {**floats, "BYTES": "", "INT64": INT64_MISSING, "BOOL": BOOL_MISSING}.get(spec.datatype)
+    if missing is None:
+        raise _missing_value(spec)
+    return [missing if value is None else value for value in flat]
+
+
+def _missing_value(spec: TensorSpec) -> InvalidInput:
+    return InvalidInput(
+        f"the input {spec.name!r} has a missing value, which the model was not made to accept",
+        code="missing_value",
+        param=spec.name,
+    )
+
+
+def _kind(value: Any) -> str:
+    names = {bool: "true or false", int: "an integer", float: "a number", str: "a text", list: "a list"}
+    return names.get(type(value), "an object")
+
+
+def _wanted(route: Route, body: InferBody) -> list[Wanted]:
+    """The outputs to answer: those asked for, or all."""
+    default = body.parameters.get("binary_data_output") is True
+    known = {spec.name: spec.datatype for spec in route.signature.outputs}
+    wanted: dict[str, Wanted] = {}
+    if not body.outputs:
+        wanted = {name: Wanted(name, default) for name in known}
+    for output in body.outputs or ():
+        name = output.name
+        if name not in known:
+            raise InvalidInput(
+                f"the model has no output {name[:_TEXT]!r}; its outputs are {', '.join(known)}",
+                code="unknown_output",
+                param=name[:_TEXT],
+            )
+        asked = output.parameters
+        if "classification" in asked or "shared_memory_region" in asked:
+            raise NotImplementedHere(f"the output {name!r} is answered as it is: no classification, no shared memory")
+        wanted.setdefault(name, Wanted(name, asked.get("binary_data", default) is True))
+    for item in wanted.values():
+        if not item.binary and known[item.name] in _BINARY_ONLY:
+            raise InvalidInput(
+                f"the output {item.name!r} is {known[item.name]}, which travels only as binary data; "
+                "ask for it with binary_data: true",
+                code="binary_only",
+                param=item.name,
+            )
+    return list(wanted.values())
+
+
+# -- answers -----------------------------------------------------------------------------------------------------------
+
+
+def encode_answer(model: str, id: str | None, found: Answer, wanted: Sequence[Wanted]) -> Reply:
+    """The protocol's answer. NaN and infinity, which JSON does not have, are null there."""
+    outputs = {tensor.name: tensor for tensor in found.outputs}
+    body: dict[str, Any] = {"model_name": model, "model_version": found.model_version.rpartition(":")[2]}
+    if id is not None:
+        body["id"] = id
+    described = body["outputs"] = []
+    blobs = []
+    for name, binary in wanted:
+        tensor = outputs.get(name)
+        if tensor is None:
+            continue
+        item: dict[str, Any] = {"name": name, "datatype": tensor.datatype, "shape": tensor.shape}
+        if binary:
+            item["parameters"] = {"binary_data_size": len(tensor.data)}
+            blobs.append(tensor.data)
+        else:
+            item["data"] = _data(tensor)
+        described.append(item)
+    head = _encode(body)
+    if not blobs:
+        return Reply((JSON_TYPE,), head)
+    return Reply((_BINARY_TYPE, (HEADER_LENGTH, b"%d" % len(head))), b"".join([head, *blobs]))
+
+
+def _data(tensor: Tensor) -> list[Any]:
+    flat = unpack(tensor)
+    return [raw.decode(errors="replace") for raw in flat] if tensor.datatype == "BYTES" else flat

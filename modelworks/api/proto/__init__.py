@@ -1,0 +1,1 @@
+"""The .proto files for users, and their descriptors, which the server reads from descriptors.bin."""

