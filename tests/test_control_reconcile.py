@@ -158,6 +158,23 @@ def test_a_refused_package_fails_the_revision_and_the_old_one_serves_on(house):
     assert (back.status, back.model_version, back.spec_revision) == ("rolling_back", "iris:1", 3)
 
 
+def test_the_last_good_revision_comes_back_after_a_restart(house):
+    bring_up(house)
+    house.add_version(2)
+    house.put()
+    house.turn()
+    house.engine = HandEngine()  # the server was killed while revision 2 was being tried
+    house.reconciler = house.fresh()
+    house.turn()
+    serving = {house.engine.specs[row.id].model_version: row for row in house.active()}
+    assert set(serving) == {"iris:1", "iris:2"}
+    house.engine.set(serving["iris:1"].id, phase="ready")
+    house.engine.set(serving["iris:2"].id, alive=False, exit_code=3, message="parity sample 4 differs")
+    house.turn(3)
+    assert house.get().status == "failed"
+    assert [(row.model_version, row.status) for row in house.active()] == [("iris:1", "ready")]
+
+
 def test_a_crashed_replica_is_replaced_at_once_and_repeated_crashes_wait(house):
     bring_up(house)
     (first,) = house.active()

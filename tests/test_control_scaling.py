@@ -84,3 +84,15 @@ def test_calls_go_to_the_old_revision_until_enough_new_ones_are_ready():
     assert scaling.serving(deployment(), [old, new, replica("d")]) == [new, replica("d")]
     assert scaling.serving(deployment(), [new]) == [new]
     assert scaling.serving(deployment(), []) == []
+
+
+def test_the_revision_that_was_ready_is_restored_when_it_died_and_the_new_one_cannot_start():
+    broken = deployment(status="failed", serving_revision=1)
+    plan = scaling.plan(broken, [], Failures(crashes=7, last=99.0, reason="out of memory"), 100.0)
+    assert (plan.restore, plan.start) == (2, 0)
+    assert "out of memory" in plan.message
+    assert scaling.plan(broken, [], Failures(fatal="parity differs"), 100.0).restore == 2
+    assert scaling.plan(broken, [replica("a", 1)], Failures(fatal="parity differs"), 100.0).restore == 0
+    crashing = Failures(crashes=4, last=99.0)
+    assert scaling.plan(broken, [], Failures(fatal="no"), 100.0, crashing).restore == 0
+    assert scaling.plan(deployment(serving_revision=2), [], Failures(), 0).restore == 0

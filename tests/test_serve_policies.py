@@ -10,7 +10,8 @@ from modelworks.serve.breaker import THRESHOLD
 from modelworks.serve.wire import Part
 from tests.turned import Replica, turned
 
-CRASH = ModelworksError("the model failed", code="model_error")
+CRASH = ModelworksError("the replica failed", code="internal")
+BAD_INPUT = ModelworksError("the model failed on this input", code="model_error")
 
 
 def answered(results):
@@ -194,6 +195,9 @@ def test_a_callers_own_mistakes_open_no_breaker_and_the_last_replica_is_never_sh
         a, b = Replica("a"), Replica("b")
         a.mood = InvalidInput("no such feature")
         await bench.start(a, b)
+        for _ in range(50):
+            await bench.call()
+        a.mood = BAD_INPUT  # whoever sends it may send many: nobody else shall suffer for it
         for _ in range(50):
             await bench.call()
         assert not bench.broken

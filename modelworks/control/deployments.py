@@ -46,18 +46,16 @@ class Deployments:
         }
         if known is None:
             deployment = tx.add(
-                Deployment(
-                    project_id=caller.project_id, name=name, created_by=caller.principal.key_id, **resolved
-                )
+                Deployment(project_id=caller.project_id, name=name, created_by=caller.principal.key_id, **resolved)
             )
         elif known.status == "deleting":
-            raise InvalidInput(f"deployment {name!r} is being deleted; try again in a moment", code="deleting", param="name")
+            raise InvalidInput(
+                f"deployment {name!r} is being deleted; try again in a moment", code="deleting", param="name"
+            )
         elif known.model_version_id == model.id and known.spec == resolved["spec"] and known.status != "failed":
             return known
         else:
-            deployment = tx.update(
-                known, status=status, message="", spec_revision=known.spec_revision + 1, **resolved
-            )
+            deployment = tx.update(known, status=status, message="", spec_revision=known.spec_revision + 1, **resolved)
         tx.add(
             DeploymentRevision(
                 project_id=caller.project_id,
@@ -68,9 +66,7 @@ class Deployments:
                 created_by=caller.principal.key_id,
             )
         )
-        audit.record(
-            tx, caller, "deployments.put", name, revision=deployment.spec_revision, model_version=model.ref
-        )
+        audit.record(tx, caller, "deployments.put", name, revision=deployment.spec_revision, model_version=model.ref)
         return deployment
 
     def get(self, caller: Caller, name: str) -> Deployment:

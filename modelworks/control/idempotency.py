@@ -31,15 +31,12 @@ def create_once(tx: Tx, caller: Caller, route: str, body: Any, cls: type[N], mak
     if known and known.created_at > tx.now() - LIFETIME:
         if known.body_digest != digest:
             raise IdempotencyMismatch(
-                "this Idempotency-Key was used with another body; send a new key for a new request", param="Idempotency-Key"
+                "this Idempotency-Key was used with another body; send a new key for a new request",
+                param="Idempotency-Key",
             )
         return tx.get(cls, known.answer_id)
     if known:
         tx.delete(known)
     made = make()
-    tx.add(
-        IdempotencyRecord(
-            project_id=caller.project_id, scope=scope, key=key, body_digest=digest, answer_id=made.id
-        )
-    )
+    tx.add(IdempotencyRecord(project_id=caller.project_id, scope=scope, key=key, body_digest=digest, answer_id=made.id))
     return made

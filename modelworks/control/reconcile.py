@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from modelworks.control import scaling
+from modelworks.control.references import resolve_model
 from modelworks.core import telemetry
 from modelworks.core.errors import Conflict, NotFound
 from modelworks.core.specs import DeploymentSpec
-from modelworks.core.types import Deployment, DeploymentRevision, Replica, new_id
+from modelworks.core.types import Deployment, DeploymentRevision, ModelVersion, Replica
 from modelworks.engines.base import Engine, Handle, Observed, ReplicaSpec
 from modelworks.store.blobs import Blobs
 from modelworks.store.catalog import Catalog, Tx
@@ -127,59 +128,66 @@ class Reconciler:
             return
         log.error("replica died", replica=row.id, exit_code=seen.exit_code, reason=seen.message)
         key = (row.deployment_id, row.spec_revision)
-        before = self._failures.get(key, scaling.Failures())
+        before = self._failures_of(*key)
         stable = row.ready_at is not None and time.time() - row.ready_at > _STABLE
         fatal = seen.message or "the replica refused the package" if seen.exit_code in FATAL_EXITS else None
         crashes = 0 if row.ready_at is not None and before.crashes == 0 else before.crashes + 1
-        self._failures[key] = replace(before, crashes=0 if stable else crashes, last=self._clock(), fatal=fatal)
+        self._failures[key] = scaling.Failures(0 if stable else crashes, self._clock(), fatal, seen.message)
 
     # what is to be done
 
     def _step(self, deployment: Deployment) -> None:
         rows = [row for row in self._replicas.values() if row.deployment_id == deployment.id]
-        failures = self._failures.get((deployment.id, deployment.spec_revision), scaling.Failures())
-        plan = scaling.plan(deployment, rows, failures, self._clock())
+        failures = self._failures_of(deployment.id, deployment.spec_revision)
+        earlier = self._failures_of(deployment.id, deployment.serving_revision or 0)
+        plan = scaling.plan(deployment, rows, failures, self._clock(), earlier)
         ready = sum(row.status == "ready" for row in rows)
-        shown = (deployment.status, deployment.message, deployment.ready_replicas)
-        if not (plan.start or plan.drain or plan.remove or shown != (plan.status, plan.message, ready)):
+        serving = deployment.spec_revision if plan.status == "ready" else deployment.serving_revision
+        shown = {"status": plan.status, "message": plan.message, "ready_replicas": ready, "serving_revision": serving}
+        changed = any(getattr(deployment, name) != value for name, value in shown.items())
+        if not (plan.start or plan.restore or plan.drain or plan.remove or changed):
             return
-        started: list[Replica] = []
+        started: list[tuple[Replica, ModelVersion, DeploymentSpec]] = []
         with self._catalog.write() as tx:
             if plan.remove:
                 self._remove(tx, deployment)
                 return
-            started = [self._new_row(tx, deployment) for _ in range(plan.start)]
+            numbers = [deployment.spec_revision] * plan.start + [deployment.serving_revision or 0] * plan.restore
+            started = [self._new_replica(tx, deployment, number) for number in numbers]
             for row in plan.drain:
                 self._replicas[row.id] = tx.update(row, status="draining")
-            if shown != (plan.status, plan.message, ready):
-                self._deployments[deployment.id] = tx.update(
-                    deployment, status=plan.status, message=plan.message, ready_replicas=ready
-                )
-        for row in started:
-            self._start(deployment, row)
+            if changed:
+                self._deployments[deployment.id] = tx.update(deployment, **shown)
+        for replica, model, spec in started:
+            self._start(deployment, replica, model, spec)
         for row in plan.drain:
             if held := self._held.get(row.id):
                 held.draining_since = self._clock()
 
-    def _new_row(self, tx: Tx, deployment: Deployment) -> Replica:
+    def _failures_of(self, deployment_id: str, number: int) -> scaling.Failures:
+        return self._failures.get((deployment_id, number), scaling.Failures())
+
+    def _new_replica(self, tx: Tx, deployment: Deployment, number: int) -> tuple[Replica, ModelVersion, DeploymentSpec]:
+        """A row for a replica of revision `number`, with what that revision serves and how."""
+        revision = tx.find(DeploymentRevision, deployment_id=deployment.id, number=number)
+        assert revision is not None, "a revision is written with the deployment that names it"
         row = tx.add(
             Replica(
-                id=new_id(Replica.PREFIX),
                 project_id=deployment.project_id,
                 deployment_id=deployment.id,
-                spec_revision=deployment.spec_revision,
-                model_version=deployment.model_version,
+                spec_revision=number,
+                model_version=revision.model_version,
             )
         )
         self._prune(tx, deployment)
-        return row
+        model = resolve_model(tx, deployment.project_id, revision.model_version)
+        return row, model, DeploymentSpec.model_validate(revision.spec)
 
-    def _start(self, deployment: Deployment, row: Replica) -> None:
-        spec = DeploymentSpec.model_validate(deployment.spec)
+    def _start(self, deployment: Deployment, row: Replica, model: ModelVersion, spec: DeploymentSpec) -> None:
         try:
-            manifest = self._blobs.path(deployment.digest)
+            manifest = self._blobs.path(model.digest)
         except NotFound as error:
-            key = (deployment.id, deployment.spec_revision)
+            key = (deployment.id, row.spec_revision)
             self._failures[key] = scaling.Failures(fatal=f"its package is gone: {error.message}")
             self._write(row, status="failed", message=error.message)
             return
@@ -188,7 +196,7 @@ class Reconciler:
                 replica_id=row.id,
                 deployment=deployment.name,
                 home=str(self._home),
-                model_version=deployment.model_version,
+                model_version=row.model_version,
                 manifest=str(manifest),
                 blobs=str(self._blobs.root),
                 secret=self._secret,

@@ -33,13 +33,13 @@ def resolve_model(tx: Tx, project_id: str, text: str) -> ModelVersion:
         if alias is None:
             known = [row.alias for row in tx.list(Alias, project_id=project_id, model=ref.name)]
             there = f"its aliases are: {', '.join(known)}" if known else "it has no aliases"
-            raise NotFound(f"model {ref.name!r} has no alias {ref.alias!r}; {there}", code="alias_not_found", param="model")
+            raise NotFound(
+                f"model {ref.name!r} has no alias {ref.alias!r}; {there}", code="alias_not_found", param="model"
+            )
         version = alias.version
     table = tx.table(ModelVersion)
     clauses = [] if version is None else [table.c.version == version]
-    found = tx.find(
-        ModelVersion, *clauses, project_id=project_id, name=ref.name, order_by=table.c.version.desc()
-    )
+    found = tx.find(ModelVersion, *clauses, project_id=project_id, name=ref.name, order_by=table.c.version.desc())
     if found is None:
         raise NotFound(
             f"there is no model {text!r} in this project; `modelworks models list` shows what there is",

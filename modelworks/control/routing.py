@@ -44,8 +44,15 @@ def snapshot(tx: Tx, number: int, limits: Limits) -> Snapshot:
             classes=model.classes,
             replicas=tuple(Target(replica.id, replica.endpoint) for replica in chosen),
             limits=limits_of(deployment, limits),
+            failed="" if chosen else _failure(deployment),
         )
     return Snapshot(number, routes)
+
+
+def _failure(deployment: Deployment) -> str:
+    """Why nothing serves and nothing is about to; "" while a replica of a revision that once was ready comes up."""
+    hopeless = deployment.status == "failed" and deployment.serving_revision in (None, deployment.spec_revision)
+    return (deployment.message or "its replicas do not start") if hopeless else ""
 
 
 def limits_of(deployment: Deployment, usual: Limits) -> Limits:

@@ -14,20 +14,23 @@ _BACKOFF = (0.0, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
 
 @dataclass(frozen=True)
 class Failures:
-    """What became of this revision's replicas so far: crashes in a row, when the last one was, and a fatal reason."""
+    """What became of this revision's replicas so far: crashes in a row, when the last one was, why, and a fatal reason."""
 
     crashes: int = 0
     last: float = 0.0
     fatal: str | None = None
+    reason: str = ""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """`start` so many replicas of the present revision; `drain` and `forget` these; show `status` and `message`."""
+    """`start` so many replicas of the present revision, `restore` so many of the last that was ready; `drain` these;
+    show `status` and `message`."""
 
     status: str
     message: str = ""
     start: int = 0
+    restore: int = 0
     drain: list[Replica] = field(default_factory=list)
     remove: bool = False
 
@@ -37,10 +40,17 @@ def retry_at(failures: Failures) -> float:
     return failures.last + _BACKOFF[min(failures.crashes, len(_BACKOFF) - 1)]
 
 
-def plan(desired: Deployment, observed: Sequence[Replica], failures: Failures, now: float) -> Plan:
+def plan(
+    desired: Deployment,
+    observed: Sequence[Replica],
+    failures: Failures,
+    now: float,
+    earlier: Failures | None = None,
+) -> Plan:
     """The next step from what is `observed` towards what is `desired`.
 
-    Old replicas go on serving until enough new ones are ready, so that a revision that cannot start harms nobody.
+    The revision that was last ready goes on serving until enough new replicas are, also across a restart of the server,
+    so that a revision that cannot start harms nobody. `earlier`: what became of that revision's replicas.
     """
     live = [replica for replica in observed if replica.status in ("starting", "ready")]
     if desired.status == "deleting":
@@ -51,16 +61,20 @@ def plan(desired: Deployment, observed: Sequence[Replica], failures: Failures, n
     ready = [replica for replica in new if replica.status == "ready"]
     old_ready = [replica for replica in old if replica.status == "ready"]
 
+    restore = 0
+    if len(ready) < wanted and desired.serving_revision not in (None, desired.spec_revision) and not old:
+        earlier = earlier or Failures()
+        restore = wanted if not earlier.fatal and now >= retry_at(earlier) else 0
     if failures.fatal:
         kept = f"; revision {old_ready[0].spec_revision} goes on serving" if old_ready else ""
-        return Plan("failed", f"revision {desired.spec_revision}: {failures.fatal}{kept}", drain=new)
+        return Plan("failed", f"revision {desired.spec_revision}: {failures.fatal}{kept}", drain=new, restore=restore)
     if len(ready) >= wanted:
         surplus = sorted(new, key=lambda replica: (replica.status == "ready", replica.id))[: len(new) - wanted]
         return Plan("ready", drain=old + surplus)
     missing = wanted - len(new)
     start = missing if missing > 0 and now >= retry_at(failures) else 0
     status = _waiting_status(desired, bool(ready or old_ready), failures)
-    return Plan(status, _waiting_message(failures), start=start)
+    return Plan(status, _waiting_message(failures), start=start, restore=restore)
 
 
 def serving(desired: Deployment, observed: Sequence[Replica]) -> list[Replica]:
@@ -88,4 +102,7 @@ def _waiting_status(desired: Deployment, serves: bool, failures: Failures) -> st
 
 
 def _waiting_message(failures: Failures) -> str:
-    return f"a replica died {failures.crashes} times in a row; starting it again" if failures.crashes else ""
+    if not failures.crashes:
+        return ""
+    why = f": {failures.reason}" if failures.reason else ""
+    return f"a replica died {failures.crashes} times in a row{why}; starting it again"

@@ -326,6 +326,7 @@ class Deployment(Noun):
     status: DeploymentStatus = "creating"
     message: str = ""
     ready_replicas: int = 0
+    serving_revision: int | None = Field(None, description="the last revision that was ready; it serves until a newer is")
     created_by: str = ""
 
 

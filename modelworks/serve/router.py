@@ -130,6 +130,8 @@ class Router:
             if peer is not None:
                 self._send(pending, peer)
                 return pending
+        if lane.route.failed:
+            raise Unavailable(f"deployment {key[1]!r} serves nothing: {lane.route.failed}", code="deployment_failed")
         self._enqueue(lane, pending)
         return pending
 
@@ -207,7 +209,7 @@ class Router:
         elif item.code in ("draining", "replica_full"):
             self._lost(pending, died=False)  # refused before it ran
             return
-        elif item.status == 500:
+        elif item.status == 500 and item.code != "model_error":  # that one speaks of the input, and would hit bystanders
             self._blame(peer, pending.lane, item.code)
         pending.begun = True
         if pending.hedge is not None:

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from struct import Struct
 from typing import Any
 
 from modelworks.core.types import Signature, TensorSpec
 from modelworks.serve.checks import Kind, Shape
-from modelworks.serve.features import Field, class_name, fields
+from modelworks.serve.features import Field, class_name, fields, numbers
 
 Key = tuple[str, str]  # project id, deployment name
 
@@ -50,6 +51,7 @@ class Route:
     classes: list[Any] | None = None
     replicas: tuple[Target, ...] = ()
     limits: Limits = field(default_factory=Limits)
+    failed: str = ""  # why there is no replica and none is to be expected: calls are refused at once
 
     @property
     def key(self) -> Key:
@@ -60,6 +62,16 @@ class Route:
     @cached_property
     def fields(self) -> list[Field]:
         return fields(self.signature.inputs)
+
+    @cached_property
+    def numbers(self) -> Struct | None:
+        """What packs a row, if all of the signature's inputs are plain numbers."""
+        return numbers(self.fields)
+
+    @cached_property
+    def scores(self) -> Struct | None:
+        """What unpacks one row of a classifier's probabilities."""
+        return Struct(f"<{len(self.classes)}f") if self.classes else None
 
     @cached_property
     def shapes(self) -> dict[Kind, Shape]:

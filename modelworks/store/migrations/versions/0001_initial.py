@@ -120,6 +120,7 @@ def upgrade() -> None:
         sa.Column("status", sa.String(), nullable=False),
         sa.Column("message", sa.String(), nullable=False),
         sa.Column("ready_replicas", sa.BigInteger(), nullable=False),
+        sa.Column("serving_revision", sa.BigInteger(), nullable=True),
         sa.Column("created_by", sa.String(), nullable=False),
         sa.PrimaryKeyConstraint("id", name="pk_deployments"),
         sa.UniqueConstraint("project_id", "name", name="uq_deployments_project_id_name"),
