@@ -1,6 +1,6 @@
 """The peer: the same ONNX graph called inline by a FastAPI route on uvicorn, as a team writes it by hand.
 
-    python -m bench.inline_peer MODEL.onnx PORT
+python -m bench.inline_peer MODEL.onnx PORT
 """
 
 from __future__ import annotations

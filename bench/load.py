@@ -76,7 +76,12 @@ async def _run(host: str, port: int, request: bytes, connections: int, seconds: 
 
 def post(path: str, body: bytes, headers: dict[str, str]) -> bytes:
     """The bytes of one POST request."""
-    lines = [f"POST {path} HTTP/1.1", "host: 127.0.0.1", "content-type: application/json", f"content-length: {len(body)}"]
+    lines = [
+        f"POST {path} HTTP/1.1",
+        "host: 127.0.0.1",
+        "content-type: application/json",
+        f"content-length: {len(body)}",
+    ]
     lines += [f"{name}: {value}" for name, value in headers.items()]
     return "\r\n".join(lines).encode() + b"\r\n\r\n" + body
 

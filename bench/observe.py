@@ -1,6 +1,6 @@
 """What counting and logging cost a call, in microseconds of CPU: the best of many short bursts.
 
-    python -m bench.observe
+python -m bench.observe
 """
 
 from __future__ import annotations

@@ -54,7 +54,9 @@ def run(folder: Path, seconds: float, rounds: int) -> None:
         wait_port(peer_port)
         targets = requests(client, url, home, peer_port)
         console = Console()
-        console.print(f"start to /health {started:.2f} s; idle server {idle:.0f} MB (PSS); with a replica {memory(server.pid):.0f} MB")
+        console.print(
+            f"start to /health {started:.2f} s; idle server {idle:.0f} MB (PSS); with a replica {memory(server.pid):.0f} MB"
+        )
         console.print(table(targets, seconds, rounds))
     finally:
         server.terminate()
@@ -103,7 +105,9 @@ def table(targets: dict[str, tuple[int, bytes]], seconds: float, rounds: int) ->
             for name, (port, request) in targets.items():
                 figures = measure("127.0.0.1", port, request, connections=connections, seconds=seconds)
                 found.setdefault((name, connections), []).append(figures)
-    shown = Table("", "connections", "requests/s", "ratio", "p50 ms", "p99 ms", "failed", title="one iris row a request")
+    shown = Table(
+        "", "connections", "requests/s", "ratio", "p50 ms", "p99 ms", "failed", title="one iris row a request"
+    )
     peer = next(iter(targets))
     for (name, connections), runs in sorted(found.items(), key=lambda item: item[0][1]):
         rate = statistics.median(run.rate for run in runs)

@@ -6,10 +6,36 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from modelworks.client import AsyncClient, Client
+    from modelworks.core.errors import (
+        Conflict,
+        DeadlineExceeded,
+        Forbidden,
+        InvalidInput,
+        ModelworksError,
+        NotFound,
+        PayloadTooLarge,
+        RateLimited,
+        Unauthenticated,
+        Unavailable,
+    )
 
     __version__: str
 
-__all__ = ["AsyncClient", "Client", "__version__"]
+__all__ = [
+    "AsyncClient",
+    "Client",
+    "Conflict",
+    "DeadlineExceeded",
+    "Forbidden",
+    "InvalidInput",
+    "ModelworksError",
+    "NotFound",
+    "PayloadTooLarge",
+    "RateLimited",
+    "Unauthenticated",
+    "Unavailable",
+    "__version__",
+]
 
 
 def __getattr__(name: str) -> Any:
@@ -22,6 +48,10 @@ def __getattr__(name: str) -> Any:
         from importlib.metadata import version
 
         return version("modelworks")
+    if name in __all__:
+        from modelworks.core import errors
+
+        return getattr(errors, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

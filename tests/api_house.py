@@ -68,9 +68,7 @@ class FakeRouter:
     def ready(self, key: tuple[str, str]) -> bool:
         return self.is_ready
 
-    def submit(
-        self, key: tuple[str, str], call: Any, deliver: Callable[[Any], None], *, manual: bool = False
-    ) -> Any:
+    def submit(self, key: tuple[str, str], call: Any, deliver: Callable[[Any], None], *, manual: bool = False) -> Any:
         self.calls.append(call)
         pending = _Pending()
         pending.deliver = deliver

@@ -131,6 +131,11 @@ VERSION = {
     "id": "mv_1", "project_id": "proj_1", "name": "iris", "version": 1, "digest": "aa11bb22cc33dd44", "task": "tabular-classification",
     "signature": SIGNATURE, "size": 10933, "metrics": METRICS, "algorithm": "ridge", "report_id": "rep_1", "created_at": 1790000000.0,
 }  # fmt: skip
+REPORT = {
+    "id": "rep_1", "project_id": "proj_1", "job_id": "job_1", "model": "iris@champion", "model_version": "iris:2", "dataset": "iris:2",
+    "dataset_digest": "x", "method": {"kfold": 5}, "metrics": METRICS,
+    "details": {"confusion_matrix": {"classes": ["setosa", "other"], "rows": "true", "columns": "predicted", "counts": [[49, 1], [2, 98]]}},
+}  # fmt: skip
 DEPLOYMENT = {
     "id": "dep_1", "project_id": "proj_1", "name": "iris", "spec": {"model": "iris:1"}, "model_version": "iris:1",
     "model_version_id": "mv_1",

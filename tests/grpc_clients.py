@@ -1,6 +1,6 @@
 """Independent clients against a running server, each in a process of its own. Prints `ok CLIENT`.
 
-    python tests/grpc_clients.py triton|triton-aio|kserve PORT KEY MODEL
+python tests/grpc_clients.py triton|triton-aio|kserve PORT KEY MODEL
 """
 
 from __future__ import annotations
@@ -34,7 +34,9 @@ def triton(port: str, key: str, model: str) -> None:
     assert server.get_server_metadata(headers=headers).name == "modelworks"
     names = [item.name for item in server.get_model_metadata(model, headers=headers).inputs]
     assert len(server.get_model_config(model, headers=headers).config.input) == 4
-    assert [item.state for item in server.get_model_repository_index(headers=headers).models if item.name == model] == ["READY"]
+    assert [item.state for item in server.get_model_repository_index(headers=headers).models if item.name == model] == [
+        "READY"
+    ]
     found = server.infer(model, _inputs(client, names), headers=headers, request_id="42")
     assert found.get_response().id == "42"
     _check(found)
@@ -42,7 +44,9 @@ def triton(port: str, key: str, model: str) -> None:
     only = server.infer(model, _inputs(client, names), outputs=[client.InferRequestedOutput("label")], headers=headers)
     assert only.as_numpy("probabilities") is None
     arrived: queue.Queue[Any] = queue.Queue()
-    server.async_infer(model, _inputs(client, names), lambda result, error: arrived.put((result, error)), headers=headers)
+    server.async_infer(
+        model, _inputs(client, names), lambda result, error: arrived.put((result, error)), headers=headers
+    )
     result, error = arrived.get(timeout=10)
     assert error is None
     _check(result)

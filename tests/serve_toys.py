@@ -34,6 +34,13 @@ def toy_predict(inputs):
     return {"value": x[:, 0] * 2}
 
 
+class Starved:
+    """A runtime that finds no memory."""
+
+    def load(self, package, threads=1):
+        self.weights = bytearray(2**30)
+
+
 class Toy:
     def load(self, package, threads=1):
         return package.manifest.signature

@@ -71,7 +71,9 @@ class RunningServer:
         return found
 
     def left_behind(self) -> list[psutil.Process]:
-        return [process for kind in ("server", "gateway", "worker", "job", "replica") for process in self.processes(kind)]
+        return [
+            process for kind in ("server", "gateway", "worker", "job", "replica") for process in self.processes(kind)
+        ]
 
     def kill(self) -> None:
         """kill -9 of the server itself."""

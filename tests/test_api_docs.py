@@ -83,6 +83,30 @@ def test_the_examples_fit_their_schemas(document: dict[str, Any]) -> None:
                     check(described["schema"], described["example"], f"{method} {path} {media}")
 
 
+def test_an_error_is_one_that_the_operation_may_answer(document: dict[str, Any]) -> None:
+    def error(method: str, path: str, status: str) -> Any:
+        (content,) = document["paths"][path][method]["responses"][status]["content"].values()
+        return content["example"]
+
+    predict = "/api/v1/deployments/{name}/predict"
+    assert error("post", predict, "400")["code"] == "unknown_feature"
+    assert error("post", predict, "404")["code"] == "deployment_not_found"
+    assert error("post", "/api/v1/training-jobs", "400")["param"] == "target"
+    assert error("post", "/api/v1/training-jobs", "404")["code"] == "dataset_not_found"
+    assert "input" in error("post", "/v2/models/{model}/infer", "400")["error"]
+    for path, method, body in operations(document):
+        if "400" in body["responses"] and path.startswith("/api/") and "training" not in path:
+            assert "target" not in error(method, path, "400")["detail"], f"{method} {path}"
+
+
+def test_the_error_examples_belong_to_operations_that_there_are() -> None:
+    from modelworks.api.examples import OWN
+    from modelworks.security import policy
+
+    nouns = {operation.partition(".")[0] for operation in policy.OPERATIONS}
+    assert OWN.keys() <= nouns | policy.OPERATIONS.keys()
+
+
 def test_the_document_is_valid_openapi_and_its_references_resolve(document: dict[str, Any]) -> None:
     import schemathesis
 

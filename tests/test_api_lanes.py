@@ -125,9 +125,7 @@ CASES: list[tuple[str, bytes, int]] = [
 
 
 @pytest.mark.parametrize(("path", "content", "status"), CASES)
-def test_both_lanes_answer_the_same(
-    api: House, taken: list[Exchange], path: str, content: bytes, status: int
-) -> None:
+def test_both_lanes_answer_the_same(api: House, taken: list[Exchange], path: str, content: bytes, status: int) -> None:
     fast, slow = both(api, taken, path, content)
     assert fast.status_code == status, fast.text
     same(fast, slow)

@@ -21,6 +21,7 @@ from tests.client_fake import (
     KEY,
     METRICS,
     PREDICTION,
+    REPORT,
     VERSION,
     FakeServer,
     Reply,
@@ -59,6 +60,7 @@ def cli(fake: FakeServer) -> Any:
         (["data", "show", "iris"], "/api/v1/datasets/iris", DATASET, ["petal", "number", "6.9"]),
         (["models", "list"], "/api/v1/models", page(VERSION), ["iris:1", "accuracy 0.9600 [0.9300, 0.9800]", "10.9 kB"]),
         (["models", "show", "iris:1"], "/api/v1/models/iris/versions/1", VERSION, ["aa11bb22cc33dd44", "FP32 [-1, 1]"]),
+        (["reports", "list"], "/api/v1/reports", page(REPORT), ["rep_1", "iris:2", "accuracy 0.9600"]),
         (["deployments", "list"], "/api/v1/deployments", page(DEPLOYMENT), ["iris:1", "ready"]),
         (["jobs", "list"], "/api/v1/jobs", page(DONE), ["job_1", "succeeded", "100%"]),
         (["jobs", "show", "job_1"], "/api/v1/jobs/job_1", DONE, ["ridge", "rep_1"]),
@@ -70,6 +72,7 @@ def cli(fake: FakeServer) -> Any:
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )  # fmt: skip
 def test_tables_for_people_and_json_for_programs(cli: Any, fake: FakeServer, arguments, path, reply, shown) -> None:  # type: ignore[no-untyped-def]
+    fake.on("GET", "/api/v1/models/iris", {"name": "iris", "versions": [VERSION]})
     fake.on("GET", path, reply)
     done = cli(*arguments)
     assert done.exit_code == 0, done.stderr
@@ -151,6 +154,7 @@ def test_train_sends_its_flags_and_follows_the_job(cli: Any, fake: FakeServer, t
         "GET", "/api/v1/jobs/job_1/events", page(event(1, "fold", "fold 1 of 5: r2 0.9"), event(2, "log", "unsaid"))
     )
     fake.on("GET", "/api/v1/models/iris/versions/1", VERSION)
+    fake.on("GET", "/api/v1/reports/rep_1", REPORT)
     steps = tmp_path / "steps.toml"
     steps.write_text('[[transforms]]\nop = "clip"\ncolumns = "numeric"\nlow = 0\n')
     done = cli(
@@ -166,6 +170,8 @@ def test_train_sends_its_flags_and_follows_the_job(cli: Any, fake: FakeServer, t
     }  # fmt: skip
     assert done.stderr == "fold 1 of 5: r2 0.9\n"
     assert "iris:1" in done.stdout
+    assert "true \\ predicted" in done.stdout
+    assert "49" in done.stdout
 
 
 def test_a_job_that_fails_is_one_whatever_its_error(cli: Any, fake: FakeServer) -> None:
@@ -178,7 +184,7 @@ def test_a_job_that_fails_is_one_whatever_its_error(cli: Any, fake: FakeServer) 
     }
     fake.on("POST", "/api/v1/training-jobs", Reply(JOB, 202))
     fake.on("GET", "/api/v1/jobs/job_1", {**JOB, "status": "failed", "error": error})
-    fake.on("GET", "/api/v1/jobs/job_1/events", page())
+    fake.on("GET", "/api/v1/jobs/job_1/events", page(event(1, "error", str(error["message"]))))
     train = ("train", "iris", "--dataset", "iris", "--target", "species", "--algorithm", "ridge")
     done = cli(*train)
     assert (done.exit_code, done.stderr) == (1, "error: accuracy 0.5 is below 0.9\n")
@@ -191,28 +197,36 @@ def test_evaluate_shows_the_report(cli: Any, fake: FakeServer) -> None:
     fake.on("POST", "/api/v1/evaluations", Reply(JOB, 202))
     fake.on("GET", "/api/v1/jobs/job_1", DONE)
     fake.on("GET", "/api/v1/jobs/job_1/events", page())
-    report = {
-        "id": "rep_1",
-        "project_id": "p",
-        "job_id": "job_1",
-        "model": "iris",
-        "dataset": "iris:2",
-        "dataset_digest": "x",
-    }
-    fake.on(
-        "GET",
-        "/api/v1/reports/rep_1",
-        {**report, "method": {"kfold": 5}, "metrics": METRICS, "details": {"comparison": {"better": "a"}}},
-    )
+    comparison = {
+        "with": "iris:1", "rows": 1, "decided_by": "accuracy", "verdict": "worse",
+        "metrics": {"accuracy": {
+            "model": 0.92, "other": 0.96, "difference": -0.04, "low": -0.07, "high": -0.01, "p_value": 0.002, "verdict": "worse",
+        }},
+    }  # fmt: skip
+    fake.on("GET", "/api/v1/reports/rep_1", {**REPORT, "details": {"comparison": comparison}})
+    fake.on("GET", "/api/v1/reports", page(REPORT))
     done = cli("evaluate", "iris@champion", "--compare", "iris:1")
     assert done.exit_code == 0, done.stderr
     assert fake.asked[0].json == {"model": "iris@champion", "method": {"kfold": 5}, "compare": "iris:1", "seed": 0}
     assert "0.9600 [0.9300, 0.9800]" in done.stdout
-    assert "better" in done.stdout
+    (line,) = [line for line in done.stdout.splitlines() if "-0.0400 [-0.0700, -0.0100]" in line]
+    assert line.split()[:3] == ["accuracy", "0.92", "0.96"]
+    assert "iris:2 against iris:1 on 1 row: worse, by accuracy\n" in done.stdout
+    assert "iris:2" in cli("reports", "list").stdout
+    assert cli("reports", "show", "rep_1").stdout == done.stdout
+
+
+def test_a_regressions_residuals_are_shown(cli: Any, fake: FakeServer) -> None:
+    details = {"residual_quantiles": {"0.05": -91.25, "0.5": 1.5, "0.95": 88.0}}
+    fake.on("GET", "/api/v1/reports/rep_1", {**REPORT, "metrics": {"r2": METRICS["accuracy"]}, "details": details})
+    lines = cli("reports", "show", "rep_1").stdout.splitlines()
+    assert any(line.split() == ["true", "-", "predicted", "p5", "p50", "p95"] for line in lines)
+    assert any(line.split() == ["quantile", "-91.25", "1.5", "88"] for line in lines)
 
 
 def test_upload_corrects_types(cli: Any, fake: FakeServer, tmp_path: Path) -> None:
     fake.on("POST", "/api/v1/datasets", Reply({**DATASET, "warnings": ["column x is constant"]}, 201))
+    fake.on("GET", "/api/v1/datasets/iris", {**DATASET, "versions": [1, 2]})
     file = tmp_path / "shops.csv"
     file.write_text("a\n1\n")
     done = cli("data", "upload", str(file), "--column", "zip=category", "--delimiter", "\\t")
@@ -220,8 +234,77 @@ def test_upload_corrects_types(cli: Any, fake: FakeServer, tmp_path: Path) -> No
     assert b'{"columns": {"zip": "category"}, "delimiter": "\\t"}' in fake.asked[0].body
     assert b'name="name"\r\n\r\nshops\r\n' in fake.asked[0].body
     assert "column x is constant" in done.stderr
+    assert "iris:2: 150 rows, 2 columns, digest 9f86d081884c\n" in done.stdout
     assert cli("data", "upload", "sklearn:iris").exit_code == 0
-    assert b'name="name"\r\n\r\niris\r\n' in fake.asked[1].body
+    assert b'name="name"\r\n\r\niris\r\n' in fake.requests("POST", "/api/v1/datasets")[1].body
+
+
+def test_an_upload_of_what_an_older_version_has_says_so(cli: Any, fake: FakeServer) -> None:
+    fake.on("POST", "/api/v1/datasets", Reply({**DATASET, "rows": 1}, 201))
+    fake.on("GET", "/api/v1/datasets/iris", {**DATASET, "versions": [1, 2, 3]})
+    done = cli("data", "upload", "sklearn:iris")
+    assert done.stdout == "iris:2: 1 row, 2 columns, digest 9f86d081884c, as before; 'iris' means iris:3\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said", "shown"),
+    [
+        (["data", "upload", "sklearn:iris"], "give schema.header, or schema.columns", "give --header, or --column"),
+        (["data", "upload", "sklearn:iris", "--project", "x"], "leave out the header x-project", "leave out --project"),
+    ],
+    ids=["schema", "project"],
+)  # fmt: skip
+def test_an_error_names_the_flags_of_the_command(cli: Any, fake: FakeServer, arguments, said, shown) -> None:  # type: ignore[no-untyped-def]
+    fake.on("POST", "/api/v1/datasets", problem(400, "no_header", said))
+    done = cli(*arguments)
+    assert (done.exit_code, done.stderr) == (2, f"error: {shown}\n")
+
+
+def test_members_are_those_of_the_named_project(cli: Any, fake: FakeServer) -> None:
+    fake.on("GET", "/api/v1/memberships", page({"user_id": "user_1", "project_id": "proj_2", "role": "viewer"}))
+    assert "user_1" in cli("projects", "members", "lab").stdout
+    assert fake.asked[0].headers["x-project"] == "lab"
+    assert cli("projects", "members").exit_code == 0
+    assert "x-project" not in fake.asked[1].headers
+
+
+def test_an_alias_takes_a_number_or_a_reference(cli: Any, fake: FakeServer) -> None:
+    row = {"project_id": "p", "model": "iris", "alias": "prod", "version": 1}
+    fake.on("PUT", "/api/v1/models/iris/aliases/prod", row)
+    fake.on("GET", "/api/v1/models/iris/versions/1", VERSION)
+    for version in ("1", "iris:1"):
+        assert cli("models", "alias", "iris", "prod", version).stdout == "iris@prod is iris:1\n"
+    assert [one.json for one in fake.requests("PUT", "/api/v1/models/iris/aliases/prod")] == [{"version": 1}] * 2
+    done = cli("models", "alias", "iris", "prod", "wine:1")
+    assert (done.exit_code, "give its number" in done.stderr) == (2, True)
+
+
+def test_a_model_shows_its_aliases_and_classes(cli: Any, fake: FakeServer) -> None:
+    fake.on("GET", "/api/v1/models/iris/versions/1", {**VERSION, "classes": ["setosa", "virginica"]})
+    fake.on("GET", "/api/v1/models/iris", {"name": "iris", "versions": [VERSION], "aliases": {"prod": 1, "old": 2}})
+    shown = [line.split(maxsplit=1) for line in cli("models", "show", "iris:1").stdout.splitlines() if line.strip()]
+    facts = {line[0]: line[1].strip() for line in shown if len(line) == 2}
+    assert (facts["aliases"], facts["classes"]) == ("prod", "setosa, virginica")
+
+
+def test_the_headline_of_a_regression_is_r2(cli: Any, fake: FakeServer) -> None:
+    metrics = {"mae": METRICS["accuracy"], "r2": METRICS["accuracy"]}
+    fake.on("GET", "/api/v1/models", page({**VERSION, "task": "tabular-regression", "metrics": metrics}))
+    assert "r2 0.9600" in cli("models", "list").stdout
+
+
+def test_repeats_need_folds(cli: Any) -> None:
+    done = cli("evaluate", "iris", "--holdout", "0.2", "--repeats", "3")
+    assert (done.exit_code, "--repeats goes with --kfold" in done.stderr) == (2, True)
+
+
+def test_a_model_of_ones_own_answers_what_it_answers(cli: Any, fake: FakeServer) -> None:
+    row = {"label": 1, "probabilities": [0.25, 0.75], "distance": [[1.5], [2.5]], "value": None}
+    fake.on("POST", "/api/v1/deployments/own/predict", {**PREDICTION, "outputs": [row]})
+    done = cli("predict", "own", "--input", "{}")
+    assert done.exit_code == 0, done.stderr
+    assert "[0.25, 0.75]" in done.stdout
+    assert "[[1.5], [2.5]]" in done.stdout
 
 
 def test_predict_gives_a_csvs_texts_their_types(cli: Any, fake: FakeServer, tmp_path: Path) -> None:

@@ -97,12 +97,22 @@ CALLS: list[tuple[str, str, Any, Callable[[Any], Any], Any]] = [
     ("GET", "/api/v1/training-jobs", page(JOB), lambda c: c.training_jobs.list(), None),
     ("POST", "/api/v1/training-jobs/job_1/pause", Reply(JOB, 202), lambda c: c.training_jobs.pause("job_1"), None),
     ("POST", "/api/v1/training-jobs/job_1/resume", Reply(JOB, 202), lambda c: c.training_jobs.resume("job_1"), None),
+    ("POST", "/api/v1/training-jobs/job_1/pause", Reply(JOB, 202), lambda c: c.jobs.pause("job_1"), None),
+    ("POST", "/api/v1/training-jobs/job_1/resume", Reply(JOB, 202), lambda c: c.jobs.resume("job_1"), None),
+    (
+        "POST", "/api/v1/training-jobs", Reply(JOB, 202),
+        lambda c: c.training_jobs.create(**RUN, kfold=3, repeats=2), {**RUN, "validation": {"kfold": 3, "repeats": 2}},
+    ),
     ("POST", "/api/v1/jobs/job_1/cancel", Reply(JOB, 202), lambda c: c.training_jobs.cancel("job_1"), None),
     ("GET", "/api/v1/jobs", page(JOB), lambda c: c.jobs.list(kind="train", status="queued"), None),
     ("GET", "/api/v1/jobs/job_1/events", page(event(1, "log", "x")), lambda c: c.jobs.events("job_1"), None),
     (
         "POST", "/api/v1/evaluations", Reply(JOB, 202),
         lambda c: c.evaluations.create(model="iris:1", method={"kfold": 5}), {"model": "iris:1", "method": {"kfold": 5}},
+    ),
+    (
+        "POST", "/api/v1/evaluations", Reply(JOB, 202),
+        lambda c: c.evaluations.create(model="iris:1", holdout=0.3), {"model": "iris:1", "method": {"holdout": 0.3}},
     ),
     ("GET", "/api/v1/models", page(VERSION), lambda c: c.models.list(), None),
     ("GET", "/api/v1/models/iris/versions/1", VERSION, lambda c: c.models.version("iris:1"), None),
@@ -115,6 +125,7 @@ CALLS: list[tuple[str, str, Any, Callable[[Any], Any], Any]] = [
         "PUT", "/api/v1/deployments/iris", Reply(DEPLOYMENT, 202),
         lambda c: c.deployments.put("iris", model="iris:1", replicas={"min": 2}), {"model": "iris:1", "replicas": {"min": 2}},
     ),
+    ("PUT", "/api/v1/deployments/iris", Reply(DEPLOYMENT, 202), lambda c: c.deployments.put("iris", "iris:1"), {"model": "iris:1"}),
     ("GET", "/api/v1/deployments", page(DEPLOYMENT), lambda c: c.deployments.list(), None),
     ("DELETE", "/api/v1/deployments/iris", Reply(DEPLOYMENT, 202), lambda c: c.deployments.delete("iris"), None),
     ("POST", "/api/v1/deployments/iris/rollback", Reply(DEPLOYMENT, 202), lambda c: c.deployments.rollback("iris", 1), {"revision": 1}),
@@ -153,6 +164,62 @@ def test_results_are_nouns(face: Face, fake: FakeServer) -> None:
     found = face.finish(face.client.datasets.list())
     assert found.items[0].ref == "iris:2"
     assert found.has_more is True
+
+
+def test_a_page_is_a_sequence(face: Face, fake: FakeServer) -> None:
+    fake.on("GET", "/api/v1/datasets", page(DATASET, {**DATASET, "name": "wine"}))
+    found = face.finish(face.client.datasets.list())
+    assert [one.name for one in found] == ["iris", "wine"]
+    assert (len(found), found[1].name, [one.name for one in found[:1]]) == (2, "wine", ["iris"])
+    fake.on("GET", "/api/v1/datasets", page())
+    assert not face.finish(face.client.datasets.list())
+
+
+def test_a_model_knows_its_latest_version(face: Face, fake: FakeServer) -> None:
+    fake.on("GET", "/api/v1/models/iris", {"name": "iris", "versions": [{**VERSION, "version": 10}, VERSION]})
+    assert face.finish(face.client.models.get("iris")).latest.ref == "iris:10"
+
+
+def test_a_prediction_keeps_whatever_a_model_answers(face: Face, fake: FakeServer) -> None:
+    own = [
+        {"label": 1, "probabilities": [0.25, 0.75], "distance": [1.5]},
+        {"value": [[1, 2.5]]},
+        {"value": 3},
+        {"value": "x"},
+    ]
+    fake.on("POST", "/api/v1/deployments/own/predict", {**PREDICTION, "outputs": own})
+    outputs = face.finish(face.client.deployments.predict("own", [{}])).outputs
+    assert [one.model_dump(exclude_unset=True) for one in outputs] == own
+    assert outputs[0].distance == [1.5]
+
+
+def test_a_method_is_given_once(face: Face, fake: FakeServer) -> None:
+    with pytest.raises(InvalidInput, match="not both"):
+        face.finish(face.client.evaluations.create(model="iris", method={"kfold": 3}, kfold=5))
+    assert fake.asked == []
+
+
+def test_upload_takes_columns_as_short_for_schema(face: Face, fake: FakeServer) -> None:
+    fake.on("POST", "/api/v1/datasets", Reply(DATASET, 201))
+    upload = face.client.datasets.upload(
+        b"a,b\n1,2\n", name="x", columns={"a": "category"}, schema={"columns": {"b": "text"}}
+    )
+    face.finish(upload)
+    assert b'{"columns": {"b": "text", "a": "category"}}' in fake.asked[0].body
+
+
+def test_the_errors_are_exported_and_the_import_stays_light() -> None:
+    import subprocess
+    import sys
+
+    import modelworks
+    from modelworks.core import errors
+
+    assert modelworks.NotFound is NotFound
+    assert all(hasattr(modelworks, name) for name in modelworks.__all__)
+    assert {"ModelworksError", "InvalidInput", "Conflict"} <= set(modelworks.__all__) & set(vars(errors))
+    code = "import modelworks, sys; sys.exit(len({'pydantic', 'httpx2', 'msgspec'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], check=False, timeout=60).returncode == 0
 
 
 def test_names_stay_one_path_segment(face: Face, fake: FakeServer) -> None:

@@ -56,7 +56,9 @@ class House:
         self.deployments = Deployments(self.catalog, folder / "logs")
         with self.catalog.write() as tx:
             self.project = tx.add(Project(name="default"))
-        principal = Principal(key_id="key_1", key_name="k", project_id=self.project.id, role="admin", scopes=frozenset())
+        principal = Principal(
+            key_id="key_1", key_name="k", project_id=self.project.id, role="admin", scopes=frozenset()
+        )
         self.caller = Caller(principal)
         self.add_version(1)
 

@@ -34,7 +34,9 @@ def test_a_new_deployment_starts_all_it_wants_at_once():
 
 def test_ready_when_enough_are_ready_and_the_old_drain_only_then():
     old = [replica("a", 1), replica("b", 1)]
-    half = scaling.plan(deployment(status="updating"), [*old, replica("c"), replica("d", status="starting")], Failures(), 0)
+    half = scaling.plan(
+        deployment(status="updating"), [*old, replica("c"), replica("d", status="starting")], Failures(), 0
+    )
     assert (half.status, half.start, half.drain) == ("updating", 0, [])
     done = scaling.plan(deployment(status="updating"), [*old, replica("c"), replica("d")], Failures(), 0)
     assert (done.status, done.drain) == ("ready", old)

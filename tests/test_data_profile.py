@@ -192,3 +192,26 @@ def test_unknown_target(look):
     with pytest.raises(InvalidInput, match="there is no target 'z'; the columns are x") as caught:
         look(pa.table({"x": NOISE}), "z")
     assert caught.value.param == "target"
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        (["1,5", "2,25", "3", "n/k"], "column 'k' looks like numbers with decimal commas, such as '1,5'"),
+        (["1,000", "12,500", "1,250,000"], "looks like numbers with commas between thousands"),
+        (["1", "foo", "3"], "column 'k' was taken as a category, though 2 of 3 values are numbers: 'foo' is none"),
+        (["1", "b", "c"], None),
+        (["01", "02", "12"], None),
+        (["a,b", "c,d"], None),
+    ],
+)
+def test_texts_that_should_be_numbers(look, values, words):
+    warnings = look(pa.table({"k": values, "x": NOISE[: len(values)]}))[1]
+    assert warnings == [] if words is None else words in warnings[0]
+
+
+def test_dates_of_a_table_are_no_series(look):
+    table = days(RANDOM.integers(1, 30, 50).tolist())
+    found, warnings = look(table.append_column("x", pa.array(NOISE[:51])))
+    assert found["t"]["steps"]["regular"] is False
+    assert warnings == []

@@ -71,7 +71,7 @@ def test_one_table_in_many_dresses(load, content, name, schema):
 @pytest.mark.parametrize(
     ("content", "schema", "says"),
     [
-        ("a,b\n1,2\n3\n", {}, "row 2 (line 3), column 'b': 1 fields where there should be 2"),
+        ("a,b\n1,2\n3\n", {}, "row 2 (line 3), column 'b': 1 field where there should be 2"),
         ("a,b\n1,2\n\n3,4,5\n", {}, "row 2 (line 4), column 3: 3 fields where there should be 2"),
         ('a,b\n"1\n0",2\n3,"4\n', {}, "row 2 (line 4), column 'b': the quote that opens this value is never closed"),
         ('a,b\n1,2\n3,"4"5\n', {}, "row 2 (line 3), column 'b': text follows the closing quote"),
@@ -96,7 +96,7 @@ def test_one_table_in_many_dresses(load, content, name, schema):
         ("5.1,3.5,x\n4.9,3.0,x\n5.0,1.0,y\n", {}, "the header row (line 1), column 1: '5.1' is of the same kind"),
         ("x,y\nx,z\ny,y\n", {}, "the header row (line 1), column 1: 'x' is of the same kind"),
         ("2024-01-01,up\n2024-01-02,down\n", {}, "schema.header"),
-        ("1,2\n3,4\n", {"header": ["a"]}, "schema.header gives 1 names, but row 1 (line 1) has 2 fields"),
+        ("1,2\n3,4\n", {"header": ["a"]}, "schema.header gives 1 name, but row 1 (line 1) has 2 fields"),
         ("a,b\n1,2\n3,inf\n", {}, "row 2 (line 3), column 'b': 'inf' is infinite"),
         ("a,b\n1,2\n3,1e999\n", {}, "row 2 (line 3), column 'b': '1e999' is not a number"),
         ("a\n" + "1\n" * 19 + "abc\n", {}, "row 20 (line 21), column 'a': 'abc' is not a number, while most values"),
@@ -140,7 +140,7 @@ def test_error_far_into_the_file_is_located(load):
 
 def test_row_of_many_bytes_is_bounded(load):
     wide = ",".join(f"c{i}" for i in range(5))
-    with pytest.raises(InvalidInput, match=r"row 1 \(line 2\), column 1: the row has more than"):
+    with pytest.raises(InvalidInput, match=r"row 1 \(line 2\), column 'c2': the row has more than"):
         load(wide + "\n" + ",".join(["x" * 900_000] * 5) + "\n")
 
 

@@ -28,7 +28,9 @@ class Lifecycle:
         self.channel = grpc.insecure_channel(f"127.0.0.1:{server.grpc_port}", options=soon)
         self.metadata = (("authorization", f"Bearer {server.key}"),)
 
-    def __call__(self, service: str, method: str, request: str, answer: str, /, *more: tuple[str, str], **fields: Any) -> Any:
+    def __call__(
+        self, service: str, method: str, request: str, answer: str, /, *more: tuple[str, str], **fields: Any
+    ) -> Any:
         data = message(f"modelworks.v1.{request}")(**fields).SerializeToString()
         call = self.channel.unary_unary(f"/modelworks.v1.{service}/{method}")
         return message(f"modelworks.v1.{answer}").FromString(call(data, metadata=(*self.metadata, *more), timeout=60))
@@ -70,7 +72,13 @@ def test_the_lifecycle_from_chunks_to_a_prediction(iris: RunningServer) -> None:
     assert dataset.digest == iris.client.datasets.get("grpc-prices").digest
 
     once = ("idempotency-key", "grpc-once")
-    asked = {"model": "grpc-prices", "dataset": "grpc-prices:1", "target": "price", "algorithm": "ridge", "validation": {"kfold": 3}}
+    asked = {
+        "model": "grpc-prices",
+        "dataset": "grpc-prices:1",
+        "target": "price",
+        "algorithm": "ridge",
+        "validation": {"kfold": 3},
+    }
     job = rpc("Training", "Create", "CreateTrainingJobRequest", "Job", once, **asked)
     assert rpc("Training", "Create", "CreateTrainingJobRequest", "Job", once, **asked).id == job.id
     events = rpc.follow(job.id)
@@ -79,7 +87,9 @@ def test_the_lifecycle_from_chunks_to_a_prediction(iris: RunningServer) -> None:
     assert (job.status, job.model_version) == ("succeeded", "grpc-prices:1")
     assert job.metrics["r2"]["mean"] > 0.9
 
-    evaluation = rpc("Evaluation", "Create", "CreateEvaluationRequest", "Job", model="grpc-prices:1", method={"kfold": 2})
+    evaluation = rpc(
+        "Evaluation", "Create", "CreateEvaluationRequest", "Job", model="grpc-prices:1", method={"kfold": 2}
+    )
     until(lambda: rpc("Evaluation", "Get", "JobRequest", "Job", id=evaluation.id).status == "succeeded", 30)
     reports = rpc("Evaluation", "ListReports", "ListReportsRequest", "ListReportsResponse", model="grpc-prices")
     assert len(reports.data) == 2
@@ -101,7 +111,13 @@ def test_the_lifecycle_from_chunks_to_a_prediction(iris: RunningServer) -> None:
 def test_an_upload_that_is_wrong_is_refused_and_leaves_nothing(iris: RunningServer) -> None:
     rpc = Lifecycle(iris)
     header = {"header": {"name": "grpc-wrong"}}
-    for parts in ([{"chunk": b"a,b\n"}], [header], [header, header], [{"header": {"name": "../x"}}, {"chunk": b"a\n1\n"}], []):
+    for parts in (
+        [{"chunk": b"a,b\n"}],
+        [header],
+        [header, header],
+        [{"header": {"name": "../x"}}, {"chunk": b"a\n1\n"}],
+        [],
+    ):
         with pytest.raises(grpc.RpcError) as caught:
             rpc.upload(parts)
         assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT, parts

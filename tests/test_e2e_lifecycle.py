@@ -30,7 +30,9 @@ def houses(rows: int = 200) -> bytes:
         district, year = random.choice(["north", "süd", "east", ""]), int(random.integers(1950, 2020))
         price = 3000 * area + 10_000 * rooms + (20_000 if garden else 0) + (50_000 if district == "north" else 0)
         shown = "" if number % 17 == 3 else f"{area:.2f}"
-        writer.writerow([shown, rooms, str(garden).lower(), district, f"{year}-06-01", f"{price + random.normal(0, 9e3):.2f}"])
+        writer.writerow(
+            [shown, rooms, str(garden).lower(), district, f"{year}-06-01", f"{price + random.normal(0, 9e3):.2f}"]
+        )
     return out.getvalue().encode()
 
 
@@ -105,7 +107,11 @@ def test_a_mixed_table_from_upload_to_prediction(iris: RunningServer, tmp_path) 
 
     for algorithm in ("ridge", "gradient-boosted-trees"):
         job = client.training_jobs.create(
-            model=f"houses-{algorithm}", dataset="houses:1", target="price", algorithm=algorithm, validation={"kfold": 3}
+            model=f"houses-{algorithm}",
+            dataset="houses:1",
+            target="price",
+            algorithm=algorithm,
+            validation={"kfold": 3},
         )
         job = client.training_jobs.wait(job)
         assert job.status == "succeeded", job.error

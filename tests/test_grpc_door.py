@@ -26,14 +26,19 @@ Code = grpc.StatusCode
 
 @pytest.fixture(scope="module")
 def rpc(tmp_path_factory: pytest.TempPathFactory) -> Iterator[GrpcHouse]:
-    with house(tmp_path_factory.mktemp("home"), max_body=2_000_000, body_timeout=1.0) as found, grpc_house(found) as served:
+    with (
+        house(tmp_path_factory.mktemp("home"), max_body=2_000_000, body_timeout=1.0) as found,
+        grpc_house(found) as served,
+    ):
         yield served
 
 
 def infer_request(model: str = "iris", **fields: Any) -> Any:
     request = message("inference.ModelInferRequest")(model_name=model, **fields)
     data = (struct.pack("<f", 1.5), b"\x03\0\0\0red", struct.pack("<q", 3), b"\x01")
-    for name, datatype, raw in zip(("length", "colour", "count", "ripe"), ("FP32", "BYTES", "INT64", "BOOL"), data, strict=True):
+    for name, datatype, raw in zip(
+        ("length", "colour", "count", "ripe"), ("FP32", "BYTES", "INT64", "BOOL"), data, strict=True
+    ):
         request.inputs.add(name=name, datatype=datatype, shape=[1, 1])
         request.raw_input_contents.append(raw)
     return request
@@ -53,7 +58,10 @@ def test_every_registered_method_has_an_operation_and_reflection_lists_them_all(
     for version in ("v1", "v1alpha"):
         stream = rpc.channel.stream_stream(f"/grpc.reflection.{version}.ServerReflection/ServerReflectionInfo")
         data = next(stream(iter([ask.SerializeToString()]), metadata=rpc.metadata(), timeout=10))
-        listed = {item.name for item in reflection_pb2.ServerReflectionResponse.FromString(data).list_services_response.service}
+        listed = {
+            item.name
+            for item in reflection_pb2.ServerReflectionResponse.FromString(data).list_services_response.service
+        }
         assert listed == {path.split("/")[1] for path in rpc.door.methods}
         assert {"inference.GRPCInferenceService", "modelworks.v1.Training"} < listed
 

@@ -75,7 +75,11 @@ def test_every_datatype_passes_raw_and_typed(datatype: str) -> None:
     tensors = decode(route, request)
     assert tensors == [Tensor("x", datatype, [1, 2], raw)]
     back = message(ANSWER).FromString(encode("m", request, Answer(tensors, "m:1"), None))
-    assert (back.outputs[0].datatype, list(back.outputs[0].shape), list(back.raw_output_contents)) == (datatype, [1, 2], [raw])
+    assert (back.outputs[0].datatype, list(back.outputs[0].shape), list(back.raw_output_contents)) == (
+        datatype,
+        [1, 2],
+        [raw],
+    )
 
     typed = message("inference.ModelInferRequest")(model_name="m")
     given = typed.inputs.add(name="x", datatype=datatype, shape=[1, 2])
@@ -92,7 +96,11 @@ def test_every_datatype_passes_raw_and_typed(datatype: str) -> None:
 
 
 def test_the_hand_written_answer_is_what_protobuf_writes() -> None:
-    tensors = [Tensor("ä" * 100, "FP32", [300, 0, 1], b""), Tensor("y", "INT8", [], b"\x05"), Tensor("z", "UINT8", [200], bytes(200))]
+    tensors = [
+        Tensor("ä" * 100, "FP32", [300, 0, 1], b""),
+        Tensor("y", "INT8", [], b"\x05"),
+        Tensor("z", "UINT8", [200], bytes(200)),
+    ]
     request = message("inference.ModelInferRequest")(id="x" * 200)
     data = encode("m", request, Answer(tensors, "m:12"), None)
     expected = message(ANSWER)(model_name="m", model_version="12", id="x" * 200)
@@ -157,7 +165,11 @@ def test_the_allow_list_of_a_key_holds(rpc: GrpcHouse) -> None:
     key = rpc.house.make_key("invoke-only", models=["other"])
     metadata = (("authorization", f"Bearer {key}"),)
     assert rpc.code(OIP + "ModelInfer", infer_request(), metadata=metadata) == Code.PERMISSION_DENIED
-    assert not message("inference.RepositoryIndexResponse").FromString(rpc.call(OIP + "RepositoryIndex", metadata=metadata)).models
+    assert (
+        not message("inference.RepositoryIndexResponse")
+        .FromString(rpc.call(OIP + "RepositoryIndex", metadata=metadata))
+        .models
+    )
 
 
 @pytest.fixture
@@ -171,7 +183,9 @@ def held(rpc: GrpcHouse) -> Iterator[GrpcHouse]:
 
 def test_a_cancelled_call_is_aborted_in_the_replica(held: GrpcHouse) -> None:
     calls = len(held.house.router.calls)
-    call = held.channel.unary_unary(OIP + "ModelInfer").future(infer_request().SerializeToString(), metadata=held.metadata())
+    call = held.channel.unary_unary(OIP + "ModelInfer").future(
+        infer_request().SerializeToString(), metadata=held.metadata()
+    )
     until(lambda: len(held.house.router.calls) > calls, 5, 0.01)
     call.cancel()
     until(lambda: held.house.router.aborted, 5, 0.01)
@@ -246,14 +260,22 @@ for file in (service_pb2, model_config_pb2):
 
 def test_field_numbers_are_tritons() -> None:
     pytest.importorskip("tritonclient")
-    output = subprocess.run([sys.executable, "-c", FIELDS], capture_output=True, text=True, check=True, timeout=60).stdout
+    output = subprocess.run(
+        [sys.executable, "-c", FIELDS], capture_output=True, text=True, check=True, timeout=60
+    ).stdout
     theirs = set(output.splitlines())
     ours = set()
 
     def walk(found: Any) -> None:
         for item in found:
             for field in item.fields:
-                kind = field.message_type.name if field.message_type else field.enum_type.name if field.enum_type else field.type
+                kind = (
+                    field.message_type.name
+                    if field.message_type
+                    else field.enum_type.name
+                    if field.enum_type
+                    else field.type
+                )
                 ours.add(f"{item.full_name} {field.name} {field.number} {kind}")
             walk(item.nested_types)
 

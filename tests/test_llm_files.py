@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import struct
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +31,8 @@ ARCHITECTURE = entry("general.architecture", 8, text("llama"))
 
 
 def gguf(
-    entries: list[bytes], tensors: list[bytes] = [], *, count: int | None = None, data: bytes = bytes(4096)
-) -> bytes:  # noqa: B006
+    entries: list[bytes], tensors: Sequence[bytes] = (), *, count: int | None = None, data: bytes = bytes(4096)
+) -> bytes:
     head = b"GGUF" + struct.pack("<IQQ", 3, len(tensors), len(entries) if count is None else count)
     return head + b"".join(entries) + b"".join(tensors) + data
 

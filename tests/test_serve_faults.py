@@ -110,7 +110,8 @@ def test_a_replica_lives_its_whole_life(platform):
     ("changes", "message"),
     [
         ({"expected": 5.0}, "does not answer its parity samples as training did"),
-        ({"runtime": "no_such_module:Runtime"}, "could not be loaded"),
+        ({"runtime": "no_such_module:Runtime"}, "could not be loaded: ModuleNotFoundError: No module named 'no_such_"),
+        ({"runtime": "serve_toys:Starved", "memory_mb": 256}, "needs more than memory_mb=256 MiB"),
         ({"runtime": "unheard-of"}, "there is no runtime 'unheard-of'"),
         ({"manifest": __file__}, "not a model package's manifest"),
     ],

@@ -1,6 +1,6 @@
 """What a user of tritonclient does against /v2, in a process without the server. Not a test module.
 
-    python -m tests.triton_story HOST:PORT KEY     prints one JSON object of what came back
+python -m tests.triton_story HOST:PORT KEY     prints one JSON object of what came back
 """
 
 from __future__ import annotations

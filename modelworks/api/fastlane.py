@@ -16,7 +16,8 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE
 from modelworks.api import oip_codec
 from modelworks.api.calls import Prepared, Reply
 from modelworks.api.errors import render
-from modelworks.api.guard import ALLOWANCE, MAX_IGNORED, Allowance, Headers, check_pace, count, new_request_id, stalled
+from modelworks.api.guard import ALLOWANCE, MAX_IGNORED, Allowance, Headers, count, new_request_id, stalled
+from modelworks.api.intake import Intake
 from modelworks.api.native import predict
 from modelworks.api.protocol import BODY, BUSY, HEAD, IDLE, BoundedProtocol, bounded
 from modelworks.api.services import Services
@@ -106,7 +107,7 @@ class Exchange:
 
     __slots__ = (
         "_allowance", "_outputs", "_pending", "_protocol", "_reply", "began", "binary", "body",
-        "disconnected", "keep_alive", "length", "parts", "principal", "received", "refusal", "request_id",
+        "disconnected", "intake", "keep_alive", "length", "parts", "principal", "received", "refusal", "request_id",
         "response_complete", "rows", "span", "target",
     )  # fmt: skip
     message_event = _Never()
@@ -127,6 +128,7 @@ class Exchange:
         self.body = b""
         self.parts: list[bytes] = []
         self.received = 0
+        self.intake: Intake | None = None  # of a body that comes in pieces
         self.began = monotonic()
         self.rows = 0
         self.span: RequestSpan | None = None  # when traces are on
@@ -155,9 +157,10 @@ class Exchange:
             if self.refusal is not None:
                 raise self.refusal
             data = b"".join([self.body, *self.parts]) if self.parts else self.body
-            self.body, self.parts = b"", []
             gateway = self._protocol.services.gateway
             call, self._reply = self.target.prepare(gateway, self.principal, data, self.binary, self.request_id)
+            del data
+            self._let_go()
             self.rows = rows_of(call)
             if self.span is None:
                 pending = gateway.submit(self.principal, call, self.deliver)
@@ -170,6 +173,12 @@ class Exchange:
             self.refuse(error)
         except Exception as error:  # the same edge as the guard's
             self._unexpected(error)
+
+    def _let_go(self) -> None:
+        """The body is read, or nobody will."""
+        self.body, self.parts = b"", []
+        if self.intake is not None:
+            self.intake.close()
 
     def deliver(self, item: Part | ModelworksError) -> None:
         """What the gateway brings: parts of the answer, or one error."""
@@ -196,6 +205,7 @@ class Exchange:
         self.refuse(ModelworksError("unexpected"), quiet=True)
 
     def refuse(self, error: ModelworksError, *, quiet: bool = False) -> None:
+        self._let_go()
         if error.status >= 500 and not quiet:
             log.error("request failed", request_id=self.request_id, code=error.code, exc_info=error)
         status, headers, body = render(error, self.target.path, self.request_id)
@@ -204,6 +214,7 @@ class Exchange:
     def drop(self) -> None:
         """The client went away: nobody waits for the answer."""
         self.disconnected = True
+        self._let_go()
         if not self.response_complete:
             self.response_complete = True
             if self._pending is not None:
@@ -395,7 +406,8 @@ class FastLane(BoundedProtocol):
         if exchange.received < exchange.length:
             self._deadline = self.loop.time() + self.write_timeout
             try:
-                check_pace(exchange.received, monotonic() - exchange.began, self.write_timeout)
+                exchange.intake = exchange.intake or self.services.intake(exchange.began)
+                exchange.intake.add(len(body), monotonic())
             except ModelworksError as error:
                 self._give_up(exchange, error)
 

@@ -20,6 +20,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from modelworks.api.body import inflate
 from modelworks.api.errors import MethodNotAllowed, no_route, render
+from modelworks.api.intake import Intake
 from modelworks.api.routes import RouteTable, Rule
 from modelworks.api.services import Services
 from modelworks.core.errors import (
@@ -42,7 +43,6 @@ log = logger("api.guard")
 
 MIB = 1024 * 1024
 MAX_CONTROL_BODY = 4 * MIB  # JSON that describes something; tensors and files have the limits of the settings
-MIN_RATE = 128  # bytes a second that a body must reach on average once body_timeout has passed
 MAX_IGNORED = 64 * 1024  # bytes of a refused body that are read and thrown away
 LOOKUP_THREADS = 8  # key look-ups at a time, so that a flood of unknown keys does not take the other threads
 _REQUEST_ID = re.compile(rb"^[A-Za-z0-9._:=+/-]{1,128}$")
@@ -83,6 +83,8 @@ class Guard:
             with span or contextlib.nullcontext():
                 await self._serve(scope, receive, headers, exchange)
         finally:
+            if exchange.body is not None:
+                exchange.body.intake.close()
             self._observe(scope, exchange, time.monotonic() - begun, span)
 
     def _observe(self, scope: Scope, exchange: _Exchange, seconds: float, span: RequestSpan | None) -> None:
@@ -179,7 +181,8 @@ class Guard:
         )
         if headers.length is not None and headers.length > limit:
             raise too_large(limit)
-        bounded = exchange.body = _BoundedBody(receive, limit, settings.body_timeout)
+        intake = self._services.intake(time.monotonic())
+        bounded = exchange.body = _BoundedBody(receive, limit, settings.body_timeout, intake, kept=rule.body != "form")
         if rule.body == "form":
             return bounded.receive
         data = await bounded.read()
@@ -187,6 +190,7 @@ class Guard:
             return receive
         if headers.encoding:
             data = inflate(data, headers.encoding, limit)
+            intake.hold(len(data))
         return _Replay(data, receive).receive
 
 
@@ -237,12 +241,6 @@ def too_large(limit: int) -> PayloadTooLarge:
 
 def stalled(timeout: float) -> RequestTimeout:
     return RequestTimeout(f"no byte of the announced body came for {timeout:g} s; send it again")
-
-
-def check_pace(size: int, seconds: float, timeout: float) -> None:
-    """RequestTimeout for a body of which `size` bytes came in `seconds` that are more than `timeout`: it drips."""
-    if seconds > timeout and size < seconds * MIN_RATE:
-        raise RequestTimeout("the body comes too slowly; send it again over a faster connection")
 
 
 def check_media(rule: Rule, headers: Headers) -> None:
@@ -358,12 +356,12 @@ class _Exchange:
 class _BoundedBody:
     """A request's body, of at most `limit` bytes, which must not stall for `timeout` seconds nor drip."""
 
-    def __init__(self, receive: Receive, limit: int, timeout: float) -> None:
+    def __init__(self, receive: Receive, limit: int, timeout: float, intake: Intake, *, kept: bool) -> None:
         self._receive = receive
         self._limit = limit
         self._timeout = timeout
-        self._loop = asyncio.get_running_loop()
-        self._began = self._loop.time()
+        self._kept = kept  # gathered in memory
+        self.intake = intake
         self.size = 0
         self.complete = False
 
@@ -383,7 +381,7 @@ class _BoundedBody:
             raise too_large(self._limit)
         self.complete = not message.get("more_body", False)
         if not self.complete:
-            check_pace(self.size, self._loop.time() - self._began, self._timeout)
+            self.intake.add(len(message.get("body", b"")), time.monotonic(), kept=self._kept)
         return message
 
     async def read(self) -> bytes:

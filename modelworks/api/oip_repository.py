@@ -5,8 +5,9 @@ What is loaded follows from deployments: asking to load a model succeeds when it
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
+from pydantic import BaseModel, ConfigDict
 from starlette.responses import Response
 
 from modelworks.api import schemas
@@ -55,12 +56,26 @@ _STATS = schemas.plain(
 _LOADED = schemas.plain({"type": "object"}, {})
 
 
+class IndexBody(BaseModel):
+    """`ready`: only the models that can answer now."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+    ready: bool = False
+
+
+class LoadBody(BaseModel):
+    """Of the protocol's parameters only `unload_dependents` may be given, and nothing depends on a deployment."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+    parameters: dict[Literal["unload_dependents"], bool] = {}
+
+
 @routes.post(
     "/v2/repository/index", "oip.metadata", "Index of the models", answer=_INDEX, body="json", request={"ready": True}
 )
-async def oip_index(services: Use, caller: Who, body: dict[str, Any] | None = None) -> Response:
+async def oip_index(services: Use, caller: Who, body: IndexBody | None = None) -> Response:
     """The deployments that the key may call. `{"ready": true}` asks for those that can answer now."""
-    return answer(repository_index(services, caller, ready_only=bool(body and body.get("ready") is True)))
+    return answer(repository_index(services, caller, ready_only=body is not None and body.ready))
 
 
 @routes.post(
@@ -69,9 +84,9 @@ async def oip_index(services: Use, caller: Who, body: dict[str, Any] | None = No
     "Load a model",
     answer=_LOADED,
     body="json",
-    request={"parameters": {}},
+    request={"parameters": {"unload_dependents": False}},
 )
-async def oip_load(services: Use, caller: Who, model: NamePath, body: dict[str, Any] | None = None) -> Response:
+async def oip_load(services: Use, caller: Who, model: NamePath, body: LoadBody | None = None) -> Response:
     """Nothing is to be done for a deployment that is ready; 404 where there is none, 503 while it is not ready."""
     load(services, caller, model)
     return answer({})
@@ -83,10 +98,10 @@ async def oip_load(services: Use, caller: Who, model: NamePath, body: dict[str, 
     "Unload a model",
     answer=_LOADED,
     body="json",
-    request={"parameters": {}},
+    request={"parameters": {"unload_dependents": False}},
     errors=(501,),
 )
-async def oip_unload(services: Use, caller: Who, model: NamePath, body: dict[str, Any] | None = None) -> Response:
+async def oip_unload(services: Use, caller: Who, model: NamePath, body: LoadBody | None = None) -> Response:
     """501: a deployment is taken away by DELETE /api/v1/deployments/{name}."""
     unload(services, caller, model)
     return answer({})

@@ -108,7 +108,7 @@ class Routes:
                 "status_code": status,
                 "operation_id": endpoint.__name__,
                 "responses": schemas.responses(
-                    self.dialect, {status: answer, **(also or {})}, {*errors, *_usual(path, body)}
+                    self.dialect, {status: answer, **(also or {})}, {*errors, *_usual(path, body)}, operation
                 ),
                 "openapi_extra": schemas.extra(request, request_body, creates=creates),
             }

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from http import HTTPStatus
 from typing import Any
 
+from modelworks.api.examples import Example, example
 from modelworks.core import types
 
 NOUNS: tuple[type[types.Noun], ...] = (
@@ -77,24 +78,6 @@ OPENAI_ERROR_SCHEMA: dict[str, Any] = {
     },
 }
 
-# status -> (code, an example of the sentence)
-_ERRORS: dict[int, tuple[str, str]] = {
-    400: ("invalid_input", "'target' is required"),
-    401: ("unauthenticated", "send a valid API key as Authorization: Bearer KEY"),
-    403: ("forbidden", "this key may not do that; it lacks the scope models:write"),
-    404: ("not_found", "there is no model 'iris:9' in this project"),
-    408: ("request_timeout", "no byte of the announced body came for 30 s; send it again"),
-    409: ("conflict", "a job that is succeeded cannot become paused"),
-    413: ("payload_too_large", "the body is larger than 67108864 bytes"),
-    415: ("unsupported_media_type", "send application/json, not application/octet-stream"),
-    422: ("idempotency_mismatch", "this Idempotency-Key was used with another body; send a new key for a new request"),
-    429: ("rate_limited", "this key may make 600 requests a minute; try again in 3 s"),
-    500: ("internal", "something went wrong on the server; its log has the details under this request id"),
-    501: ("not_implemented", "the binary tensor extension is not supported; send the tensors' data as JSON"),
-    503: ("unavailable", "the catalog is busy or away; nothing was changed, try again in a moment"),
-    504: ("deadline_exceeded", "no replica answered within 30 s"),
-}
-
 
 def json_content(schema: dict[str, Any], example: Any) -> Content:
     return {"application/json": {"schema": schema, "example": example}}
@@ -135,13 +118,16 @@ def plain(schema: dict[str, Any], example: Any, media: str = "application/json")
     return {media: {"schema": schema, "example": example}}
 
 
-def responses(dialect: str, good: dict[int, Content], errors: Iterable[int]) -> dict[int | str, dict[str, Any]]:
-    """The `responses` of an operation: its good answers and each error in the dialect's form."""
+def responses(
+    dialect: str, good: dict[int, Content], errors: Iterable[int], operation: str
+) -> dict[int | str, dict[str, Any]]:
+    """The `responses` of an operation: its good answers and each error as it answers it, in the dialect's form."""
     found: dict[int | str, dict[str, Any]] = {}
     for status, content in good.items():
         found[status] = {"description": HTTPStatus(status).phrase, "content": content, **_location(status)}
     for status in sorted(errors):
-        found[status] = {"description": HTTPStatus(status).phrase, "content": _error(dialect, status)}
+        content = _error(dialect, status, example(operation, status))
+        found[status] = {"description": HTTPStatus(status).phrase, "content": content}
     return found
 
 
@@ -152,24 +138,24 @@ def _location(status: int) -> dict[str, Any]:
     return {"headers": {"Location": described}}
 
 
-def _error(dialect: str, status: int) -> Content:
-    code, sentence = _ERRORS[status]
+def _error(dialect: str, status: int, found: Example) -> Content:
+    code, sentence, param = found
     if dialect == "oip":
         return plain({"$ref": "#/components/schemas/OipError"}, {"error": sentence})
     if dialect == "openai":
         kind = "invalid_request_error" if status < HTTPStatus.INTERNAL_SERVER_ERROR else "server_error"
-        body = {"message": sentence, "type": kind, "param": None, "code": code}
+        body = {"message": sentence, "type": kind, "param": param, "code": code}
         return plain({"$ref": "#/components/schemas/OpenAIError"}, {"error": body})
-    example = {
+    problem = {
         "type": f"urn:modelworks:error:{code}",
         "title": HTTPStatus(status).phrase,
         "status": status,
         "detail": sentence,
         "code": code,
-        "param": "target" if status == HTTPStatus.BAD_REQUEST else None,
+        "param": param,
         "request_id": "req_5f3a9c0d1e2f4a6b",
     }
-    return plain({"$ref": "#/components/schemas/Problem"}, example, "application/problem+json")
+    return plain({"$ref": "#/components/schemas/Problem"}, problem, "application/problem+json")
 
 
 def extra(request: Any, request_body: dict[str, Any] | None, *, creates: bool) -> dict[str, Any]:

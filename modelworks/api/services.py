@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
+
+from modelworks.api.intake import Intake, Room
 
 if TYPE_CHECKING:
     from modelworks.control.access import Access
@@ -27,3 +29,8 @@ class Services:
     authenticator: Authenticator
     limiter: RateLimiter | LeasingLimiter
     gateway: Gateway
+    room: Room = field(default_factory=Room)
+
+    def intake(self, now: float) -> Intake:
+        """For a body that comes from now on. `now`: seconds of the clock that goes on with it."""
+        return Intake(self.room, 2 * self.settings.max_body, self.settings.body_timeout, now)

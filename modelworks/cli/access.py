@@ -96,9 +96,14 @@ def create_project(session: Session, name: Annotated[str, typer.Argument(help="I
 
 
 @command(projects, "members")
-def list_members(session: Session, limit: Limit = 100, after: After = None) -> None:
-    """List who acts in which project, with which role."""
-    found = session.client.memberships.list(limit=limit, after=after)
+def list_members(
+    session: Session,
+    of: Annotated[str | None, typer.Argument(metavar="[PROJECT]", help="Name or id; by default the key's own.")] = None,
+    limit: Limit = 100,
+    after: After = None,
+) -> None:
+    """List who acts in a project, with which role."""
+    found = session.client.memberships.list(of, limit=limit, after=after)
     if session.json:
         session.emit(found)
         return

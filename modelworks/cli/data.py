@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from modelworks.cli.exits import SCHEMA_FLAGS, named
 from modelworks.cli.session import Session, command, group
-from modelworks.cli.text import number, plain, short, size, when
+from modelworks.cli.text import bars, counted, number, plain, short, size, when
 
 if TYPE_CHECKING:
     from modelworks.core.types import Dataset
@@ -35,19 +36,32 @@ def upload(
 ) -> None:
     """Upload a table (CSV, TSV, Parquet, JSONL, Arrow). The same content again gives the same version."""
     schema = _schema(column, header, delimiter, encoding, missing)
-    if source.startswith(SERVER_SOURCES):
-        dataset = session.client.datasets.create(source, name=name or _name_from(source), schema=schema)
-    else:
-        from modelworks.cli.progress import transfer
-
-        with transfer(session, f"uploading {Path(source).name}") as progress:
-            dataset = session.client.datasets.upload(source, name=name, schema=schema, progress=progress)
+    with named(SCHEMA_FLAGS):
+        dataset = _upload(session, source, name, schema)
     if session.json:
         session.emit(dataset)
         return
-    session.say(f"{dataset.ref}: {dataset.rows:,} rows, {len(dataset.columns)} columns, digest {short(dataset.digest)}")
+    about = f"{counted(dataset.rows, 'row')}, {counted(len(dataset.columns), 'column')}, digest {short(dataset.digest)}"
+    session.say(f"{dataset.ref}: {about}{_older(session, dataset)}")
     for warning in dataset.warnings:
         session.note(f"warning: {warning}")
+
+
+def _upload(session: Session, source: str, name: str | None, schema: dict[str, Any] | None) -> Dataset:
+    if source.startswith(SERVER_SOURCES):
+        return session.client.datasets.create(source, name=name or _name_from(source), schema=schema)
+    from modelworks.cli.progress import transfer
+
+    with transfer(session, f"uploading {Path(source).name}") as progress:
+        return session.client.datasets.upload(source, name=name, schema=schema, progress=progress)
+
+
+def _older(session: Session, dataset: Dataset) -> str:
+    """What to know when the content is that of a version which is not the newest; else nothing."""
+    newest = max(session.client.datasets.versions(dataset.name))
+    if newest == dataset.version:
+        return ""
+    return f", as before; {dataset.name!r} means {dataset.name}:{newest}"
 
 
 @command(app, "list")
@@ -87,22 +101,32 @@ def show(session: Session, dataset: Annotated[str, typer.Argument(help="NAME or 
             ("created", when(found.created_at)),
         ]
     )
-    profile_table(session, found)
+    profile_table(session, found, spread=True)
     for warning in found.warnings:
         session.note(f"warning: {warning}")
 
 
-def profile_table(session: Session, dataset: Dataset) -> None:
-    """The profile, one row a column; narrow enough for a small terminal."""
+def profile_table(session: Session, dataset: Dataset, *, spread: bool = False) -> None:
+    """The profile, one row a column; with `spread`, quantiles and histograms, too."""
     described = {str(one.get("name")): one for one in dataset.profile.get("columns", [])}
     session.table(
-        ("column", "type", "missing", "distinct", "values"),
+        ("column", "type", "missing", "distinct", "values", *(("p5  p50  p95", "histogram") if spread else ())),
         (
-            (column.name, column.type, number(about.get("missing")), number(about.get("distinct")), _values(about))
+            (
+                column.name, column.type, number(about.get("missing")), number(about.get("distinct")), _values(about),
+                *(_spread(about) if spread else ()),
+            )
             for column in dataset.columns
             for about in [described.get(column.name, {})]
         ),
-    )
+    )  # fmt: skip
+
+
+def _spread(about: dict[str, Any]) -> tuple[str, str]:
+    """Three quantiles, and the histogram as a line of bars."""
+    quantiles = about.get("quantiles") or {}
+    shown = "  ".join(number(quantiles.get(name)) for name in ("p5", "p50", "p95")) if quantiles else "-"
+    return shown, bars((about.get("histogram") or {}).get("counts") or ()) or "-"
 
 
 def _values(about: dict[str, Any]) -> str:

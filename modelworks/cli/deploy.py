@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from modelworks.cli.session import Session, command, group
-from modelworks.cli.text import lines, number, when
+from modelworks.cli.text import decimal, lines, number, plain, when
 
 if TYPE_CHECKING:
     from modelworks.client import Output
@@ -112,22 +112,28 @@ def _batches(rows: Iterable[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
 def _table(session: Session, outputs: list[Output]) -> None:
     if not outputs:
         return
-    if outputs[0].probabilities is not None:
-        classes = list(outputs[0].probabilities)
+    shares = outputs[0].probabilities
+    if isinstance(shares, dict):
         session.table(
-            ("label", *map(_column, classes)),
-            ((one.label, *(f"{(one.probabilities or {}).get(name, 0):.4f}" for name in classes)) for one in outputs),
+            ("label", *map(plain, shares)),
+            (
+                (one.label, *(decimal(one.probabilities.get(name)) for name in shares))
+                for one in outputs
+                if isinstance(one.probabilities, dict)
+            ),
         )
-    elif outputs[0].value is not None:
-        session.table(("value",), ((number(one.value),) for one in outputs))
-    else:
-        session.table(("output",), ((one.model_dump(exclude_none=True),) for one in outputs))
+        return
+    names = list(outputs[0].model_dump(exclude_none=True))
+    session.table(
+        tuple(map(plain, names)) or ("output",),
+        (tuple(_cell(found.get(name)) for name in names) for found in (one.model_dump() for one in outputs)),
+    )
 
 
-def _column(name: str) -> str:
-    from modelworks.cli.text import plain
+def _cell(value: Any) -> str:
+    import json
 
-    return plain(name)
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, list | dict | bool) else number(value)
 
 
 @command(app, "list")

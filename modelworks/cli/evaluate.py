@@ -1,4 +1,4 @@
-"""`evaluate`: measure a model version, or compare two."""
+"""`evaluate` and `reports`: measure a model version, or compare two."""
 
 from __future__ import annotations
 
@@ -6,15 +6,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from modelworks.cli.session import Session, command
-from modelworks.cli.text import number, plain
+from modelworks.cli.session import Session, command, group
+from modelworks.cli.text import counted, headline, interval, number, plain, when
 
 if TYPE_CHECKING:
     from modelworks.core.types import Report
 
+reports = group("Reports of evaluations and trainings.")
+_CLASSES = 12  # of a confusion matrix that is shown
+
 
 def register(app: typer.Typer) -> None:
     command(app, "evaluate")(evaluate)
+    app.add_typer(reports, name="reports")
 
 
 def evaluate(
@@ -70,19 +74,84 @@ def evaluate(
 
 
 def show_report(session: Session, report: Report) -> None:
+    """A report for people: what was measured and how, the metrics, and what the errors look like."""
     from modelworks.cli.train import metrics_table
 
     method = ", ".join(
         f"{name} {value}" for name, value in report.method.items() if value not in (None, 1, True, False)
     )
-    session.facts([("report", report.id), ("model", report.model), ("data", report.dataset), ("method", method)])
+    model = report.model_version or report.model
+    session.facts([("report", report.id), ("model", model), ("data", report.dataset), ("method", method)])
     metrics_table(session, report.metrics)
+    details_tables(session, report.details)
     comparison = report.details.get("comparison")
     if isinstance(comparison, dict):
-        session.facts((f"comparison: {name}", _shown(value)) for name, value in comparison.items())
+        _comparison(session, model, comparison)
 
 
-def _shown(value: Any) -> str:
-    if isinstance(value, dict):
-        return ", ".join(f"{name} {_shown(item)}" for name, item in value.items())
-    return number(value) if not isinstance(value, list) else " ".join(plain(number(item)) for item in value)
+def details_tables(session: Session, details: dict[str, Any]) -> None:
+    """The confusion matrix, or the quantiles of the residuals."""
+    confusion = details.get("confusion_matrix")
+    if isinstance(confusion, dict) and len(confusion["classes"]) <= _CLASSES:
+        classes = [plain(name) for name in confusion["classes"]]
+        rows = zip(classes, confusion["counts"], strict=True)
+        session.table(("true \\ predicted", *classes), ((name, *map(number, counts)) for name, counts in rows))
+    residuals = details.get("residual_quantiles")
+    if isinstance(residuals, dict):
+        session.table(
+            ("true - predicted", *(f"p{float(name) * 100:g}" for name in residuals)),
+            [("quantile", *map(number, residuals.values()))],
+        )
+
+
+def _comparison(session: Session, model: str, found: dict[str, Any]) -> None:
+    """One line a metric; the verdict is on `model`."""
+    other = str(found.get("with", "the other"))
+    session.table(
+        ("metric", model, other, "difference [95 % interval]", "p", "verdict"),
+        (
+            (
+                name, number(one.get("model")), number(one.get("other")),
+                interval({**one, "mean": one.get("difference")}), number(one.get("p_value")), one.get("verdict", "-"),
+            )
+            for name, one in (found.get("metrics") or {}).items()
+        ),
+    )  # fmt: skip
+    rows = found.get("rows")
+    on = f" on {counted(rows, 'row')}" if isinstance(rows, int) else ""
+    by = f", by {found['decided_by']}" if found.get("decided_by") else ""
+    session.say(f"{model} against {other}{on}: {found.get('verdict', '-')}{by}")
+
+
+@command(reports, "list")
+def list_reports(
+    session: Session,
+    model: Annotated[str | None, typer.Option(help="Only of this model.")] = None,
+    limit: Annotated[int, typer.Option(help="How many at most.")] = 20,
+    after: Annotated[str | None, typer.Option(help="Go on after this id.")] = None,
+) -> None:
+    """List reports, newest first."""
+    found = session.client.reports.list(model=model, limit=limit, after=after)
+    if session.json:
+        session.emit(found)
+        return
+    session.table(
+        ("report", "model", "data", "metric", "created"),
+        (
+            (one.id, one.model_version or one.model, one.dataset, _headline(one), when(one.created_at))
+            for one in found.items
+        ),
+    )
+
+
+@command(reports, "show")
+def show(session: Session, report: Annotated[str, typer.Argument(help="Id of the report.")]) -> None:
+    """Show a report: metrics with intervals, confusion matrix or residuals, and a comparison."""
+    found = session.client.reports.get(report)
+    session.emit(found) if session.json else show_report(session, found)
+
+
+def _headline(report: Report) -> str:
+    task = "tabular-classification" if "accuracy" in report.metrics else "tabular-regression"
+    first = headline(report.metrics, task)
+    return f"{first[0]} {interval(first[1])}" if first else "-"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import typer
@@ -49,13 +49,36 @@ def code_of(error: ModelworksError) -> int:
     return USAGE if 400 <= error.status < 500 else FAILED
 
 
+# what a server's message calls a thing -> the flag that it is here
+_FLAGS = {"the header x-project": "--project", "expires_in": "--days"}
+SCHEMA_FLAGS = {
+    "schema.header": "--header",
+    "schema.columns": "--column",
+    "schema.encoding": "--encoding",
+    "schema.delimiter": "--delimiter",
+    "schema.missing": "--missing",
+}
+
+
+@contextmanager
+def named(flags: Mapping[str, str]) -> Iterator[None]:
+    """An error's message on its way out says the command's flags in place of the fields of the API."""
+    try:
+        yield
+    except ModelworksError as error:
+        for field, flag in flags.items():
+            error.message = error.message.replace(field, flag)
+        raise
+
+
 @contextmanager
 def edge() -> Iterator[None]:
     """The edge of the process: an error that a user can meet ends it with one sentence and a code."""
     from modelworks.cli.text import plain
 
     try:
-        yield
+        with named(_FLAGS):
+            yield
     except ModelworksError as error:
         request = error.detail.get("request_id")
         trace = f" (request {plain(request)})" if isinstance(request, str) and error.status >= 500 else ""

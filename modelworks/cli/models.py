@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from modelworks.cli.session import Session, command, group
-from modelworks.cli.text import interval, short, size, when
+from modelworks.cli.text import headline, interval, short, size, when
 
 app = group("Look at models, move their aliases, take packages in and out.")
 
@@ -36,7 +36,7 @@ def list_(
     columns = ("model", "algorithm", "metric", "package", "digest", "created") + (("aliases",) if name else ())
     rows = []
     for one in versions:
-        first = next(((key, value) for key, value in one.metrics.items() if isinstance(value, dict)), None)
+        first = headline(one.metrics, one.task)
         metric = f"{first[0]} {interval(first[1])}" if first else "-"
         row = (one.ref, one.algorithm or "-", metric, size(one.size), short(one.digest), when(one.created_at))
         named = ", ".join(alias for alias, version in aliases.items() if version == one.version)
@@ -53,7 +53,9 @@ def show(session: Session, model: Annotated[str, typer.Argument(help="NAME, NAME
     if session.json:
         session.emit(version)
         return
-    show_version(session, version)
+    aliases = session.client.models.get(version.name).aliases
+    named = [alias for alias, number in aliases.items() if number == version.version]
+    show_version(session, version, aliases=named)
     session.table(
         ("input", "type", "tensor", "may be missing"),
         (
@@ -111,7 +113,9 @@ def alias(
     session: Session,
     name: Annotated[str, typer.Argument(help="Name of the model.")],
     alias: Annotated[str, typer.Argument(help="The alias, such as champion.")],
-    version: Annotated[int | None, typer.Argument(help="The version it shall point at.")] = None,
+    version: Annotated[
+        str | None, typer.Argument(metavar="[VERSION]", help="The version it shall point at: 1, or iris:1.")
+    ] = None,
     delete: Annotated[bool, typer.Option("--delete", help="Delete the alias.")] = False,
 ) -> None:
     """Point an alias at a version, or delete it."""
@@ -121,5 +125,19 @@ def alias(
         session.client.models.delete_alias(name, alias)
         session.emit({"deleted": f"{name}@{alias}"}) if session.json else session.say(f"{name}@{alias} is deleted")
         return
-    row = session.client.models.set_alias(name, alias, version)
+    row = session.client.models.set_alias(name, alias, _number(session, name, version))
     session.emit(row) if session.json else session.say(f"{name}@{alias} is {name}:{row.version}")
+
+
+def _number(session: Session, name: str, text: str) -> int:
+    """`1`, or a reference to a version of the model `name`: `iris:1`, `iris@champion`."""
+    from modelworks.core.errors import InvalidInput
+
+    if text.isdecimal() and text.isascii() and 0 < int(text) < 10**9:
+        return int(text)
+    if text.startswith((f"{name}:", f"{name}@")):
+        return session.client.models.version(text).version
+    raise InvalidInput(
+        f"{text[:100]!r} is not a version of {name}; give its number, as in: modelworks models alias {name} ALIAS 1",
+        param="version",
+    )

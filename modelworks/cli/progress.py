@@ -13,7 +13,7 @@ from modelworks.cli.text import plain
 if TYPE_CHECKING:
     from modelworks.core.types import Job, JobEvent
 
-_TOLD = frozenset({"fold", "warning", "error"})
+_TOLD = frozenset({"fold", "warning"})  # an error is what the command ends with
 
 
 @contextmanager

@@ -126,6 +126,9 @@ def recipes() -> str:
         "A file is named relative to the recipe and is uploaded; the other sources are fetched by the server.",
         "### `[data.schema]`",
         _fields(recipe["$defs"]["TableSchema"]),
+        "## `[model]`",
+        "In place of data and train: a model that is there already (`recipes/chat.toml`).",
+        _fields(recipe["$defs"]["ModelSource"]),
         "## `[train]`",
         _fields({**training, "properties": _without(training["properties"], filled_in)}),
         "The algorithms and their hyperparameters: `modelworks algorithms [NAME]`, or `GET /api/v1/algorithms`.",
@@ -133,8 +136,8 @@ def recipes() -> str:
         _fields(definitions["Method"]),
         "### `[[train.gates]]`",
         _fields(definitions["Gate"]),
-        "### `[train.resources]` and `[deploy.resources]`",
-        _fields(definitions["Resources"]),
+        "### `[train.resources]`",
+        _fields(definitions["JobResources"]),
         "### `[[train.transforms]]`",
         _prose(definitions["TransformSpec"]["description"]),
         _transforms(describe()),
@@ -147,10 +150,25 @@ def recipes() -> str:
         _fields(deployment["$defs"]["Batching"]),
         "### `[deploy.limits]`",
         _fields(deployment["$defs"]["CallLimits"]),
+        "### `[deploy.resources]`",
+        _fields(deployment["$defs"]["Resources"]),
         "## `[predict]`",
         _table(
             ("key", "type", "default", ""),
-            [("`inputs`", "list of tables", "required", "rows of raw features by name, predicted once it is deployed")],
+            [
+                (
+                    "`inputs`",
+                    "list of tables",
+                    "required",
+                    "rows of raw features by name, predicted once it is deployed",
+                ),
+                (
+                    "`messages`",
+                    "list of tables",
+                    "",
+                    "for a model that chats, in place of inputs; parameters beside it",
+                ),
+            ],
         ),
     ]
     return "\n\n".join(parts) + "\n"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,7 +12,7 @@ from modelworks.cli.data import profile_table
 from modelworks.cli.progress import job_bar, transfer
 from modelworks.cli.recipe import Loaded, Outcome
 from modelworks.cli.session import Session
-from modelworks.cli.text import interval, lines, number, plain, short, size
+from modelworks.cli.text import counted, decimal, headline, interval, lines, number, plain, short, size
 
 if TYPE_CHECKING:
     from modelworks.client import Prediction
@@ -60,7 +61,7 @@ class Story:
 
     def has_data(self, dataset: Dataset, new: bool) -> None:
         known = "" if new else ", as before"
-        about = f"{dataset.rows:,} rows, {len(dataset.columns)} columns, digest {short(dataset.digest)}{known}"
+        about = f"{counted(dataset.rows, 'row')}, {counted(len(dataset.columns), 'column')}, digest {short(dataset.digest)}{known}"
         self._line("Data", dataset.ref, about)
         profile_table(self._session, dataset)
         for warning in dataset.warnings:
@@ -74,12 +75,12 @@ class Story:
             yield callbacks
 
     def has_model(self, version: ModelVersion, new: bool) -> None:
-        metrics = [(name, found) for name, found in version.metrics.items() if isinstance(found, dict)]
-        if metrics:
-            name, found = metrics[0]
-            self._detail(f"mean {name} {interval(found)} (95 % interval)", "bold green")
-            rest = ", ".join(f"{name} {number(found.get('mean'))}" for name, found in metrics[1 : 1 + _METRICS])
-            self._detail(rest)
+        first = headline(version.metrics, version.task)
+        if first:
+            self._detail(f"mean {first[0]} {interval(first[1])} (95 % interval)", "bold green")
+            others = [(name, found) for name, found in version.metrics.items() if name != first[0]]
+            rest = [f"{name} {number(found.get('mean'))}" for name, found in others if isinstance(found, dict)]
+            self._detail(", ".join(rest[:_METRICS]))
         known = "" if new else ", as before"
         self._line("Model", version.ref, f"package {size(version.size)}, digest {short(version.digest)}{known}")
 
@@ -95,10 +96,16 @@ class Story:
                 ", …" if len(row) > 6 else ""
             )
             if output.label is not None:
-                chances = "  ".join(f"{name} {share:.4f}" for name, share in (output.probabilities or {}).items())
+                shares = output.probabilities
+                chances = (
+                    "  ".join(f"{name} {decimal(share)}" for name, share in shares.items())
+                    if isinstance(shares, dict)
+                    else ""
+                )
                 self._line("Prediction", str(output.label), chances)
             else:
-                value = "-" if output.value is None else f"{output.value:.6g}"
+                known = isinstance(output.value, float) and not isinstance(output.value, bool)
+                value = f"{output.value:.6g}" if known else json.dumps(output.model_dump(exclude_none=True))
                 self._line("Prediction", value, "")
             self._detail(f"for {shown}")
         self._detail("once more, from the shell:")

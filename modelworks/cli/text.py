@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+import math
 import re
+from collections.abc import Sequence
 from typing import Any
 
 # C0 and C1 controls, line and paragraph separators, and the marks that reorder text
 _UNSAFE = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\ud800-\udfff]")
 _UNSAFE_IN_LINES = re.compile(_UNSAFE.pattern.replace("\x00-\x1f", "\x00-\x08\x0b-\x1f"))
+
+_BARS = " ▁▂▃▄▅▆▇█"
+_PRIMARY = {"tabular-classification": "accuracy", "tabular-regression": "r2"}
 
 
 def plain(value: object) -> str:
@@ -48,6 +53,24 @@ def number(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
 
 
+def counted(count: int, noun: str) -> str:
+    """`1 row`, `1,797 rows`."""
+    return f"{count:,} {noun}" + ("" if count == 1 else "s")
+
+
+def bars(counts: Sequence[float]) -> str:
+    """A histogram in one line, a character a bin; an empty bin is a blank."""
+    most = max(counts, default=0)
+    return "".join(_BARS[math.ceil(count * (len(_BARS) - 1) / most)] if count > 0 else " " for count in counts)
+
+
+def headline(metrics: dict[str, Any], task: str) -> tuple[str, dict[str, Any]] | None:
+    """The metric that stands for all: the task's primary one where it was computed, else the first."""
+    found = {name: value for name, value in metrics.items() if isinstance(value, dict)}
+    name = _PRIMARY.get(task) if _PRIMARY.get(task) in found else next(iter(found), None)
+    return None if name is None else (name, found[name])
+
+
 def when(seconds: float | None) -> str:
     """A time of the server's clock, in the local time zone."""
     from datetime import datetime
@@ -57,6 +80,11 @@ def when(seconds: float | None) -> str:
 
 def short(digest: str) -> str:
     return plain(digest.removeprefix("sha256:")[:12])
+
+
+def decimal(value: Any) -> str:
+    """A share with four decimals; `-` where there is none."""
+    return f"{value:.4f}" if isinstance(value, int | float) else "-"
 
 
 def interval(metric: dict[str, Any]) -> str:

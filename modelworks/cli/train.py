@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,6 +13,8 @@ from modelworks.cli.text import interval, number, plain, short, size
 
 if TYPE_CHECKING:
     from modelworks.core.types import ModelVersion
+
+_CLASSES = 20  # shown of a model's
 
 
 def register(app: typer.Typer) -> None:
@@ -81,15 +84,21 @@ def train(
         session.emit({"job": job, "model_version": version})
         return
     show_version(session, version)
+    if version.report_id:
+        from modelworks.cli.evaluate import details_tables
+
+        details_tables(session, session.client.reports.get(version.report_id).details)
 
 
-def show_version(session: Session, version: ModelVersion) -> None:
+def show_version(session: Session, version: ModelVersion, aliases: Sequence[str] | None = None) -> None:
     """A model version with its metrics, for people."""
     session.facts(
         [
             ("model", version.ref),
+            *([] if aliases is None else [("aliases", ", ".join(aliases) or "-")]),
             ("algorithm", version.algorithm or "-"),
             ("task", version.task),
+            *([] if not version.classes else [("classes", _few(version.classes))]),
             ("digest", version.digest),
             ("package", size(version.size)),
             ("data", f"{version.lineage.get('dataset', '-')} {short(str(version.lineage.get('dataset_digest', '')))}"),
@@ -97,6 +106,11 @@ def show_version(session: Session, version: ModelVersion) -> None:
         ]
     )
     metrics_table(session, version.metrics)
+
+
+def _few(values: Sequence[Any]) -> str:
+    more = f", … {len(values)} in all" if len(values) > _CLASSES else ""
+    return ", ".join(str(value) for value in values[:_CLASSES]) + more
 
 
 def metrics_table(session: Session, metrics: dict[str, Any]) -> None:

@@ -59,6 +59,10 @@ def method(
     }
     more = {name: value for name, value in (("group", group), ("time", time)) if value is not None}
     if repeats != 1:
+        if kfold is None:
+            raise InvalidInput(
+                "--repeats goes with --kfold: it repeats the K-fold with other shuffles", param="--repeats"
+            )
         more["repeats"] = repeats  # type: ignore[assignment]
     if not chosen and more:
         raise InvalidInput(f"--{next(iter(more))} goes with --kfold, --holdout or --test", param=next(iter(more)))

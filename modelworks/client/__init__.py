@@ -3,7 +3,7 @@
 from modelworks import Client
 
 with Client() as client:
-    data = client.datasets.upload("iris.csv", name="iris")
+    data = client.datasets.upload("iris.csv", name="iris")   # data.ref is "iris:1"; the bare "iris" means the newest
     job = client.training_jobs.create(model="iris", dataset=data.ref, target="species", algorithm="logistic-regression")
     job = client.training_jobs.wait(job)
     client.deployments.put("iris", model=job.model_version)

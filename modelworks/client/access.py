@@ -65,8 +65,11 @@ class Users(Resource[Mode]):
 
 class Memberships(Resource[Mode]):
     @call
-    async def list(self, *, limit: int = 20, after: str | None = None) -> Page[Membership]:
-        return await page(self._http, "/api/v1/memberships", Membership, limit=limit, after=after)
+    async def list(self, project: str | None = None, *, limit: int = 20, after: str | None = None) -> Page[Membership]:
+        """Who has which role in `project` (name or id), by default the client's own."""
+        headers = {"x-project": project} if project else {}
+        where = "/api/v1/memberships"
+        return await page(self._http, where, Membership, limit=limit, after=after, headers=headers)
 
     @call
     async def put(self, project: str, user: str, role: Role) -> Membership:

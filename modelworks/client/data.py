@@ -38,6 +38,7 @@ class Datasets(Resource[Mode]):
         *,
         name: str | None = None,
         schema: Schema | None = None,
+        columns: Mapping[str, str] | None = None,
         progress: Progress | None = None,
         filename: str | None = None,
         idempotency_key: str | None = None,
@@ -45,9 +46,12 @@ class Datasets(Resource[Mode]):
         """Upload a table and wait until it is ingested and profiled.
 
         `data`: a file's path, a binary file, or a data frame (pandas, polars, pyarrow: anything with the Arrow stream
-        interface). `name` is by default the file's. `progress(sent, total)` is called as bytes go out.
-        The same content again answers the version that is there.
+        interface). `name` is by default the file's. `columns={"zip": "category"}` corrects types; it is short for
+        `schema={"columns": ...}`. `progress(sent, total)` is called as bytes go out.
+        The same content again answers the version that is there, which need not be the newest: go on with `.ref`
+        ("houses:1"), since the bare name means the newest.
         """
+        schema = _corrected(schema, columns)
         with opened(data, filename) as (file, known_as):
             counted = Counted(file, progress) if progress else file
             form = _fields(name or _name_of(known_as), schema) | {
@@ -57,10 +61,18 @@ class Datasets(Resource[Mode]):
 
     @call
     async def create(
-        self, source: str, *, name: str, schema: Schema | None = None, idempotency_key: str | None = None
+        self,
+        source: str,
+        *,
+        name: str,
+        schema: Schema | None = None,
+        columns: Mapping[str, str] | None = None,
+        idempotency_key: str | None = None,
     ) -> Dataset:
-        """Have the server fetch a table: `sklearn:NAME`, `package:DIST/PATH` or an https URL."""
-        return await self._create(_fields(name, schema) | {"source": (None, source)}, idempotency_key)
+        """Have the server fetch a table: `sklearn:NAME`, `package:DIST/PATH` or an https URL. Else as `upload`."""
+        return await self._create(
+            _fields(name, _corrected(schema, columns)) | {"source": (None, source)}, idempotency_key
+        )
 
     async def _create(self, form: dict[str, Any], key: str | None) -> Dataset:
         response = await self._http.send(creation("/api/v1/datasets", key=key, form=form))
@@ -90,6 +102,13 @@ class Datasets(Resource[Mode]):
         number = version or ref.version
         where = path("/api/v1/datasets/{}", ref.name) + (f"/versions/{number}" if number else "")
         return await self._http.model(Request("GET", where), Dataset)
+
+
+def _corrected(schema: Schema | None, columns: Mapping[str, str] | None) -> Schema | None:
+    if columns is None:
+        return schema
+    given = schema.model_dump(exclude_unset=True) if isinstance(schema, TableSchema) else dict(schema or {})
+    return {**given, "columns": {**given.get("columns", {}), **columns}}
 
 
 def _fields(name: str, schema: Schema | None) -> dict[str, Any]:

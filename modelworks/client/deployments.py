@@ -22,11 +22,15 @@ class Deployments(Resource[Mode]):
     """`client.deployments`."""
 
     @call
-    async def put(self, name: str, spec: DeploymentSpec | Mapping[str, Any] | None = None, **fields: Any) -> Deployment:
-        """Say what should serve under `name`: a DeploymentSpec, or its fields (model, replicas, batching, resources).
+    async def put(
+        self, name: str, spec: DeploymentSpec | Mapping[str, Any] | str | None = None, **fields: Any
+    ) -> Deployment:
+        """Say what should serve under `name`: a model ("iris:1"), a DeploymentSpec, or its fields (model, replicas...).
 
         The same again changes nothing; anything else is a new revision. Answers at once: see `wait_ready`.
         """
+        if isinstance(spec, str):
+            spec = {"model": spec}
         given = build(DeploymentSpec, spec, fields, "the deployment")
         body = given.model_dump(mode="json", exclude_unset=True)
         return await self._http.model(Request("PUT", _path(name), json=body), Deployment)

@@ -12,7 +12,7 @@ import httpx2
 from modelworks.client.lists import page, path
 from modelworks.client.modes import Mode, Resource, call, stream
 from modelworks.client.transport import Request, Transport, creation, unreachable
-from modelworks.client.types import build
+from modelworks.client.types import build, shorthand
 from modelworks.core.errors import Conflict, DeadlineExceeded, ModelworksError, Unavailable, from_dict
 from modelworks.core.specs import EvaluationSpec, TrainingSpec
 from modelworks.core.types import FINAL_JOB_STATES, Job, JobEvent, Page, Report
@@ -23,6 +23,7 @@ _AWAY = 30.0  # seconds that a server may be away while we wait for a job of it
 _POLL = (0.1, 1.0)
 _SILENCE = 60.0  # the server sends a sign of life every 15 s
 _EVENTS = 100
+_TRAINING = "/api/v1/training-jobs"
 
 
 class Jobs(Resource[Mode]):
@@ -96,6 +97,16 @@ class Jobs(Resource[Mode]):
         return await self._http.model(Request("POST", path("/api/v1/jobs/{}/cancel", _id(job))), Job)
 
     @call
+    async def pause(self, job: Job | str) -> Job:
+        """Pause a training job; it goes on from its last checkpoint when it is resumed."""
+        return await self._http.model(Request("POST", path(_TRAINING + "/{}/pause", _id(job)), idempotent=False), Job)
+
+    @call
+    async def resume(self, job: Job | str) -> Job:
+        """Let a paused training job go on."""
+        return await self._http.model(Request("POST", path(_TRAINING + "/{}/resume", _id(job)), idempotent=False), Job)
+
+    @call
     async def log(self, job: Job | str) -> str:
         """The end of the log of the job's process."""
         return (await self._http.send(Request("GET", path("/api/v1/jobs/{}/log", _id(job))))).text
@@ -104,23 +115,18 @@ class Jobs(Resource[Mode]):
 class TrainingJobs(Jobs[Mode]):
     """`client.training_jobs`."""
 
-    _PATH = "/api/v1/training-jobs"
+    _PATH = _TRAINING
 
     @call
     async def create(
         self, spec: TrainingSpec | Mapping[str, Any] | None = None, *, idempotency_key: str | None = None, **fields: Any
     ) -> Job:
-        """Start training: a TrainingSpec, or its fields as keyword arguments (model, dataset, target, algorithm...)."""
-        given = build(TrainingSpec, spec, fields, "the training job")
+        """Start training: a TrainingSpec, or its fields as keyword arguments (model, dataset, target, algorithm...).
+
+        `kfold=5`, `holdout=0.2` or `test="iris-test"` (with `repeats`, `group`, `time`) are short for `validation={...}`.
+        """
+        given = build(TrainingSpec, spec, shorthand(fields, "validation"), "the training job")
         return await self._http.model(creation(self._PATH, key=idempotency_key, json=_body(given)), Job)
-
-    @call
-    async def pause(self, job: Job | str) -> Job:
-        return await self._http.model(Request("POST", path(self._PATH + "/{}/pause", _id(job)), idempotent=False), Job)
-
-    @call
-    async def resume(self, job: Job | str) -> Job:
-        return await self._http.model(Request("POST", path(self._PATH + "/{}/resume", _id(job)), idempotent=False), Job)
 
 
 class Evaluations(Jobs[Mode]):
@@ -136,8 +142,11 @@ class Evaluations(Jobs[Mode]):
         idempotency_key: str | None = None,
         **fields: Any,
     ) -> Job:
-        """Start an evaluation: an EvaluationSpec, or its fields as keyword arguments (model, method, compare...)."""
-        given = build(EvaluationSpec, spec, fields, "the evaluation")
+        """Start an evaluation: an EvaluationSpec, or its fields as keyword arguments (model, method, compare...).
+
+        `kfold=5`, `holdout=0.2` or `test="iris-test"` (with `repeats`, `group`, `time`) are short for `method={...}`.
+        """
+        given = build(EvaluationSpec, spec, shorthand(fields, "method"), "the evaluation")
         return await self._http.model(creation(self._PATH, key=idempotency_key, json=_body(given)), Job)
 
 

@@ -30,7 +30,9 @@ async def page(
     limit: int | None = None,
     after: str | None = None,
     query: Mapping[str, Any] | None = None,
+    headers: Mapping[str, str] | None = None,
 ) -> Page[N]:
-    found = await http.json(Request("GET", where, query={"limit": limit, "after": after, **(query or {})}))
+    asked = {"limit": limit, "after": after, **(query or {})}
+    found = await http.json(Request("GET", where, query=asked, headers=headers or {}))
     items = [http.validate(noun, item) for item in found["data"]]
     return Page(items=items, has_more=bool(found.get("has_more")))

@@ -135,7 +135,7 @@ class Models(Resource[Mode]):
                 known = ", ".join(model.aliases) or "none"
                 raise InvalidInput(f"model {ref.name!r} has no alias {ref.alias!r}; it has: {known}", param="model")
             return ref.name, model.aliases[ref.alias]
-        return ref.name, max(one.version for one in model.versions)
+        return ref.name, model.latest.version
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from modelworks.core.errors import InvalidInput
+from modelworks.core.specs import Method
 from modelworks.core.types import Key, ModelVersion
 
 B = TypeVar("B", bound=BaseModel)
@@ -20,11 +21,15 @@ class Answer(BaseModel):
 
 
 class Output(Answer):
-    """One row's prediction: `label` and `probabilities` by class, or `value`."""
+    """One row's prediction: `label` and `probabilities`, or `value`; any other output of a model stands under its name.
+
+    `probabilities` are by class where the model's classes are known, else in the order of the model. `value` is a
+    number, or nested lists of a model that answers more than one for a row.
+    """
 
     label: Any = None
-    probabilities: dict[str, float] | None = None
-    value: float | None = None
+    probabilities: dict[str, float | None] | list[Any] | float | None = None
+    value: float | bool | str | list[Any] | None = None
 
 
 class Prediction(Answer):
@@ -52,6 +57,11 @@ class Model(Answer):
     versions: list[ModelVersion]
     aliases: dict[str, int] = {}
 
+    @property
+    def latest(self) -> ModelVersion:
+        """The version with the highest number: what the bare name means."""
+        return max(self.versions, key=lambda one: one.version)
+
 
 class NewKey(Key):
     """A key just made. `key` is the secret itself: the server shows it this once and keeps only its hash."""
@@ -77,6 +87,17 @@ def build(model: type[B], given: B | Mapping[str, Any] | None, fields: Mapping[s
             given = model.model_validate({**given.model_dump(exclude_unset=True), **fields})
         return given
     return parse(model, {**(given or {}), **fields}, what)  # type: ignore[dict-item]
+
+
+def shorthand(fields: Mapping[str, Any], method: str) -> dict[str, Any]:
+    """`fields` with those of an evaluation's method (kfold=, holdout=, test=...) moved to where the spec has them."""
+    given = {name: value for name, value in fields.items() if name in Method.model_fields and value is not None}
+    rest = {name: value for name, value in fields.items() if name not in Method.model_fields}
+    if not given:
+        return rest
+    if rest.get(method) is not None:
+        raise InvalidInput(f"give {method}={{...}} or {next(iter(given))}=..., not both", param=method)
+    return {**rest, method: given}
 
 
 def parse(model: type[B], value: Any, what: str) -> B:

@@ -90,6 +90,12 @@ class Deployments:
         """Write the spec of revision `number` (by default the one before) as a new revision, with its model version."""
         with self._catalog.write() as tx:
             deployment = self._find(tx, caller, name)
+            if number is None and deployment.spec_revision == 1:
+                raise InvalidInput(
+                    f"deployment {name!r} is at its first revision: there is nothing to go back to",
+                    code="revision_not_found",
+                    param="revision",
+                )
             number = deployment.spec_revision - 1 if number is None else number
             old = tx.find(DeploymentRevision, deployment_id=deployment.id, number=number)
             if old is None or number == deployment.spec_revision:

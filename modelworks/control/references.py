@@ -41,11 +41,7 @@ def resolve_model(tx: Tx, project_id: str, text: str) -> ModelVersion:
     clauses = [] if version is None else [table.c.version == version]
     found = tx.find(ModelVersion, *clauses, project_id=project_id, name=ref.name, order_by=table.c.version.desc())
     if found is None:
-        raise NotFound(
-            f"there is no model {text!r} in this project; `modelworks models list` shows what there is",
-            code="model_not_found",
-            param="model",
-        )
+        raise _no_model(tx, project_id, ref)
     return found
 
 
@@ -66,13 +62,18 @@ def model_versions(tx: Tx, project_id: str, name: str) -> list[ModelVersion]:
 def find_model(tx: Tx, project_id: str, name: str, version: int) -> ModelVersion:
     found = tx.find(ModelVersion, project_id=project_id, name=name, version=version)
     if found is None:
-        there = ", ".join(str(one.version) for one in model_versions(tx, project_id, name)[-_SHOWN:])
-        raise NotFound(
-            f"model {name!r} has no version {version}; its versions are: {there}",
-            code="model_not_found",
-            param="version",
-        )
+        raise _no_model(tx, project_id, Ref(name=name, version=version), "version")
     return found
+
+
+def _no_model(tx: Tx, project_id: str, ref: Ref, param: str = "model") -> NotFound:
+    versions = tx.list(ModelVersion, project_id=project_id, name=ref.name, order_by=tx.table(ModelVersion).c.version)
+    if versions:
+        there = ", ".join(str(one.version) for one in versions[-_SHOWN:])
+        message = f"model {ref.name!r} has no version {ref.version}; its versions are: {there}"
+    else:
+        message = f"there is no model {str(ref)!r} in this project; `modelworks models list` shows what there is"
+    return NotFound(message, code="model_not_found", param=param)
 
 
 def _no_dataset(tx: Tx, project_id: str, ref: Ref, param: str) -> NotFound:

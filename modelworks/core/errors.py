@@ -1,21 +1,21 @@
 """The exception tree. Every error a user can meet is one of these and says in one sentence what to do next.
 
-    ModelworksError            500 internal
-    |- InvalidInput            400 invalid_input
-    |- Unauthenticated         401 unauthenticated
-    |- Forbidden               403 forbidden
-    |- NotFound                404 not_found
-    |- RequestTimeout          408 request_timeout
-    |- Conflict                409 conflict (never retried by clients: x-should-retry: false)
-    |- PayloadTooLarge         413 payload_too_large
-    |- UnsupportedMedia        415 unsupported_media_type
-    |- IdempotencyMismatch     422 idempotency_mismatch
-    |- RateLimited             429 rate_limited (retry_after seconds)
-    |- MissingExtra            501 missing_extra
-    |- Unavailable             503 unavailable (retry_after seconds)
-    |  `- CatalogUnavailable   503 catalog_unavailable
-    |- DeadlineExceeded        504 deadline_exceeded
-    `- LeaseLost               (inside the job loop: a stale worker tried to write)
+ModelworksError            500 internal
+|- InvalidInput            400 invalid_input
+|- Unauthenticated         401 unauthenticated
+|- Forbidden               403 forbidden
+|- NotFound                404 not_found
+|- RequestTimeout          408 request_timeout
+|- Conflict                409 conflict (never retried by clients: x-should-retry: false)
+|- PayloadTooLarge         413 payload_too_large
+|- UnsupportedMedia        415 unsupported_media_type
+|- IdempotencyMismatch     422 idempotency_mismatch
+|- RateLimited             429 rate_limited (retry_after seconds)
+|- MissingExtra            501 missing_extra
+|- Unavailable             503 unavailable (retry_after seconds)
+|  `- CatalogUnavailable   503 catalog_unavailable
+|- DeadlineExceeded        504 deadline_exceeded
+`- LeaseLost               (inside the job loop: a stale worker tried to write)
 """
 
 from __future__ import annotations

@@ -24,7 +24,9 @@ class Settings(BaseSettings):
     tls_key: Path | None = Field(None, description="PEM private key of tls_cert")
     insecure: bool = Field(False, description="allow listening beyond loopback without TLS")
     offline: bool = Field(False, description="never make an outgoing connection")
-    gateways: int = Field(1, ge=1, le=64, description="processes that answer requests and share the HTTP and gRPC ports")
+    gateways: int = Field(
+        1, ge=1, le=64, description="processes that answer requests and share the HTTP and gRPC ports"
+    )
     workers: int = Field(2, ge=1, le=256, description="jobs that run at the same time on this machine")
     log_level: str = Field("info", description="debug, info, warning or error")
     request_log: bool = Field(True, description="one line a request in logs/requests.log, without its content")
@@ -38,7 +40,9 @@ class Settings(BaseSettings):
     max_upload: int = Field(64 * 1024 * MIB, description="largest upload")
     max_headers: int = Field(64 * 1024, description="largest sum of a request's header bytes")
     header_timeout: float = Field(10.0, description="seconds within which a request's headers must be complete")
-    body_timeout: float = Field(30.0, description="seconds without a byte of an announced body until the call is refused")
+    body_timeout: float = Field(
+        30.0, description="seconds without a byte of an announced body until the call is refused"
+    )
     predict_timeout: float = Field(30.0, description="deadline of a prediction that names none")
     shutdown_grace: float = Field(10.0, description="seconds that running calls get to finish when the server stops")
     lease_seconds: float = Field(10.0, description="how long a job's lease lasts without a heartbeat")

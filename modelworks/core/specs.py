@@ -131,7 +131,13 @@ class Gate(Spec):
 
 class Resources(Spec):
     threads: int = Field(1, ge=1, le=256, description="compute threads of one process")
-    memory_mb: int | None = Field(None, ge=64, description="limit of the process's memory in MiB")
+    memory_mb: int | None = Field(None, ge=256, description="limit of the process's memory in MiB, at least 256")
+
+
+class JobResources(Resources):
+    """As `Resources`: what learns takes more to begin with than what serves."""
+
+    memory_mb: int | None = Field(None, ge=512, description="limit of the process's memory in MiB, at least 512")
 
 
 class TrainingSpec(Spec):
@@ -159,7 +165,7 @@ class TrainingSpec(Spec):
     alias: Annotated[str, StringConstraints(pattern=ALIAS_PATTERN)] | None = Field(
         None, description="an alias to move to the new version when it is registered"
     )
-    resources: Resources = Resources()
+    resources: JobResources = JobResources()
     seed: int = Field(0, ge=0, lt=2**32)
 
 
@@ -170,7 +176,7 @@ class EvaluationSpec(Spec):
     metrics: list[str] | None = None
     compare: RefText | None = Field(None, description="another model version, evaluated on the same rows")
     gates: list[Gate] = []
-    resources: Resources = Resources()
+    resources: JobResources = JobResources()
     seed: int = Field(0, ge=0, lt=2**32)
 
 
@@ -223,7 +229,7 @@ class DeploymentSpec(Spec):
 
     model: RefText
     replicas: Replicas = Replicas()
-    batching: Batching = Field(Batching(), description="a table, or \"auto\"")
+    batching: Batching = Field(Batching(), description='a table, or "auto"')
     limits: CallLimits = CallLimits()
     hedge_ms: float | None = Field(
         None, gt=0, le=600_000,

@@ -123,7 +123,9 @@ def unpack_bytes(data: bytes, name: str = "tensor") -> list[bytes]:
         (length,) = struct.unpack_from("<I", data, offset)
         offset += 4
         if offset + length > end:
-            raise InvalidInput(f"{name!r}: a BYTES element runs past the end of the data", code="bad_tensor", param=name)
+            raise InvalidInput(
+                f"{name!r}: a BYTES element runs past the end of the data", code="bad_tensor", param=name
+            )
         values.append(data[offset : offset + length])
         offset += length
     return values
@@ -177,4 +179,6 @@ def from_numpy(name: str, array: np.ndarray) -> Tensor:
     if array.dtype.kind in "OUS":
         return Tensor(name, "BYTES", shape, pack_bytes(array.ravel().tolist()))
     datatype = _OIP[array.dtype.name]
-    return Tensor(name, datatype, shape, np.ascontiguousarray(array).astype(array.dtype.newbyteorder("<"), copy=False).tobytes())
+    return Tensor(
+        name, datatype, shape, np.ascontiguousarray(array).astype(array.dtype.newbyteorder("<"), copy=False).tobytes()
+    )

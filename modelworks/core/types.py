@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import os
 import time
-from typing import Any, ClassVar, Generic, Literal, TypeVar
+from collections.abc import Iterator
+from typing import Any, ClassVar, Generic, Literal, TypeVar, overload
 
 import msgspec
 from pydantic import BaseModel, ConfigDict, Field
@@ -18,7 +19,9 @@ from modelworks.core.tensors import Tensor
 
 ColumnType = Literal["number", "integer", "category", "boolean", "text", "time"]
 Role = Literal["admin", "developer", "viewer", "invoke-only"]
-JobStatus = Literal["queued", "validating", "running", "paused", "succeeded", "failed", "refused", "cancelling", "cancelled"]
+JobStatus = Literal[
+    "queued", "validating", "running", "paused", "succeeded", "failed", "refused", "cancelling", "cancelled"
+]
 JobKind = Literal["ingest", "train", "evaluate", "import"]
 DeploymentStatus = Literal["creating", "updating", "ready", "degraded", "rolling_back", "failed", "deleting"]
 ReplicaStatus = Literal["starting", "ready", "draining", "failed", "stopped"]
@@ -151,10 +154,23 @@ class Caller(msgspec.Struct, frozen=True):
 
 
 class Page(msgspec.Struct, Generic[N]):
-    """A part of a list: `items` in order, and whether more follow the last one."""
+    """A part of a list: `items` in order, and whether more follow the last one. Iterable, sized and indexed as `items`."""
 
     items: list[N]
     has_more: bool
+
+    def __iter__(self) -> Iterator[N]:
+        return iter(self.items)
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    @overload
+    def __getitem__(self, index: int) -> N: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[N]: ...
+    def __getitem__(self, index: int | slice) -> N | list[N]:
+        return self.items[index]
 
 
 class Column(BaseModel):
@@ -191,7 +207,9 @@ class Job(Noun):
     """A unit of long work. `lease_*` and `token` belong to the worker that holds it; a write with an older token is void."""
 
     PREFIX: ClassVar[str] = "job"
-    HIDDEN: ClassVar[frozenset[str]] = frozenset({"token", "lease_owner", "lease_expires_at", "available_at", "idle_deaths"})
+    HIDDEN: ClassVar[frozenset[str]] = frozenset(
+        {"token", "lease_owner", "lease_expires_at", "available_at", "idle_deaths"}
+    )
     project_id: str
     kind: JobKind
     spec: dict[str, Any]
@@ -256,7 +274,9 @@ class Report(Noun):
     dataset_digest: str
     method: dict[str, Any]
     metrics: dict[str, Any]
-    details: dict[str, Any] = Field({}, description="confusion matrix, residual quantiles, comparison, gate, folds' sizes")
+    details: dict[str, Any] = Field(
+        {}, description="confusion matrix, residual quantiles, comparison, gate, folds' sizes"
+    )
     seed: int = 0
 
 
@@ -326,7 +346,9 @@ class Deployment(Noun):
     status: DeploymentStatus = "creating"
     message: str = ""
     ready_replicas: int = 0
-    serving_revision: int | None = Field(None, description="the last revision that was ready; it serves until a newer is")
+    serving_revision: int | None = Field(
+        None, description="the last revision that was ready; it serves until a newer is"
+    )
     created_by: str = ""
 
 

@@ -15,11 +15,11 @@ from pathlib import Path
 import msgspec
 
 from modelworks.engines.base import Handle, Observed, ReplicaSpec
+from modelworks.engines.memory import last_words, tells_of_starving
 from modelworks.engines.process import LOG_KEEP, Child, spawn, tail_log, trim_log
 
 MAX_SOCKET_PATH = 100  # sockaddr_un holds 107 bytes and a NUL
 _NAP = 2.0  # seconds between two looks after which silence is counted anew
-_FAILED_BY_SIGNAL = "the replica was ended by signal {}; its log tells what it did last"
 
 
 class LocalEngine:
@@ -30,7 +30,9 @@ class LocalEngine:
         self.run = run_folder(self.home)
         self._children: dict[str, tuple[Child, ReplicaSpec]] = {}
         self._lock = threading.Lock()
-        self._beats: dict[str, tuple[float, float]] = {}  # replica -> (its status file's time, when that was first seen)
+        self._beats: dict[
+            str, tuple[float, float]
+        ] = {}  # replica -> (its status file's time, when that was first seen)
         self._last_look = 0.0
 
     def start(self, spec: ReplicaSpec) -> Handle:
@@ -83,7 +85,8 @@ class LocalEngine:
             for leftover in (Path(spec.endpoint), status_path(Path(spec.endpoint))):
                 leftover.unlink(missing_ok=True)
             phase = "stopped" if code == 0 else "failed"
-            message = message if code >= 0 else _FAILED_BY_SIGNAL.format(-code)
+            if code < 0 or (code > 0 and not message):
+                message = _cause(code, tail_log(self._log(replica_id)), spec.memory_mb)
         return Observed(
             replica_id=replica_id,
             deployment=spec.deployment,
@@ -109,6 +112,15 @@ class LocalEngine:
 
     def _log(self, replica_id: str) -> Path:
         return self.home / "logs" / f"{replica_id}.log"
+
+
+def _cause(code: int, log: str, memory_mb: int | None) -> str:
+    """Why a replica ended that did not say so itself."""
+    if memory_mb and tells_of_starving(log):
+        return f"the model needs more than memory_mb={memory_mb} MiB; raise resources.memory_mb"
+    how = f"was ended by signal {-code}" if code < 0 else f"ended with exit code {code}"
+    words = last_words(log)
+    return f"the replica {how}; the last line of its log: {words}" if words else f"the replica {how}"
 
 
 def run_folder(home: Path) -> Path:

@@ -13,7 +13,6 @@ import fcntl
 import json
 import os
 import queue
-import resource
 import select
 import signal
 import subprocess
@@ -26,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from modelworks.core.settings import MIB, child_environment
+from modelworks.engines.memory import limit
 
 LOG_KEEP = 10 * MIB
 MAX_CONFIG = MIB - 1  # fits in the pipe, so that writing it never waits for the child
@@ -182,16 +182,17 @@ def trim_log(path: Path, keep: int = LOG_KEEP) -> None:
                 file.write(tail)
 
 
-def tail_log(path: Path, limit: int = 64 * 1024) -> str:
-    """The last `limit` bytes of a log, whole lines where it is longer; "" when there is none."""
+def tail_log(path: Path, most: int = 64 * 1024, *, since: int = 0) -> str:
+    """The last `most` bytes of a log after its first `since`, whole lines where it is longer; "" when there is none."""
     try:
         with path.open("rb") as file:
             size = file.seek(0, os.SEEK_END)
-            file.seek(max(0, size - limit))
-            data = file.read(limit)
+            start = max(since if since <= size else 0, size - most, 0)
+            file.seek(start)
+            data = file.read(most)
     except FileNotFoundError:
         return ""
-    return (data if size <= limit else data.partition(b"\n")[2]).decode(errors="replace")
+    return (data if start == since or not start else data.partition(b"\n")[2]).decode(errors="replace")
 
 
 # the child's side
@@ -216,8 +217,7 @@ def attach(title: str | None = None) -> dict[str, Any]:
 
     setproctitle.setproctitle(title or envelope["title"])
     if envelope["memory_mb"]:
-        limit = int(envelope["memory_mb"]) * MIB
-        resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+        limit(int(envelope["memory_mb"]))
     return envelope["config"]
 
 

@@ -15,8 +15,16 @@ from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
-from modelworks.core.errors import CatalogUnavailable, LeaseLost, ModelworksError, PayloadTooLarge, Unavailable
+from modelworks.core.errors import (
+    CatalogUnavailable,
+    InvalidInput,
+    LeaseLost,
+    ModelworksError,
+    PayloadTooLarge,
+    Unavailable,
+)
 from modelworks.core.types import Job
+from modelworks.engines.memory import limited_to, starved
 from modelworks.engines.process import attach
 from modelworks.jobs.context import Context, patiently
 from modelworks.jobs.queue import Queue, held
@@ -74,7 +82,10 @@ def run(job: Job, queue: Queue, catalog: Catalog, blobs: Blobs, context: Context
 def _settle(queue: Queue, job: Job, error: Exception) -> None:
     if isinstance(error, OSError) and error.errno == errno.EFBIG:
         error = PayloadTooLarge("the data grows past what this server takes as one upload; split it")
-    if isinstance(error, (CatalogUnavailable, Unavailable)):
+    memory_mb = limited_to()
+    if memory_mb is not None and starved(error):
+        queue.fail(job.id, job.token, starvation(job, memory_mb))
+    elif isinstance(error, (CatalogUnavailable, Unavailable)):
         queue.retry(job.id, job.token, error.as_dict())
     elif isinstance(error, ModelworksError):
         queue.fail(job.id, job.token, error.as_dict())
@@ -88,6 +99,15 @@ def _settle(queue: Queue, job: Job, error: Exception) -> None:
         where = f"logs/jobs/{job.id}.trace in the server's home has the details"
         message = f"the job broke on an unexpected error ({type(error).__name__}); {where}"
         queue.fail(job.id, job.token, {"message": message, "code": "internal", "status": 500})
+
+
+def starvation(job: Job, memory_mb: int) -> dict[str, Any]:
+    """The error of a job that ran into its memory limit, as it would each time."""
+    if job.spec.get("resources", {}).get("memory_mb"):
+        message = f"the job needs more than memory_mb={memory_mb} MiB; raise resources.memory_mb"
+        return InvalidInput(message, code="out_of_memory", param="resources.memory_mb").as_dict()
+    message = f"the job needs more than the {memory_mb} MiB that one of its kind may take; give it less at a time"
+    return InvalidInput(message, code="out_of_memory", param="file").as_dict()
 
 
 def _trace(home: Path, job_id: str) -> IO[str]:

@@ -154,17 +154,17 @@ class Queue:
         with self._catalog.write() as tx:
             _give_up_hold(tx, held(tx, job_id, token), "its worker stopped", strike=False)
 
-    def ended(self, job_id: str, token: int, reason: str) -> Job | None:
+    def ended(self, job_id: str, token: int, reason: str, *, tries: int = STRIKES) -> Job | None:
         """The job's process is gone. Had it not said how the job ended, it died of `reason`: try again or give up.
 
-        None when the job is someone else's by now, or was ended or paused.
+        It is given up after `tries` fruitless attempts in a row. None when the job is someone else's by now, or was ended or paused.
         """
         with self._catalog.write() as tx:
             try:
                 job = held(tx, job_id, token)
             except LeaseLost:
                 return None
-            return _give_up_hold(tx, job, reason, strike=True)
+            return _give_up_hold(tx, job, reason, strike=True, tries=tries)
 
     # the job's process
 
@@ -282,22 +282,23 @@ def _close(tx: Tx, job: Job, status: JobStatus, **changes: Any) -> Job:
     return job
 
 
-def _give_up_hold(tx: Tx, job: Job, reason: str, *, strike: bool) -> Job:
+def _give_up_hold(tx: Tx, job: Job, reason: str, *, strike: bool, tries: int = STRIKES) -> Job:
     if job.status == "cancelling":
         return _close(tx, job, "cancelled")
     if not strike and job.attempt < MAX_ATTEMPTS:
         return _requeue(tx, job, reason, 0.0)
-    return _strike(tx, job, {"message": reason, "code": "died", "status": 500})
+    return _strike(tx, job, {"message": reason, "code": "died", "status": 500}, tries)
 
 
-def _strike(tx: Tx, job: Job, error: dict[str, Any]) -> Job:
+def _strike(tx: Tx, job: Job, error: dict[str, Any], tries: int = STRIKES) -> Job:
     if job.status == "cancelling":
         return _close(tx, job, "cancelled")
     strikes = job.idle_deaths + 1
-    if strikes < STRIKES and job.attempt < MAX_ATTEMPTS:
+    if strikes < tries and job.attempt < MAX_ATTEMPTS:
         return _requeue(tx, job, str(error["message"]), backoff(strikes), idle_deaths=strikes)
     verb = "died" if error["code"] == "died" else "failed"
-    message = f"the job {verb} {max(strikes, 1)} times without finishing a part of it; at last: {error['message']}"
+    often = "once" if strikes <= 1 else f"{strikes} times"
+    message = f"the job {verb} {often} without finishing a part of it; at last: {error['message']}"
     return _close(tx, job, "failed", error={**error, "message": message}, idle_deaths=strikes)
 
 

@@ -139,6 +139,8 @@ def train(step: Step) -> None:
     test = step.table(step.dataset("test_dataset_id")) if "test_dataset_id" in step.job.spec else None
     spec = TrainingSpec.model_validate(step.spec())
     suspicions = of_target(step.blobs.path(dataset.blob), dataset.columns, spec.target, dataset.profile)
+    if test is not None and step.dataset("test_dataset_id").digest == dataset.digest:
+        suspicions.append("the test dataset is the training dataset: its rows are trained on; expect worse on new ones")
     for suspicion in suspicions:
         step.context.event("warning", suspicion)
     try:
@@ -188,6 +190,8 @@ def evaluate(step: Step) -> None:
     other = step.package(step.model("compare_version_id")) if "compare_version_id" in step.job.spec else None
     result = measure(spec, step.package(model), step.table(dataset), dataset.columns, step.context, other=other)
     found = {"metrics": result.metrics, "details": result.details, "method": result.method}
+    if spec.method.test:
+        _note_known_rows(result.details, dataset, [step.package(model), *([other] if other else [])])
 
     def write(tx: Tx, job: Job) -> None:
         report = registering.report(
@@ -196,6 +200,16 @@ def evaluate(step: Step) -> None:
         step.queue.finish(tx, job, metrics=report.metrics, model_version=model.ref, result={"report_id": report.id})
 
     step.commit(write)
+
+
+def _note_known_rows(details: dict[str, Any], dataset: Dataset, packages: list[Package]) -> None:
+    """A test set that a model was trained on tells how well it remembers; the report must say so."""
+    for package in packages:
+        lineage = package.manifest.lineage
+        if dataset.digest == lineage.get("dataset_digest") or dataset.ref == lineage.get("dataset"):
+            note = f"these rows were trained on ({dataset.ref}): expect worse figures on new ones"
+            if note not in details["notes"]:
+                details["notes"].append(note)
 
 
 def import_version(step: Step) -> None:
@@ -234,7 +248,9 @@ def _refuse_classes(spec: dict[str, Any]) -> None:
 def _refuse_options(spec: dict[str, Any]) -> None:
     for name in ("task", "classes", "licence"):
         if spec[name] is not None:
-            raise InvalidInput(f"a package declares its {name} itself; leave {name} out, or upload the ONNX", param=name)
+            raise InvalidInput(
+                f"a package declares its {name} itself; leave {name} out, or upload the ONNX", param=name
+            )
 
 
 def _finish_model(

@@ -22,9 +22,11 @@ from modelworks.core import telemetry
 from modelworks.core.errors import CatalogUnavailable, LeaseLost
 from modelworks.core.settings import Settings
 from modelworks.core.types import Job, new_id
-from modelworks.engines.process import Child, attach, spawn, trim_log
+from modelworks.engines.memory import last_words, tells_of_starving
+from modelworks.engines.process import Child, attach, spawn, tail_log, trim_log
+from modelworks.jobs.child import starvation
 from modelworks.jobs.collection import collect
-from modelworks.jobs.queue import Queue
+from modelworks.jobs.queue import STRIKES, Queue
 from modelworks.store.blobs import Blobs
 from modelworks.store.catalog import Catalog
 
@@ -32,6 +34,8 @@ log = telemetry.logger("worker")
 
 GRACE = 3.0  # seconds between SIGTERM and SIGKILL
 COLLECT_EVERY = 3600.0
+CRASHES = 2  # attempts after which a job is given up whose own code ends its process: it would end each one
+_FAULTS = frozenset({signal.SIGSEGV, signal.SIGABRT, signal.SIGILL, signal.SIGFPE, signal.SIGBUS, signal.SIGSYS})
 _MEMORY_MB = {"ingest": 8192, "import": 8192}  # kinds that decode what comes from outside
 
 
@@ -42,6 +46,7 @@ class Running:
     job: Job
     child: Child
     workdir: Path
+    logged: int = 0  # bytes of its log that earlier attempts wrote
     stopping: bool = False
 
 
@@ -106,6 +111,8 @@ class Worker:
         workdir = self._home / "tmp" / f"{job.id}.{job.token}"
         workdir.mkdir(parents=True, exist_ok=True, mode=0o700)
         wanted = job.spec.get("resources", {})
+        log_file = self._log(job)
+        logged = log_file.stat().st_size if log_file.exists() else 0
         try:
             child = spawn(
                 "modelworks.jobs.child",
@@ -118,16 +125,19 @@ class Worker:
                     "max_file": self._settings.max_upload,
                 },
                 title=f"modelworks job {job.id} --home {self._home}",
-                log=self._home / "logs" / "jobs" / f"{job.id}.log",
+                log=log_file,
                 threads=int(wanted.get("threads", 1)),
-                memory_mb=wanted.get("memory_mb") or _MEMORY_MB.get(job.kind),
+                memory_mb=_memory_mb(job),
             )
         except OSError as error:
             log.error("a job's process could not be started", job=job.id, reason=str(error))
             self._queue.ended(job.id, job.token, f"it could not be started ({error.strerror})")
             return
         log.info("a job started", job=job.id, kind=job.kind, attempt=job.attempt, pid=child.pid)
-        self._running.append(Running(job, child, workdir))
+        self._running.append(Running(job, child, workdir, logged))
+
+    def _log(self, job: Job) -> Path:
+        return self._home / "logs" / "jobs" / f"{job.id}.log"
 
     def _reap(self) -> None:
         for running in list(self._running):
@@ -135,11 +145,24 @@ class Worker:
             if code is None:
                 continue
             job = running.job
-            after = self._queue.ended(job.id, job.token, _reason(code))
+            after = self._end(running, code)
             if after:
                 log.warning("a job's process died", job=job.id, exit_code=code, status=after.status)
             shutil.rmtree(running.workdir, ignore_errors=True)
             self._running.remove(running)
+
+    def _end(self, running: Running, code: int) -> Job | None:
+        """Settle what the process left open: what would only happen again is not tried again."""
+        job, wrote = running.job, tail_log(self._log(running.job), since=running.logged)
+        memory_mb = _memory_mb(job)
+        if code and memory_mb and tells_of_starving(wrote):
+            with contextlib.suppress(LeaseLost):
+                return self._queue.fail(job.id, job.token, starvation(job, memory_mb))
+            return None
+        if code == -signal.SIGXCPU:
+            return self._queue.ended(job.id, job.token, "it used up the CPU time that one job may take", tries=1)
+        tries = CRASHES if code > 0 or -code in _FAULTS else STRIKES
+        return self._queue.ended(job.id, job.token, _reason(code, last_words(wrote)), tries=tries)
 
     def _obey(self) -> None:
         """Renew the leases when it is time, and end the processes of jobs that were cancelled, paused or lost."""
@@ -174,13 +197,19 @@ class Worker:
         log.info("unused blobs were collected", removed=removed)
 
 
-def _reason(code: int) -> str:
+def _memory_mb(job: Job) -> int | None:
+    return job.spec.get("resources", {}).get("memory_mb") or _MEMORY_MB.get(job.kind)
+
+
+def _reason(code: int, words: str) -> str:
+    said = f"; the last line of its log: {words}" if words else ""
     if code >= 0:
-        return f"its process ended with exit code {code} and no result"
+        return f"its process ended with exit code {code} and no result{said}"
     try:
-        return f"its process was killed by {signal.Signals(-code).name}"
+        name = signal.Signals(-code).name
     except ValueError:
-        return f"its process was killed by signal {-code}"
+        name = f"signal {-code}"
+    return f"its process was killed by {name}{said}"
 
 
 def main() -> int:

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from modelworks.core.errors import InvalidInput, ModelworksError, PayloadTooLarge
-from modelworks.core.types import ColumnType, Signature, TensorSpec
+from modelworks.core.types import Signature, TensorSpec
+from modelworks.ml import onnx_tables
 from modelworks.ml.data.types import batch_to_rows
 from modelworks.ml.evaluate.catalogue import CLASSIFICATION, REGRESSION
 from modelworks.ml.package import Manifest, Package, PackageFile, ParitySamples
@@ -35,7 +36,6 @@ _ELEMENTS = {  # TensorProto's codes
     1: "FP32", 2: "UINT8", 3: "INT8", 4: "UINT16", 5: "INT16", 6: "INT32", 7: "INT64", 8: "BYTES", 9: "BOOL",
     10: "FP16", 11: "FP64", 12: "UINT32", 13: "UINT64",
 }  # fmt: skip
-_COLUMN_OF: dict[str, ColumnType] = {"FP32": "number", "INT64": "integer", "BOOL": "boolean", "BYTES": "category"}
 
 
 def import_onnx(
@@ -51,28 +51,43 @@ def import_onnx(
     """The manifest of a user's ONNX model and its files by name (in `workdir`).
 
     `task` is by default "tabular-..." when the signature is a table's (each input a column [-1, 1]; outputs label and
-    probabilities, or value), else "custom". InvalidInput says what is wrong with the model; nothing of it is run before
-    its structure was checked.
+    probabilities, or value), else "custom". A model whose `task` is given as tabular may name its outputs as it likes:
+    what gives them their usual names and shapes is appended. An input of several columns, such as X [-1, 4], stays one
+    feature, whose value is a list. InvalidInput says what is wrong with the model; nothing of it is run before its
+    structure was checked.
     """
     model = check_onnx(path)
     target = workdir / MODEL_FILE
     if _without_zipmap(model):
-        target.write_bytes(model.SerializeToString(deterministic=True))
+        _save(model, target)
     elif path != target:
         shutil.copyfile(path, target)
     signature = _signature(model)
-    task, signature = _task(task, signature, classes)
-    digest = _digest(target)
-    manifest = Manifest(
-        task=task,
-        signature=signature,
-        classes=classes,
-        files={MODEL_FILE: PackageFile(digest=digest, size=target.stat().st_size)},
-        lineage={"imported": {"producer": model.producer_name[:100], "digest": _digest(path)}},
-        licence=licence,
-        description=description,
-    )
-    return _try_out(manifest, target, threads), {MODEL_FILE: target}
+    origin: dict[str, Any] = {"producer": model.producer_name[:100], "digest": _digest(path)}
+    found = _task(signature, classes, strict=task is None)
+    adapted = task in (CLASSIFICATION, REGRESSION) and task != found
+    if adapted:
+        assert task is not None
+        _, outputs = _try_out(_manifest("custom", signature, target), target, threads)
+        origin["outputs"] = onnx_tables.adapt(model, onnx_tables.observed(signature, outputs), task, classes)
+        _save(model, target)
+        signature, found = _signature(model), task
+    if found != "custom" and task in (None, found):
+        signature = onnx_tables.with_columns(signature)
+    about = {"classes": classes, "lineage": {"imported": origin}, "licence": licence, "description": description}
+    manifest, outputs = _try_out(_manifest(task or found, signature, target, **about), target, threads)
+    if adapted and task == CLASSIFICATION:
+        onnx_tables.check_answers(outputs, classes or [])
+    return manifest, {MODEL_FILE: target}
+
+
+def _save(model: onnx.ModelProto, target: Path) -> None:
+    target.write_bytes(model.SerializeToString(deterministic=True))
+
+
+def _manifest(task: str, signature: Signature, path: Path, **about: Any) -> Manifest:
+    files = {MODEL_FILE: PackageFile(digest=_digest(path), size=path.stat().st_size)}
+    return Manifest(task=task, signature=signature, files=files, **about)
 
 
 def check_onnx(path: Path) -> onnx.ModelProto:
@@ -221,44 +236,28 @@ def _port(value: onnx.ValueInfoProto, what: str) -> TensorSpec:
     return TensorSpec(name=value.name, datatype=datatype, shape=shape)
 
 
-def _task(task: str | None, signature: Signature, classes: list[Any] | None) -> tuple[str, Signature]:
-    """The task, and the signature with columns named when the task is a table's."""
+def _task(signature: Signature, classes: list[Any] | None, *, strict: bool) -> str:
+    """What the model is as it stands. `strict`: InvalidInput when its probabilities are not those of `classes`."""
     outputs = {spec.name: spec for spec in signature.outputs}
-    columns = all(spec.shape in ([-1, 1], [-1]) and spec.datatype in _COLUMN_OF for spec in signature.inputs)
-    found = "custom"
-    if (
-        columns
-        and set(outputs) == {"value"}
-        and outputs["value"].datatype == "FP32"
-        and len(outputs["value"].shape) == 1
-    ):
-        found = REGRESSION
-    if columns and set(outputs) == {"label", "probabilities"} and outputs["label"].datatype == "BYTES" and classes:
-        found = CLASSIFICATION
-        if outputs["probabilities"].shape[-1:] not in ([len(classes)], [-1]):
-            raise InvalidInput(
-                f"classes names {len(classes)} classes, but probabilities has shape {outputs['probabilities'].shape}",
-                param="classes",
-            )
-    if task in (CLASSIFICATION, REGRESSION) and task != found:
+    if not onnx_tables.are_columns(signature):
+        return "custom"
+    if set(outputs) == {"value"} and outputs["value"].datatype == "FP32" and len(outputs["value"].shape) == 1:
+        return REGRESSION
+    if set(outputs) != {"label", "probabilities"} or outputs["label"].datatype != "BYTES" or not classes:
+        return "custom"
+    if outputs["probabilities"].shape[-1:] in ([len(classes)], [-1]):
+        return CLASSIFICATION
+    if strict:
         raise InvalidInput(
-            f"the model is no {task}: that takes one input [-1, 1] for each column (float32, int64, bool or "
-            "string) and gives "
-            "`label` (string) and `probabilities` with classes named, or `value`; leave task out to deploy it as it is",
-            code="wrong_task",
-            param="task",
+            f"classes names {len(classes)} classes, but probabilities has shape {outputs['probabilities'].shape}",
+            param="classes",
         )
-    if found == "custom" or task not in (None, found):
-        return task or found, signature
-    inputs = [
-        spec.model_copy(update={"column": _COLUMN_OF[spec.datatype], "shape": [-1, 1]}) for spec in signature.inputs
-    ]
-    return found, signature.model_copy(update={"inputs": inputs})
+    return "custom"
 
 
-def _try_out(manifest: Manifest, path: Path, threads: int) -> Manifest:
+def _try_out(manifest: Manifest, path: Path, threads: int) -> tuple[Manifest, Batch]:
     """Load and run the model on made-up inputs; their answers become its parity samples when they are small and
-    repeat.
+    repeat. The manifest with them, and the answers.
     """
     runtime = OnnxRuntime()
     runtime.load(Package(manifest, lambda _: path), threads)
@@ -275,7 +274,7 @@ def _try_out(manifest: Manifest, path: Path, threads: int) -> Manifest:
             repeats = difference({name: value.tolist() for name, value in outputs.items()}, again, 0.0) is None
             runtime.close()
             samples = _samples(manifest.signature.inputs, inputs, outputs) if repeats else None
-            return manifest.model_copy(update={"parity": samples}) if samples else manifest
+            return (manifest.model_copy(update={"parity": samples}) if samples else manifest), outputs
     runtime.close()
     raise InvalidInput(
         f"the model does not run on made-up inputs of its declared shapes: {failure}"[:600], code="bad_model"

@@ -46,7 +46,9 @@ class Manifest(BaseModel):
     algorithm: str = ""
     signature: Signature
     classes: list[Any] | None = None
-    host_transforms: list[dict[str, Any]] = Field([], description="fitted transforms that run before the graph, in order")
+    host_transforms: list[dict[str, Any]] = Field(
+        [], description="fitted transforms that run before the graph, in order"
+    )
     files: dict[str, PackageFile]
     lineage: dict[str, Any] = {}
     metrics: dict[str, Any] = {}
@@ -55,7 +57,9 @@ class Manifest(BaseModel):
     parity: ParitySamples = ParitySamples()
 
     def canonical(self) -> bytes:
-        return json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
+        return json.dumps(
+            self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"), ensure_ascii=False
+        ).encode()
 
     @property
     def digest(self) -> str:

@@ -38,6 +38,8 @@ _EXPECTED = {
     "text": "a text",
     "time": "an ISO 8601 time as a text",
 }
+_NUMBERS = frozenset({int, float})
+_PLACES = range(0, 4 * 1_000_000, 4)
 _FAST_TYPES = {"number": (float, int), "integer": (int, int), "boolean": (bool, bool), "text": (str, str)}
 
 
@@ -67,7 +69,33 @@ def fields(inputs: Sequence[TensorSpec]) -> list[Field]:
 
 def encode_rows(route: Route, rows: Any) -> list[Tensor]:
     """Rows of named raw features as the tensors of the route's signature, for a table [n, 1] each. InvalidInput."""
+    if route.numbers is not None and type(rows) is list and len(rows) == 1:
+        tensors = _encode_numbers(route.fields, route.numbers, rows[0])
+        if tensors is not None:
+            return tensors
     return _encode(route.fields, rows)
+
+
+def numbers(plan: Sequence[Field]) -> struct.Struct | None:
+    """What packs one row of a signature that is nothing but plain FP32 numbers; None for any other."""
+    plain = all(field.datatype == "FP32" and field.kind == "number" and field.single for field in plan)
+    return struct.Struct(f"<{len(plan)}f") if plan and plain else None
+
+
+def _encode_numbers(plan: list[Field], row_of: struct.Struct, row: Any) -> list[Tensor] | None:
+    """The tensors of one row of numbers; None: look with all care, and say what is wrong."""
+    if type(row) is not dict or len(row) != len(plan):
+        return None
+    try:
+        values = [row[field.name] for field in plan]
+        if not _NUMBERS.issuperset(map(type, values)):
+            return None
+        data = row_of.pack(*values)
+        if not all(map(math.isfinite, values)):
+            return None
+    except (KeyError, OverflowError, struct.error):
+        return None
+    return [Tensor(field.name, "FP32", field.one, data[at : at + 4]) for field, at in zip(plan, _PLACES, strict=False)]
 
 
 def encode_features(inputs: Sequence[TensorSpec], rows: Any) -> list[Tensor]:
@@ -375,6 +403,10 @@ def _shown(value: Any) -> str:
 
 def decode_outputs(route: Route, answer: Answer) -> list[dict[str, Any]]:
     """JSON rows of an answer: {"label", "probabilities": {class: p}}, {"value"}, or outputs by name. NaN is null."""
+    if route.scores is not None and len(answer.outputs) == 2:
+        row = _decode_class(route, route.scores, *answer.outputs)
+        if row is not None:
+            return [row]
     columns = {tensor.name: _rows(tensor) for tensor in answer.outputs}
     if len(columns) > 1 and len({len(column) for column in columns.values()}) > 1:
         raise ModelworksError("the model's outputs have different numbers of rows", code="bad_model_output")
@@ -392,6 +424,23 @@ def decode_outputs(route: Route, answer: Answer) -> list[dict[str, Any]]:
         return [{name: value} for value in column]
     names = list(columns)
     return [dict(zip(names, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+
+
+def _decode_class(route: Route, scores: struct.Struct, label: Tensor, chances: Tensor) -> dict[str, Any] | None:
+    """The one row of a classifier's answer in its usual form; None for anything else."""
+    if label.name != "label" or label.datatype != "BYTES" or label.shape != [1]:
+        return None
+    if chances.name != "probabilities" or chances.datatype != "FP32" or len(chances.data) != scores.size:
+        return None
+    values = scores.unpack(chances.data)
+    if chances.shape != [1, len(values)] or not all(map(math.isfinite, values)):
+        return None
+    (text,) = unpack(label)
+    known: Any = text.decode(errors="replace")
+    return {
+        "label": route.labels.get(known, known),
+        "probabilities": dict(zip(route.class_names, values, strict=True)),
+    }
 
 
 def _rows(tensor: Tensor) -> list[Any]:

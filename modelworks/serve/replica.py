@@ -29,6 +29,7 @@ from modelworks.core.errors import ModelworksError
 from modelworks.core.tensors import to_numpy
 from modelworks.engines.base import ReplicaSpec
 from modelworks.engines.local import status_path
+from modelworks.engines.memory import starved, without_folders
 from modelworks.engines.process import attach
 from modelworks.ml.package import Manifest, Package
 from modelworks.serve.batcher import Batcher
@@ -55,13 +56,13 @@ def main() -> int:
         runtime, manifest = load(spec)
         batcher = driver(runtime, manifest, spec)
         samples = prove(manifest, batcher) if isinstance(batcher, Batcher) else 0
-    except ModelworksError as error:
-        log.error("refused", reason=error.message, code=error.code)
-        report("failed", error.message)
-        return REFUSED
-    except Exception:  # the process's edge: a runtime that cannot load is reported, not just a stack in a log
-        log.exception("load_failed")
-        report("failed", "the model could not be loaded; the deployment's log has the cause")
+    except Exception as error:  # the process's edge: a runtime that cannot load is reported, not just a stack in a log
+        reason = why_not(error, spec.memory_mb)
+        if isinstance(error, ModelworksError):
+            log.error("refused", reason=error.message, code=error.code)
+        else:
+            log.exception("load_failed")
+        report("failed", reason)
         return REFUSED
     seconds = warm_up(manifest, batcher) if isinstance(batcher, Batcher) else 0.0
     if isinstance(batcher, Batcher) and batcher.adaptive:
@@ -73,6 +74,16 @@ def main() -> int:
     with contextlib.suppress(ModelworksError):
         runtime.close()
     return 0
+
+
+def why_not(error: Exception, memory_mb: int | None) -> str:
+    """Why the model could not be loaded, for the deployment's message."""
+    if memory_mb and starved(error):
+        return f"the model needs more than memory_mb={memory_mb} MiB to be loaded; raise resources.memory_mb"
+    if isinstance(error, ModelworksError):
+        return error.message
+    said = without_folders(" ".join(str(error).split()))[:300]
+    return f"the model could not be loaded: {type(error).__name__}" + (f": {said}" if said else "")
 
 
 def load(spec: ReplicaSpec) -> tuple[Any, Manifest]:

@@ -209,7 +209,9 @@ class Router:
         elif item.code in ("draining", "replica_full"):
             self._lost(pending, died=False)  # refused before it ran
             return
-        elif item.status == 500 and item.code != "model_error":  # that one speaks of the input, and would hit bystanders
+        elif (
+            item.status == 500 and item.code != "model_error"
+        ):  # that one speaks of the input, and would hit bystanders
             self._blame(peer, pending.lane, item.code)
         pending.begun = True
         if pending.hedge is not None:

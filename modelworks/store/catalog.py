@@ -1,8 +1,8 @@
 """The catalog: rows that carry a revision, in SQLite (WAL) or Postgres. Small and generic; use cases live above it.
 
-    with catalog.write() as tx:
-        job = tx.add(Job(project_id=..., kind="train", spec={}))
-        job = tx.update(job, status="running")      # Conflict when someone else changed the row since it was read
+with catalog.write() as tx:
+    job = tx.add(Job(project_id=..., kind="train", spec={}))
+    job = tx.update(job, status="running")      # Conflict when someone else changed the row since it was read
 """
 
 from __future__ import annotations
@@ -34,7 +34,9 @@ class Catalog:
     def __init__(self, url: str | Path, *, busy_timeout: float = 5.0) -> None:
         text = f"sqlite:///{url}" if isinstance(url, Path) or "://" not in str(url) else str(url)
         self.sqlite = text.startswith("sqlite")
-        options: dict[str, Any] = {"connect_args": {"timeout": busy_timeout}} if self.sqlite else {"pool_pre_ping": True}
+        options: dict[str, Any] = (
+            {"connect_args": {"timeout": busy_timeout}} if self.sqlite else {"pool_pre_ping": True}
+        )
         self.engine = sa.create_engine(text, pool_size=16, max_overflow=48, pool_timeout=busy_timeout, **options)
         if self.sqlite:
             _prepare_sqlite(self.engine)
@@ -83,6 +85,11 @@ class Catalog:
         except IntegrityError as error:
             raise Conflict(f"this exists already or was changed by someone else: {_reason(error)}") from error
         except (OperationalError, sa.exc.TimeoutError) as error:
+            if "no such" in str(error):  # a table or column: not a state that passes
+                raise Conflict(
+                    "this home was written by another development version of Modelworks; use that one, or name a new --home",
+                    code="schema_mismatch",
+                ) from error
             raise CatalogUnavailable(
                 "the catalog is busy or away; nothing was changed, try again in a moment",
                 retry_after=1.0 + random.random(),
@@ -131,7 +138,9 @@ class Tx:
         """The noun `id`; NotFound when there is none, or when it belongs to another project than `project_id`."""
         noun = self.find(cls, id=id) if project_id is None else self.find(cls, id=id, project_id=project_id)
         if noun is None:
-            raise NotFound(f"there is no {_word(cls)} {id!r} in this project", code=f"{_word(cls).replace(' ', '_')}_not_found")
+            raise NotFound(
+                f"there is no {_word(cls)} {id!r} in this project", code=f"{_word(cls).replace(' ', '_')}_not_found"
+            )
         return noun
 
     def find(self, cls: type[N], *clauses: Any, **equals: Any) -> N | None:
@@ -156,7 +165,9 @@ class Tx:
         query = sa.select(table)
         for name, value in equals.items():
             column = table.c[name]
-            query = query.where(column.in_(value) if isinstance(value, (list, tuple, set, frozenset)) else column == value)
+            query = query.where(
+                column.in_(value) if isinstance(value, (list, tuple, set, frozenset)) else column == value
+            )
         if clauses:
             query = query.where(*clauses)
         if after is not None:
@@ -166,9 +177,7 @@ class Tx:
             query = query.limit(limit)
         return [cls.model_validate(dict(row)) for row in self.execute(query).mappings()]
 
-    def page(
-        self, cls: type[N], *clauses: Any, limit: int = 20, after: str | None = None, **equals: Any
-    ) -> Page[N]:
+    def page(self, cls: type[N], *clauses: Any, limit: int = 20, after: str | None = None, **equals: Any) -> Page[N]:
         """Newest first, at most `limit`; `after` is the last id of the page before."""
         found = self.list(cls, *clauses, limit=limit + 1, after=after, newest_first=True, **equals)
         return Page(found[:limit], len(found) > limit)
@@ -201,7 +210,9 @@ class Tx:
             .values({name: row[name] for name in [*changes, "revision"]})
         )
         if self.execute(statement).rowcount != 1:
-            raise Conflict(f"the {_word(type(noun))} {noun.id} was changed meanwhile; read it again", code="stale_revision")
+            raise Conflict(
+                f"the {_word(type(noun))} {noun.id} was changed meanwhile; read it again", code="stale_revision"
+            )
         self._touch(type(noun))
         return changed
 

@@ -62,7 +62,9 @@ TABLES: dict[type[Noun], sa.Table] = {
     Membership: _table(Membership, "memberships", sa.UniqueConstraint("user_id", "project_id")),
     Key: _table(Key, "keys", sa.UniqueConstraint("digest")),
     Dataset: _table(Dataset, "datasets", sa.UniqueConstraint("project_id", "name", "version")),
-    Job: _table(Job, "jobs", sa.Index("ix_jobs_queue", "status", "available_at"), sa.Index("ix_jobs_project", "project_id")),
+    Job: _table(
+        Job, "jobs", sa.Index("ix_jobs_queue", "status", "available_at"), sa.Index("ix_jobs_project", "project_id")
+    ),
     JobEvent: _table(JobEvent, "job_events", sa.UniqueConstraint("job_id", "seq")),
     Checkpoint: _table(Checkpoint, "checkpoints", sa.UniqueConstraint("job_id", "name")),
     Artifact: _table(Artifact, "artifacts", sa.Index("ix_artifacts_digest", "digest")),
@@ -75,9 +77,7 @@ TABLES: dict[type[Noun], sa.Table] = {
     ),
     Replica: _table(Replica, "replicas", sa.Index("ix_replicas_deployment", "deployment_id")),
     AuditRecord: _table(AuditRecord, "audit", sa.Index("ix_audit_project", "project_id")),
-    IdempotencyRecord: _table(
-        IdempotencyRecord, "idempotency", sa.UniqueConstraint("project_id", "scope", "key")
-    ),
+    IdempotencyRecord: _table(IdempotencyRecord, "idempotency", sa.UniqueConstraint("project_id", "scope", "key")),
 }
 
 # A counter for each topic, raised by every change to its nouns, so that gateways notice without reading the rows.

@@ -57,7 +57,9 @@ def _furnish(server: RunningServer, admin: Probe) -> Estate:
     make("narrow", role="developer", scopes=["data:read", "invoke"])
     make("expired", role="admin", expires_in=0.01)
     admin.delete(f"/api/v1/keys/{make('revoked', role='admin')}")
-    user, gone = (admin.post("/api/v1/users", json={"name": f"threats-{name}"}).json()["id"] for name in ("user", "gone"))
+    user, gone = (
+        admin.post("/api/v1/users", json={"name": f"threats-{name}"}).json()["id"] for name in ("user", "gone")
+    )
     for member in (user, gone):
         answer = admin.send("PUT", f"/api/v1/projects/default/members/{member}", json={"role": "developer"})
         assert answer.status_code == 200, answer.text

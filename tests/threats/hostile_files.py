@@ -60,11 +60,13 @@ def _keras(canary: Path) -> bytes:
     code = f"__import__('pathlib').Path({str(canary)!r}).touch()"
     layer = {"class_name": "Lambda", "config": {"function": {"class_name": "__lambda__", "config": {"code": code}}}}
     config = {"class_name": "Sequential", "config": {"layers": [layer]}}
-    return zipped({
-        "config.json": json.dumps(config).encode(),
-        "metadata.json": b'{"keras_version": "3.0.0"}',
-        "model.weights.h5": b"\x89HDF\r\n\x1a\n" + b"\0" * 100,
-    })
+    return zipped(
+        {
+            "config.json": json.dumps(config).encode(),
+            "metadata.json": b'{"keras_version": "3.0.0"}',
+            "model.weights.h5": b"\x89HDF\r\n\x1a\n" + b"\0" * 100,
+        }
+    )
 
 
 def _npy(canary: Path) -> bytes:
@@ -161,7 +163,9 @@ def holding(package: bytes, model: bytes) -> bytes:
     return zipped(entries_of(changed) | {"files/model.onnx": model})
 
 
-def with_entry(package: bytes, name: str, data: bytes = b"x", *, mode: int = stat.S_IFREG, twice: bool = False) -> bytes:
+def with_entry(
+    package: bytes, name: str, data: bytes = b"x", *, mode: int = stat.S_IFREG, twice: bool = False
+) -> bytes:
     """The package with one more entry, whatever its name and kind."""
     out = io.BytesIO(package)
     with warnings.catch_warnings(), zipfile.ZipFile(out, "a") as archive:
@@ -188,7 +192,9 @@ def million() -> bytes:
     """An archive of a few bytes whose table of contents says that a million entries follow, and one that has 70 000."""
     wide = struct.pack("<4sQ2H2L4Q", b"PK\x06\x06", 44, 45, 45, 0, 0, 10**6, 10**6, 46 * 10**6, 0)
     locator = struct.pack("<4sLQL", b"PK\x06\x07", 0, 4, 1)
-    return b"PK\x03\x04" + wide + locator + struct.pack("<4s4H2LH", b"PK\x05\x06", *([0xFFFF] * 4), *([0xFFFFFFFF] * 2), 0)
+    return (
+        b"PK\x03\x04" + wide + locator + struct.pack("<4s4H2LH", b"PK\x05\x06", *([0xFFFF] * 4), *([0xFFFFFFFF] * 2), 0)
+    )
 
 
 def crowd(count: int = 70_000) -> bytes:

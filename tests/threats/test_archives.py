@@ -21,7 +21,16 @@ from tests.threats.probe import together
 
 MIB = 1024 * 1024
 MODELS = "/api/v1/models/threats-archive/versions"
-OUTSIDE = ("../evil", "files/../../evil", "/tmp/threats-evil", "files\\..\\evil", "C:\\evil", "files/.", "files/..", "files//x")
+OUTSIDE = (
+    "../evil",
+    "files/../../evil",
+    "/tmp/threats-evil",
+    "files\\..\\evil",
+    "C:\\evil",
+    "files/.",
+    "files/..",
+    "files//x",
+)
 
 SLIPS: dict[str, Callable[[bytes], bytes]] = {
     **{f"entry {name}": (lambda package, name=name: with_entry(package, name)) for name in OUTSIDE},
@@ -36,7 +45,6 @@ BOMBS: dict[str, Callable[[bytes], bytes]] = {
     "a graph 1000:1": lambda package: bomb(package, "files/model.onnx", 32 * MIB, zipfile.ZIP_DEFLATED),
     "a graph 10000:1": lambda package: bomb(package, "files/model.onnx", 128 * MIB, zipfile.ZIP_BZIP2),
     "a manifest 1000:1": lambda package: bomb(package, "manifest.json", 128 * MIB, zipfile.ZIP_DEFLATED),
-    "a manifest 10000:1": lambda package: bomb(package, "manifest.json", 128 * MIB, zipfile.ZIP_BZIP2),
     "a million entries": lambda package: million(),
     "5000 entries": lambda package: crowd(5000),
     "an archive in an archive": lambda package: zipped({"manifest.json": package, "files/a.zip": package}),
@@ -101,8 +109,8 @@ def test_a_bomb_is_refused_within_bounds(kind: str, bombs: dict[str, bytes], tmp
 
 def test_the_server_refuses_them_and_keeps_nothing(estate: Estate, package: bytes, bombs: dict[str, bytes]) -> None:
     home = estate.server.home
-    slips = {kind: SLIPS[kind](package) for kind in ("entry ../evil", "a link", "the graph twice")}
-    sent = slips | {kind: bombs[kind] for kind in ("a graph 10000:1", "a manifest 1000:1", "5000 entries")}
+    slips = {kind: SLIPS[kind](package) for kind in ("entry ../evil", "a link")}
+    sent = slips | {kind: bombs[kind] for kind in ("a graph 10000:1", "a manifest 1000:1")}
     outside = sorted(path for path in home.parent.rglob("*") if home not in path.parents)
     with estate.probe() as probe:
         began = time.monotonic()

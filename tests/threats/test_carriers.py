@@ -210,7 +210,9 @@ def test_both_lanes_judge_alike(estate: Estate) -> None:
                 fast = probe.post(path, json=body, headers=headers)
                 slow = probe.post(path, json=body, headers=headers | {"idempotency-key": "x"})
                 elsewhere = probe.post(path, json=body, headers=headers | {"x-project": "default"})
-                other = probe.post(f"http://{probe.client.base_url.netloc.decode()}{path}?x=1", json=body, headers=headers)
+                other = probe.post(
+                    f"http://{probe.client.base_url.netloc.decode()}{path}?x=1", json=body, headers=headers
+                )
             assert fast.status_code == slow.status_code == other.status_code == expected.get(who, 200), (who, path)
             refused = 403 if who.startswith("other") else expected.get(who, 200)
             assert elsewhere.status_code == refused, (who, path)

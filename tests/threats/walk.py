@@ -15,7 +15,14 @@ from modelworks.api.routes import Rule
 PUBLIC = frozenset({"/health", "/docs", "/docs/start.js", "/docs/{asset}", "/openapi.json"})
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE")
 # what a path's parameter may be, where one value does for all routes; ids differ by collection and come from the estate
-VALUES = {"name": "iris", "model": "iris", "version": "1", "alias": "threats", "project": "default", "asset": "start.js"}
+VALUES = {
+    "name": "iris",
+    "model": "iris",
+    "version": "1",
+    "alias": "threats",
+    "project": "default",
+    "asset": "start.js",
+}
 JSON = {"content-type": "application/json"}
 
 
@@ -96,9 +103,7 @@ def table() -> Any:
 def _way(path: str, method: str, rule: Rule) -> Way:
     operation = document()["paths"].get(path, {}).get(method.lower(), {})
     content = operation.get("requestBody", {}).get("content", {}).get("application/json", {})
-    parameters = tuple(
-        (item["in"], item["name"]) for item in operation.get("parameters", []) if item["in"] != "path"
-    )
+    parameters = tuple((item["in"], item["name"]) for item in operation.get("parameters", []) if item["in"] != "path")
     return Way(method, path, rule, content.get("example"), content.get("schema", {}), parameters)
 
 
@@ -131,20 +136,17 @@ def objects(value: Any, place: Place = ()) -> Iterator[Place]:
 
 
 def replaced(value: Any, place: Place, new: Any) -> Any:
-    """A copy of `value` with `new` at `place`; objects on the way there are made."""
+    """A copy of `value` with `new` at `place`; what is missing on the way there is made."""
     if not place:
         return new
-    found = copy.deepcopy(value)
-    at = found
-    for step, following in zip(place, place[1:], strict=False):
-        if isinstance(at, dict) and at.get(cast(str, step)) is None:
-            at[step] = [] if isinstance(following, int) else {}
-        at = at[step]
-    if isinstance(at, list) and place[-1] == len(at):
-        at.append(new)
-    else:
-        at[place[-1]] = new
-    return found
+    step = place[0]
+    if isinstance(step, int):
+        items = list(value or ())
+        items[step : step + 1] = [replaced(items[step] if step < len(items) else None, place[1:], new)]
+        return items
+    members = dict(value or {})
+    members[step] = replaced(members.get(step), place[1:], new)
+    return members
 
 
 def declared(schema: dict[str, Any], kind: str, place: Place = ()) -> Iterator[Place]:

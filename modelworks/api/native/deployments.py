@@ -17,7 +17,9 @@ EXAMPLE = {"model": "iris@champion", "replicas": {"min": 1, "max": 4}}
 class Rollback(Spec):
     """Where to go back to."""
 
-    revision: int | None = Field(None, ge=1, le=2**31 - 1, description="the revision's number; by default the one before")
+    revision: int | None = Field(
+        None, ge=1, le=2**31 - 1, description="the revision's number; by default the one before"
+    )
 
 
 @routes.put(

@@ -58,7 +58,7 @@ class Delimited:
             self.names = list(schema.header)
             if len(self.names) != len(cells) and len(self.names) <= MAX_COLUMNS:
                 raise InvalidInput(
-                    f"schema.header gives {len(self.names)} names, but row 1 (line {line}) has {len(cells)} fields",
+                    f"schema.header gives {fields(len(self.names), 'name')}, but row 1 (line {line}) has {fields(len(cells))}",
                     code="bad_header",
                     param="schema.header",
                 )
@@ -119,7 +119,8 @@ class Delimited:
         for name, values in zip(self.names, batch.columns, strict=True):
             if values.nbytes > MAX_FIELD and pc.max(pc.binary_length(values)).as_py() > MAX_FIELD:
                 row = rows + 1 + pc.index(pc.greater(pc.binary_length(values), MAX_FIELD), True).as_py()
-                raise fault(f"a value of more than {MAX_FIELD} bytes", row=row, line=self.line(row), column=name)
+                what = f"a value of more than {MAX_FIELD} bytes; shorten it, or leave the column out"
+                raise fault(what, row=row, line=self.line(row), column=name)
 
     def _check(self) -> int:
         """Reads all rows exactly; raises at the first bad one. Returns their number."""
@@ -133,10 +134,10 @@ class Delimited:
     def _wrong_count(self, row: int, line: int, cells: list[str]) -> InvalidInput:
         want, have = len(self.names), len(cells)
         if have < want:
-            what = f"{have} fields where there should be {want}: this is the first that is absent; complete the row"
+            what = f"{fields(have)} where there should be {want}: this is the first that is absent; complete the row"
             return fault(what, row=row, line=line, column=self.names[have], code="bad_row")
         what = (
-            f"{have} fields where there should be {want}: there is no such column for {shown(cells[want])}; "
+            f"{fields(have)} where there should be {want}: there is no such column for {shown(cells[want])}; "
             "put texts that contain the delimiter in quotes"
         )
         return fault(what, row=row, line=line, field=want + 1, code="bad_row")
@@ -173,6 +174,10 @@ class Delimited:
                         code="bad_encoding" if kind != "nul" else "bad_data",
                     )
         return InvalidInput(f"the file has {advice(kind, text)}", code="bad_encoding", param="file")
+
+
+def fields(count: int, what: str = "field") -> str:
+    return f"{count} {what}" + ("s" if count != 1 else "")
 
 
 def sniff_delimiter(text: TextFile) -> str:
@@ -228,7 +233,13 @@ def _scan(lines: _Lines, delimiter: str, header: bool) -> Iterator[tuple[int, li
         except csv.Error as error:
             raise _broken(str(error), lines, row, delimiter, names) from None
         except _RowTooLong:
-            raise fault(f"the row has more than {MAX_ROW} bytes", row=row, line=lines.first, field=1) from None
+            field = _bad_field(lines.taken, delimiter)
+            name = names[field - 1] if field <= len(names) else None
+            what = (
+                f"the row has more than {MAX_ROW} bytes, of which the last that fit are here; if no closing quote is "
+                "missing, shorten its values, or leave columns out"
+            )
+            raise fault(what, row=row, line=lines.first, column=name, field=field) from None
         if cells is None:
             return
         if cells:
@@ -243,7 +254,7 @@ def _scan(lines: _Lines, delimiter: str, header: bool) -> Iterator[tuple[int, li
 def _broken(error: str, lines: _Lines, row: int, delimiter: str, names: list[str]) -> InvalidInput:
     column = _bad_field(lines.taken, delimiter)
     if "limit" in error:
-        what = f"a value of more than {MAX_FIELD} characters; is a closing quote missing?"
+        what = f"a value of more than {MAX_FIELD} characters; if no closing quote is missing, shorten it, or leave the column out"
     elif "unexpected end" in error:
         what = "the quote that opens this value is never closed; close it, or double quotes that belong to the text"
     else:

@@ -22,6 +22,12 @@ _LEAST_ROWS = 20  # below, nothing is said of ids, classes and leakage
 _CLASSES = 20  # a column with more distinct values has no classes
 _RARE = 0.1  # a class with less than this share of the most frequent one's rows
 _MOSTLY_MISSING = 0.5
+_UNIQUE = 0.95
+_LOOKED_AT = 10_000  # rows in which numbers among texts are looked for
+_NUMBER = r"[+-]?([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]{1,5})?"
+_COMMA = r"[+-]?([0-9]+,[0-9]+|[0-9]{1,3}(,[0-9]{3})+(\.[0-9]+)?|[0-9]{1,3}([. ][0-9]{3})+,[0-9]+)"
+_THOUSANDS = r"[+-]?[0-9]{1,3}(,[0-9]{3})+(\.[0-9]+)?"
+_CODE = r"[+-]?0[0-9].*"
 _LEAKS = 0.02  # the share of the majority guess's errors that a leaking column leaves at most
 _CORRELATES = 0.999
 _LEAKAGE_COLUMNS = 500
@@ -59,12 +65,18 @@ def _of_column(column: dict[str, Any], rows: int) -> list[str]:
     elif _is_id(column, rows):
         out.append(f"column {name} looks like an id, as each row has its own value; leave it out of the features")
     steps = column.get("steps")
-    if steps and not steps["regular"]:
+    if steps and not steps["regular"] and _is_series(column, steps, rows):
         out.append(
             f"the steps of time column {name} are irregular: {steps['usual_count']} of {steps['count']} are "
-            f"{steps['usual']}, the others differ; resample it before forecasting"
+            f"{steps['usual']}, the others differ; if this is a series, resample it before forecasting"
         )
     return out
+
+
+def _is_series(column: dict[str, Any], steps: dict[str, Any], rows: int) -> bool:
+    """All but unique moments, most of them one step apart; other columns of times are dates of something."""
+    unique = column["distinct"] >= _UNIQUE * (rows - column["missing"])
+    return unique and 2 * steps["usual_count"] >= steps["count"]
 
 
 def _is_id(column: dict[str, Any], rows: int) -> bool:
@@ -96,6 +108,43 @@ def _imbalance(column: dict[str, Any]) -> list[str]:
 def _name(value: object) -> str:
     text = str(value)
     return repr(text[:80]) + ("..." if len(text) > 80 else "")
+
+
+# numbers that were not taken as such
+
+
+def not_numbers(data: Data, column: Column) -> list[str]:
+    """Warns of a column of texts of which most, but not all, are numbers, or numbers written with commas."""
+    from modelworks.ml.data.profile import quoted
+
+    if column.type != "category":
+        return []
+    numbers, commas, thousands, codes, count, other = data.one(
+        f"""
+        WITH looked AS (SELECT trim({quoted(column.name)}) AS v FROM data WHERE {quoted(column.name)} IS NOT NULL
+                        LIMIT {_LOOKED_AT})
+        SELECT count(*) FILTER (WHERE regexp_full_match(v, $1)), count(*) FILTER (WHERE regexp_full_match(v, $2)),
+               count(*) FILTER (WHERE regexp_full_match(v, $3)), count(*) FILTER (WHERE regexp_full_match(v, $4)),
+               count(*), min(v) FILTER (WHERE NOT regexp_full_match(v, $1))
+        FROM looked
+        """,
+        [_NUMBER, _COMMA, _THOUSANDS, _CODE],
+    )
+    if codes or 2 * (numbers + commas) < count or not numbers + commas:
+        return []
+    name = _name(column.name)
+    if commas:
+        what = "decimal commas" if thousands < commas else "commas between thousands"
+        return [
+            f"column {name} looks like numbers with {what}, such as {_name(other)}, and was taken as a category; write "
+            "them with a decimal point and nothing between thousands, and upload the file again"
+        ]
+    if numbers == count:
+        return []
+    return [
+        f"column {name} was taken as a category, though {numbers} of {count} values are numbers: {_name(other)} is "
+        "none; correct such values, or list them in schema.missing, unless it is a category"
+    ]
 
 
 # time steps

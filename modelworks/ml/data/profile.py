@@ -23,6 +23,7 @@ _CELLS = 4_000_000  # values that exact aggregates of one query may hold
 _IN_MEMORY = 16 << 20  # bytes of a file that is loaded at once
 _IN_MEMORY_CELLS = 5_000_000
 _SHOWN = 200  # characters of a top value
+_LOOKED_THROUGH = 500  # columns in which numbers among texts are looked for
 _FEW = 20  # distinct integers that are counted one by one
 _EPOCH = datetime(1970, 1, 1)
 
@@ -35,7 +36,7 @@ def profile(parquet: Path, columns: list[Column], target: str | None = None) -> 
     time: min, max (ISO 8601), histogram, steps; category, boolean: top [{value, count}]; text: length {min, mean, max}.
     `approximate` is true where distinct values and quantiles are estimates.
     """
-    from modelworks.ml.data.findings import leakage_warnings, time_steps, warnings
+    from modelworks.ml.data.findings import leakage_warnings, not_numbers, time_steps, warnings
 
     with open_parquet(parquet) as data:
         rows = data.one("SELECT count(*) FROM data")[0]
@@ -53,6 +54,8 @@ def profile(parquet: Path, columns: list[Column], target: str | None = None) -> 
             "columns": [described[column.name] for column in columns],
         }
         found = warnings(result, target)
+        for column in columns[:_LOOKED_THROUGH]:
+            found += not_numbers(data, column)
         if target is not None:
             found += leakage_warnings(data, columns, target, result)
     return result, found

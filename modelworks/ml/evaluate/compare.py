@@ -38,6 +38,7 @@ def compare(
     deciding = PRIMARY[task] if PRIMARY[task] in metrics else wanted[0]
     found: dict[str, Any] = {
         "rows": len(np.unique(a.rows)),
+        "note": "these figures are of all rows together; those under metrics are means over the parts, and may differ",
         "method": {"name": "paired bootstrap over rows", "level": LEVEL, "resamples": len(samples), "seed": seed},
         "metrics": metrics,
         "decided_by": deciding,

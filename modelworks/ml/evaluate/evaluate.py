@@ -114,6 +114,13 @@ def _check_pair(model: Manifest, other: Manifest) -> None:
 def _answer(package: Package, table: pa.Table, columns: Sequence[Column], ctx: JobContext, end: float) -> Predictions:
     """What the packaged graph itself says about a test set."""
     manifest = package.manifest
+    if wide := [spec for spec in manifest.signature.inputs if not spec.column]:
+        raise InvalidInput(
+            f"the model's input {wide[0].name[:80]!r} has shape {wide[0].shape}, which a dataset's columns do not fill; "
+            "export it with one input [-1, 1] for each column to evaluate it here",
+            code="wrong_task",
+            param="model",
+        )
     features = [
         Column(name=spec.name, type=spec.column, nullable=spec.datatype == "FP32")
         for spec in manifest.signature.inputs

@@ -174,10 +174,11 @@ class _Fitting:
             )
         for column in columns:
             if self.plan.kind(column) == STRING:
-                hint = "date-parts" if column.type == "time" else _NUMBER_OPS
+                what = f"({column.type}) is still text after the transforms; make it numbers by {_NUMBER_OPS}"
+                if column.type == "time":
+                    what = "is a time, and algorithms take numbers; make numbers of it by the transform date-parts"
                 raise InvalidInput(
-                    f"column {column.name!r} ({column.type}) is still text after the transforms; "
-                    f"make it numbers by {hint}, or drop it",
+                    f"column {column.name!r} {what}, or drop it",
                     param=column.name,
                     code="not_numeric",
                 )
