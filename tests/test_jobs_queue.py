@@ -185,6 +185,18 @@ def test_five_deaths_in_a_row_end_a_job(catalog: Catalog, queue: Queue, clock: C
     assert "SIGKILL" in ended.error["message"]
 
 
+def test_a_job_whose_own_code_ends_it_is_given_up_sooner(catalog: Catalog, queue: Queue, clock: Clock) -> None:
+    job = put(catalog)
+    for _ in range(2):
+        clock.now += 100
+        held_now = claimed(queue)
+        queue.ended(held_now.id, held_now.token, "its process was killed by SIGSEGV", tries=2)
+    ended = read(catalog, job)
+    assert (ended.status, ended.attempt) == ("failed", 2)
+    assert ended.error is not None
+    assert "died 2 times" in ended.error["message"]
+
+
 def test_deaths_after_a_checkpoint_are_not_counted(catalog: Catalog, queue: Queue, clock: Clock) -> None:
     job = put(catalog)
     for number in range(20):

@@ -139,6 +139,16 @@ def test_evaluation_makes_a_report_and_compares(busy: Home) -> None:
     assert job.metrics == report.metrics
 
 
+def test_a_report_says_that_its_rows_were_trained_on(busy: Home) -> None:
+    from modelworks.core.specs import EvaluationSpec
+
+    busy.succeeded(busy.library.train(WHO, training("seen")))
+    spec = EvaluationSpec(model="seen:1", method={"test": "iris:1"})
+    job = busy.succeeded(busy.library.evaluate(WHO, spec))
+    notes = busy.library.report(WHO, job.result["report_id"]).details["notes"]
+    assert any("these rows were trained on (iris:1)" in note for note in notes), notes
+
+
 def test_a_package_exported_here_is_imported_elsewhere_with_the_same_digest(busy: Home) -> None:
     busy.succeeded(busy.library.train(WHO, training("out")))
     model = busy.library.model_version(WHO, "out")
