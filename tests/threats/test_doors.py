@@ -83,7 +83,7 @@ def test_without_a_key_every_route_and_method_is_401(estate: Estate, wire: Wire)
 
 def test_no_spelling_of_a_path_leads_past_the_guard(estate: Estate, wire: Wire) -> None:
     literal = {way.path for way in guarded() if way.method == "GET"}
-    some = sorted(path for path in literal if "{" not in path) + ["/api/v1/datasets/iris", "/v2/models/iris/ready"]
+    some = [*sorted(path for path in literal if "{" not in path), "/api/v1/datasets/iris", "/v2/models/iris/ready"]
     for path in some:
         for target in spellings(path):
             for method in ("GET", "POST", "HEAD"):

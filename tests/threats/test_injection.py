@@ -9,6 +9,7 @@ import sqlite3
 import time
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import pytest
 
@@ -84,8 +85,10 @@ def test_no_filter_is_sql(estate: Estate) -> None:
 
 def test_what_a_list_is_not_asked_for_changes_nothing(estate: Estate) -> None:
     """No filter, order or field slips in by a parameter that the route does not declare."""
-    extra = {"sort": "digest", "order_by": "1;DROP TABLE key", "order": "desc", "fields": "digest", "filter": "1=1", "where": "1=1",
-             "project_id": estate.other, "project": estate.other, "all": "true", "include": "digest", "q": "' OR 1=1", "id": "1"}  # fmt: skip
+    extra = {
+        "sort": "digest", "order_by": "1;DROP TABLE key", "order": "desc", "fields": "digest", "filter": "1=1", "all": "true",
+        "project_id": estate.other, "project": estate.other, "include": "digest", "q": "' OR 1=1", "id": "1", "where": "1=1",
+    }  # fmt: skip
     with estate.probe("developer") as probe:
         for way in guarded():
             if way.method != "GET" or way.names or ("query", "limit") not in way.parameters:
@@ -138,8 +141,6 @@ def test_no_command_is_a_name(estate: Estate, canary: Path) -> None:
                 ),
                 ("PUT", "/api/v1/deployments/iris", {"model": payload}),
             ):
-                from urllib.parse import quote
-
                 where = path or f"/api/v1/deployments/{quote(payload, safe='')}"
                 answer = probe.send(method, where, json=body, said=payload)
                 assert answer.status_code in (400, 404), (payload, where, answer.text)

@@ -204,7 +204,11 @@ def test_a_source_is_no_path(estate: Estate, watch: Watch, hostile: list[str]) -
             assert answer.status_code == 400, (source, answer.text)
             watch.look(answer.content, source)
         # what has the form of a source is judged by the job that reads it
-        some = ("package:numpy/../../../../../../etc/passwd", "sklearn:../../etc/passwd", f"package:numpy/{watch.home}/admin.key")
+        some = (
+            "package:numpy/../../../../../../etc/passwd",
+            "sklearn:../../etc/passwd",
+            f"package:numpy/{watch.home}/admin.key",
+        )
         form = {"name": "threats-source"}
         calls = [lambda one=one: probe.post("/api/v1/datasets", data={**form, "source": one}, said=one) for one in some]
         for source, answer in zip(some, together(calls, threads=3), strict=True):
