@@ -133,7 +133,7 @@ def test_a_local_file_goes_from_csv_to_prediction(running: RunningServer, tmp_pa
     assert first["dataset"]["digest"] == second["dataset"]["digest"]
     assert abs(first["prediction"]["outputs"][0]["value"] - 30) < 3
     story = _ok(CliRunner().invoke(app, arguments))
-    for text in ("cli-shops:1", "fold 5 of 5", "mean mse", "nothing new was made", "curl -s", "region"):
+    for text in ("cli-shops:1", "fold 5 of 5", "mean r2", "nothing new was made", "curl -s", "region"):
         assert text in story
     assert running.key not in story
 

@@ -131,13 +131,13 @@ class Gate(Spec):
 
 class Resources(Spec):
     threads: int = Field(1, ge=1, le=256, description="compute threads of one process")
-    memory_mb: int | None = Field(None, ge=256, description="limit of the process's memory in MiB, at least 256")
+    memory_mb: int | None = Field(None, ge=256, le=2**24, description="limit of the process's memory in MiB, at least 256")
 
 
 class JobResources(Resources):
     """As `Resources`: what learns takes more to begin with than what serves."""
 
-    memory_mb: int | None = Field(None, ge=512, description="limit of the process's memory in MiB, at least 512")
+    memory_mb: int | None = Field(None, ge=512, le=2**24, description="limit of the process's memory in MiB, at least 512")
 
 
 class TrainingSpec(Spec):
@@ -195,7 +195,7 @@ class Batching(Spec):
     """Which calls run together. `"auto"` is short for `{"auto": true}`."""
 
     max_batch: int = Field(64, ge=1, le=65536, description="calls that run together at most; with auto 1024")
-    max_rows: int = Field(4096, ge=1, description="rows that run together at most")
+    max_rows: int = Field(4096, ge=1, le=2**20, description="rows that run together at most")
     wait_ms: float = Field(0.0, ge=0, le=10_000, description="how long an idle replica waits for more; 0 never waits")
     auto: bool = Field(
         False,

@@ -135,6 +135,8 @@ def _entries(archive: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]:
             raise _bad(f"it holds {entry.orig_filename[:80]!r}, where only {MANIFEST} and files/NAME belong")
         if kind not in (0, stat.S_IFREG) or entry.flag_bits & 0x1 or entry.filename in entries:
             raise _bad(f"{entry.filename!r} is a link, a device, encrypted, or there twice")
+        if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):  # others unpack without a bound
+            raise _bad(f"{entry.filename!r} is compressed by another method than deflate")
         entries[entry.filename] = entry
     if MANIFEST not in entries:
         raise _bad(f"it has no {MANIFEST}")

@@ -99,8 +99,8 @@ def test_no_path_leads_out(estate: Estate, watch: Watch, hostile: list[str]) -> 
     lines |= dict.fromkeys(("json", "infer"), ("content-type: application/json",))
     wire = Wire(estate.server)
     for way in with_parameters:
-        for name in way.names:
-            for number, payload in enumerate(hostile):
+        for place, name in enumerate(way.names):
+            for number, payload in enumerate(hostile[(len(way.path) + place) % 2 :: 2]):
                 values = dict(estate.values)
                 values[f"{way.collection}.{name}"] = targets(payload, number)
                 path = way.to(values)
@@ -144,7 +144,7 @@ def test_no_header_leads_out(estate: Estate, watch: Watch, hostile: list[str]) -
     paths = ("/api/v1/whoami", f"/api/v1/jobs/{job}/events/stream", "/api/v1/models/iris/versions/1")
     wire = Wire(estate.server)
     for name in names:
-        for number, payload in enumerate(hostile):
+        for number, payload in enumerate(hostile[len(name) % 2 :: 2]):
             if any(ord(letter) < 32 for letter in payload):
                 continue  # no header can hold it
             text = payload.encode().decode("latin-1")
