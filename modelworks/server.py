@@ -21,6 +21,7 @@ import threading
 import time
 import urllib.request
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -230,6 +231,7 @@ class Supervisor:
         from modelworks.control.reconcile import Reconciler
         from modelworks.engines.local import LocalEngine
         from modelworks.security.identity import Secret
+        from modelworks.serve.gather import loads
 
         signal.signal(signal.SIGTERM, self._on_signal)
         signal.signal(signal.SIGINT, self._on_signal)
@@ -250,6 +252,7 @@ class Supervisor:
             home=self._home.root,
             secret=self._channel_secret,
             drain_seconds=self._settings.shutdown_grace,
+            loads=partial(loads, self._home.run),
         )
         self._say_when_up(first_key)
         while not self._stop:

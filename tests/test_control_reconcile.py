@@ -8,6 +8,7 @@ from modelworks.core.errors import InvalidInput, NotFound
 from modelworks.core.specs import DeploymentSpec
 from modelworks.core.types import Caller, Deployment, ModelVersion, Principal, Project, Replica, Signature
 from modelworks.engines.base import Handle, Observed
+from modelworks.serve.figures import Load
 from modelworks.store.blobs import Blobs
 from modelworks.store.catalog import Catalog
 
@@ -47,6 +48,7 @@ class HandEngine:
 class House:
     def __init__(self, folder):
         self.now = 0.0
+        self.calls = 0
         self.catalog = Catalog(folder / "catalog.sqlite")
         self.catalog.migrate()
         self.blobs = Blobs(folder / "blobs")
@@ -64,8 +66,9 @@ class House:
 
     def fresh(self):
         return Reconciler(
-            self.catalog, self.blobs, self.engine, home=self.folder, secret="s" * 64, clock=lambda: self.now
-        )
+            self.catalog, self.blobs, self.engine, home=self.folder, secret="s" * 64, clock=lambda: self.now,
+            loads=lambda: {(self.project.id, "iris"): Load(self.project.id, "iris", aboard=self.calls)},
+        )  # fmt: skip
 
     def add_version(self, number):
         with self.catalog.write() as tx:
@@ -243,3 +246,23 @@ def test_references_are_resolved_at_the_moment_of_the_call_or_refused_by_name(ho
     bring_up(house)
     house.add_version(2)
     assert house.get().model_version == "iris:1"
+
+
+def test_replicas_follow_the_load_up_at_once_and_down_slowly(house):
+    bring_up(house, replicas={"min": 1, "max": 3, "target": 4, "scale_down_s": 20})
+    house.calls = 11
+    house.turn(4)
+    assert len(house.active()) == 3
+    for replica in house.active():
+        house.engine.set(replica.id, phase="ready")
+    house.turn()
+    assert (house.get().status, house.get().ready_replicas) == ("ready", 3)
+    house.calls = 0
+    house.turn(15)
+    assert house.engine.stopped == []
+    house.turn(10)
+    assert len(house.engine.stopped) == 2
+    for id in house.engine.stopped:
+        house.engine.set(id, alive=False, exit_code=0, phase="stopped")
+    house.turn(3)
+    assert (house.get().status, len(house.active())) == ("ready", 1)

@@ -2,6 +2,7 @@
 
 from modelworks.control import scaling
 from modelworks.control.scaling import Failures
+from modelworks.core.specs import Replicas
 from modelworks.core.types import Deployment, Replica, Signature
 
 
@@ -98,3 +99,51 @@ def test_the_revision_that_was_ready_is_restored_when_it_died_and_the_new_one_ca
     crashing = Failures(crashes=4, last=99.0)
     assert scaling.plan(broken, [], Failures(fatal="no"), 100.0, crashing).restore == 0
     assert scaling.plan(deployment(serving_revision=2), [], Failures(), 0).restore == 0
+
+
+SCALED = Replicas(min=1, max=4, target=8, scale_down_s=60)
+
+
+def test_more_calls_under_way_ask_for_more_replicas_at_once():
+    assert scaling.follow(SCALED, 1, [(0.0, 30)], 0.0) == 4
+    assert scaling.follow(SCALED, 1, [(0.0, 9)], 0.0) == 2
+    assert scaling.follow(SCALED, 1, [(0.0, 8)], 0.0) == 1
+    assert scaling.follow(SCALED, 1, [(0.0, 500)], 0.0) == 4, "never beyond max"
+    assert scaling.follow(SCALED, 1, [(0.0, 0), (1.0, 0), (2.0, 24)], 2.0) == 1, "one burst is averaged out"
+
+
+def test_fewer_replicas_only_after_fewer_have_been_enough_for_long():
+    calls = [(float(second), 30 if second < 10 else 3) for second in range(0, 100)]
+    kept = [scaling.follow(SCALED, 4, calls[max(0, now - 61) : now + 1], float(now)) for now in (20, 59, 68)]
+    assert kept == [4, 4, 4]
+    assert scaling.follow(SCALED, 4, calls[10:72], 71.0) == 1
+    middle = [(float(second), 12) for second in range(62)]
+    assert scaling.follow(SCALED, 4, middle, 61.0) == 2
+
+
+def test_without_a_max_the_number_is_fixed():
+    assert scaling.follow(Replicas(min=2), 2, [(0.0, 1000)], 0.0) == 2
+    assert scaling.follow(Replicas(min=2, max=2), 2, [(0.0, 1000)], 0.0) == 2
+
+
+def test_scaling_starts_and_drains_while_the_deployment_stays_ready():
+    ready = deployment(status="ready")
+    up = scaling.plan(ready, [replica("a"), replica("b")], Failures(), 0, wanted=4)
+    assert (up.status, up.start, up.drain) == ("ready", 2, [])
+    three = [replica("a"), replica("b"), replica("c")]
+    down = scaling.plan(ready, three, Failures(), 0, wanted=2)
+    assert (down.status, down.start, len(down.drain)) == ("ready", 0, 1)
+    held = scaling.plan(ready, [replica("a"), replica("b")], Failures(crashes=4, last=0.0), 0.5, wanted=4)
+    assert (held.status, held.start) == ("ready", 0), "crashes delay further starts"
+
+
+def test_a_new_revision_takes_over_with_as_many_as_the_load_asks_for():
+    old = [replica(id, 1) for id in ("a", "b", "c")]
+    some = [replica("d"), replica("e")]
+    waiting = scaling.plan(deployment(status="updating"), [*old, *some], Failures(), 0, wanted=3)
+    assert (waiting.status, waiting.start, waiting.drain) == ("updating", 1, [])
+    assert scaling.serving(deployment(), [*old, *some]) == old
+    assert (
+        scaling.plan(deployment(status="updating"), [*old, *some, replica("f")], Failures(), 0, wanted=3).drain == old
+    )
+    assert scaling.serving(deployment(), [*old, *some, replica("f")]) == [*some, replica("f")]

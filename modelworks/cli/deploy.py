@@ -30,7 +30,10 @@ def deploy(
     model: Annotated[str, typer.Argument(help="NAME, NAME:VERSION or NAME@ALIAS.")],
     name: Annotated[str | None, typer.Option(help="Name of the deployment; by default the model's.")] = None,
     replicas: Annotated[int | None, typer.Option(help="Replicas, at least.  [default: 1]")] = None,
-    max_replicas: Annotated[int | None, typer.Option(help="Replicas, at most.")] = None,
+    max_replicas: Annotated[
+        int | None, typer.Option(help="Replicas, at most: between both, they follow the load.")
+    ] = None,
+    target: Annotated[float | None, typer.Option(help="Calls under way that one replica is meant for.")] = None,
     threads: Annotated[int | None, typer.Option(help="Compute threads of a replica.")] = None,
     memory_mb: Annotated[int | None, typer.Option(help="Memory limit of a replica in MiB.")] = None,
     max_batch: Annotated[int | None, typer.Option(help="Calls that run together at most.")] = None,
@@ -43,7 +46,7 @@ def deploy(
 
     spec: dict[str, Any] = {"model": model}
     for part, given in (
-        ("replicas", {"min": replicas, "max": max_replicas}),
+        ("replicas", {"min": replicas, "max": max_replicas, "target": target}),
         ("resources", {"threads": threads, "memory_mb": memory_mb}),
         ("batching", {"max_batch": max_batch, "wait_ms": wait_ms}),
     ):

@@ -7,7 +7,8 @@ died with it, so the first turn only notes that down and starts anew.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from modelworks.core.errors import Conflict, NotFound
 from modelworks.core.specs import DeploymentSpec
 from modelworks.core.types import Deployment, DeploymentRevision, ModelVersion, Replica
 from modelworks.engines.base import Engine, Handle, Observed, ReplicaSpec
+from modelworks.serve.figures import Load
 from modelworks.store.blobs import Blobs
 from modelworks.store.catalog import Catalog, Tx
 
@@ -28,6 +30,7 @@ FATAL_EXITS = frozenset({3})  # the package itself is at fault (see serve/replic
 HUNG_SECONDS = 10.0  # without a sign of life; gateways turn away from it after 3 s already
 _SETTLE = 0.5  # seconds that gateways get to see that a replica drains before it is told to stop
 _STABLE = 60.0  # seconds of service after which earlier crashes are forgotten
+_LOOK = 1.0  # seconds between two looks at the load; gateways tell it about as often
 _KEPT_ROWS = 8  # ended replicas of a deployment that stay listed, with their logs
 
 
@@ -41,7 +44,10 @@ class _Held:
 
 
 class Reconciler:
-    """`turn` does one step and never waits for a replica. `secret` (hex) is what links to replicas present."""
+    """`turn` does one step and never waits for a replica. `secret` (hex) is what links to replicas present.
+
+    `loads`: what gateways have under way, by project id and deployment; without it every deployment stays at its least.
+    """
 
     def __init__(
         self,
@@ -52,6 +58,7 @@ class Reconciler:
         home: Path,
         secret: str,
         drain_seconds: float = 10.0,
+        loads: Callable[[], Mapping[tuple[str, str], Load]] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._catalog = catalog
@@ -60,6 +67,10 @@ class Reconciler:
         self._home = home
         self._secret = secret
         self._drain_seconds = drain_seconds
+        self._loads = loads
+        self._looked = -_LOOK
+        self._demand: dict[str, deque[tuple[float, int]]] = {}  # deployment -> when, and calls under way then
+        self._scale: dict[str, int] = {}  # deployment -> replicas that the load asks for
         self._clock = clock
         self._held: dict[str, _Held] = {}
         self._failures: dict[tuple[str, int], scaling.Failures] = {}
@@ -76,6 +87,7 @@ class Reconciler:
         self._read()
         try:
             self._note(self._engine.list())
+            self._weigh()
             for deployment in list(self._deployments.values()):
                 self._step(deployment)
         except Conflict:  # someone wrote the row at the same moment: read again at the next turn
@@ -134,13 +146,38 @@ class Reconciler:
         crashes = 0 if row.ready_at is not None and before.crashes == 0 else before.crashes + 1
         self._failures[key] = scaling.Failures(0 if stable else crashes, self._clock(), fatal, seen.message)
 
+    # what the load asks for
+
+    def _weigh(self) -> None:
+        now = self._clock()
+        if self._loads is None or now - self._looked < _LOOK:
+            return
+        self._looked = now
+        loads = self._loads()
+        scaled = {row.id: DeploymentSpec.model_validate(row.spec).replicas for row in self._deployments.values()}
+        scaled = {id: spec for id, spec in scaled.items() if (spec.max or spec.min) > spec.min}
+        for kept in (self._demand, self._scale):
+            for id in kept.keys() - scaled.keys():
+                del kept[id]
+        for id, spec in scaled.items():
+            row = self._deployments[id]
+            load = loads.get((row.project_id, row.name))
+            seen = self._demand.setdefault(id, deque())
+            seen.append((now, load.aboard + load.waiting if load else 0))
+            while now - seen[0][0] > spec.scale_down_s + 2 * _LOOK:
+                seen.popleft()
+            before = self._scale.get(id, spec.min)
+            self._scale[id] = scaling.follow(spec, before, seen, now)
+            if self._scale[id] != before:
+                log.info("scaled", deployment=row.name, replicas=self._scale[id], calls_under_way=seen[-1][1])
+
     # what is to be done
 
     def _step(self, deployment: Deployment) -> None:
         rows = [row for row in self._replicas.values() if row.deployment_id == deployment.id]
         failures = self._failures_of(deployment.id, deployment.spec_revision)
         earlier = self._failures_of(deployment.id, deployment.serving_revision or 0)
-        plan = scaling.plan(deployment, rows, failures, self._clock(), earlier)
+        plan = scaling.plan(deployment, rows, failures, self._clock(), earlier, self._scale.get(deployment.id))
         ready = sum(row.status == "ready" for row in rows)
         serving = deployment.spec_revision if plan.status == "ready" else deployment.serving_revision
         shown = {"status": plan.status, "message": plan.message, "ready_replicas": ready, "serving_revision": serving}

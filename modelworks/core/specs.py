@@ -185,8 +185,14 @@ class EvaluationSpec(Spec):
 
 
 class Replicas(Spec):
+    """Between `min` and `max` the number follows the calls under way (those that wait included), up at once, down slowly."""
+
     min: int = Field(1, ge=1, le=64)
-    max: int | None = Field(None, ge=1, le=64)
+    max: int | None = Field(None, ge=1, le=64, description="by default as `min`: the number is fixed")
+    target: float = Field(8.0, gt=0, le=1e6, description="calls under way that one replica is meant for")
+    scale_down_s: float = Field(
+        60.0, ge=1, le=86400, description="seconds for which fewer replicas must have been enough before one is stopped"
+    )
 
     @model_validator(mode="after")
     def _ordered(self) -> Replicas:

@@ -114,6 +114,16 @@ def alone(encoded: bytes) -> Totals:
     return totals
 
 
+def loads(folder: Path) -> dict[tuple[str, str], Load]:
+    """What the living gateways of `folder` have under way, by project id and deployment: for whoever scales by it."""
+    totals = Totals()
+    for live in folder.glob("metrics-*.live"):
+        one = _read(live.with_suffix(".data"), _snapshot)
+        if one is not None and one.format == FORMAT and _is_locked(live):
+            totals.add_gauges(one)
+    return totals.loads
+
+
 class Shelf:
     """One gateway's place in `folder`. Its thread writes what was offered last; `total` may be called in any thread."""
 
