@@ -3,6 +3,7 @@
 A *batch* is the raw columns in wire form, one 1-d array of n rows a column:
     number   float32, NaN = missing            integer  int64, INT64_MISSING = missing (float32 when the data has gaps)
     boolean  uint8 0/1, BOOL_MISSING = missing  category, text, time  object array of str, "" = missing (time: ISO 8601)
+    image, audio  object array of bytes, the files as they came, b"" = missing
 The same arrays enter training, evaluation and the replica, so there is one implementation of everything.
 """
 
@@ -58,7 +59,12 @@ class Fitted(Protocol):
 
 
 class Trainer(Protocol):
-    """An algorithm. `Params` declares the hyperparameters with constraints; they are checked before a job is queued."""
+    """An algorithm. `Params` declares the hyperparameters with constraints; they are checked before a job is queued.
+
+    It may also declare `shaped = True`: it takes images [n, c, h, w], spectrograms [n, 1, bands, frames], waveforms
+    [n, samples] and token sequences [n, length] as they are (see `Preparation.blocks`); and `tokens = True`: by default
+    texts become token sequences.
+    """
 
     tasks: ClassVar[tuple[str, ...]]
     accepts_missing: ClassVar[bool]

@@ -5,6 +5,7 @@ Nothing here knows what a transform or an estimator is. Imports numpy; onnx and 
 
 from __future__ import annotations
 
+import math
 import re
 from typing import TYPE_CHECKING, Any
 
@@ -45,23 +46,26 @@ def column_of(name: str) -> str:
 
 
 class Graph:
-    """A graph under construction. Tensors are [N, width]; names count upwards: the same calls give the same bytes."""
+    """A graph under construction. Tensors are [N, width], or [N, *shape] where a shape is given; names count upwards:
+    the same calls give the same bytes.
+    """
 
     def __init__(self, taken: set[str] | None = None) -> None:
         self.kinds: dict[str, int] = {}
         self.widths: dict[str, int] = {}
+        self.shapes: dict[str, tuple[int, ...]] = {}  # of tensors that are no tables
         self._taken = {input_name(name) for name in taken or ()}
         self._inputs: list[str] = []
         self._constants: dict[str, np.ndarray] = {}
         self._nodes: dict[str, tuple[str, list[str], str, dict[str, Any]]] = {}  # by output
         self._count = 0
 
-    def input(self, column: str, kind: int, width: int = 1) -> str:
-        """An input of shape [N, width] for `column`."""
+    def input(self, column: str, kind: int, width: int = 1, shape: tuple[int, ...] | None = None) -> str:
+        """An input of shape [N, width], or [N, *shape], for `column`."""
         name = input_name(column)
         self._inputs.append(name)
         self._taken.add(name)
-        self.kinds[name], self.widths[name] = kind, width
+        self._describe(name, kind, width, shape)
         return name
 
     def constant(self, values: Any, kind: int = FLOAT) -> str:
@@ -73,13 +77,40 @@ class Graph:
         return name
 
     def node(
-        self, op: str, inputs: list[str], *, kind: int = FLOAT, width: int = 1, domain: str = "", **attributes: Any
+        self,
+        op: str,
+        inputs: list[str],
+        *,
+        kind: int = FLOAT,
+        width: int = 1,
+        shape: tuple[int, ...] | None = None,
+        domain: str = "",
+        **attributes: Any,
     ) -> str:
-        """A node with one output of `kind` and shape [N, width]; returns the output's name."""
+        """A node with one output of `kind` and shape [N, width], or [N, *shape]; returns the output's name."""
         name = self._fresh("t")
         self._nodes[name] = (op, inputs, domain, attributes)
-        self.kinds[name], self.widths[name] = kind, width
+        self._describe(name, kind, width, shape)
         return name
+
+    def _describe(self, name: str, kind: int, width: int, shape: tuple[int, ...] | None) -> None:
+        self.kinds[name] = kind
+        self.widths[name] = width if shape is None else math.prod(shape)
+        if shape is not None:
+            self.shapes[name] = shape
+
+    def shape(self, tensor: str) -> tuple[int, ...]:
+        """What follows the rows: (width,), or the shape of a tensor that is no table."""
+        return self.shapes.get(tensor, (self.widths[tensor],))
+
+    def flat(self, tensor: str) -> str:
+        """The tensor as [N, width]."""
+        if len(self.shape(tensor)) == 1:
+            return tensor
+        width = self.widths[tensor]
+        return self.node(
+            "Reshape", [tensor, self.constant([-1, width], INT64)], kind=self.kinds[tensor], width=width
+        )
 
     def concat(self, tensors: list[str]) -> str:
         """Tensors of one kind side by side; one alone is returned as it is."""
@@ -120,12 +151,12 @@ class Graph:
             nodes,
             name,
             [
-                helper.make_tensor_value_info(tensor, self.kinds[tensor], ["n", self.widths[tensor]])
+                helper.make_tensor_value_info(tensor, self.kinds[tensor], ["n", *self.shape(tensor)])
                 for tensor in self._inputs
                 if tensor in reached
             ],
             [
-                helper.make_tensor_value_info(output, self.kinds[tensor], ["n", self.widths[tensor]])
+                helper.make_tensor_value_info(output, self.kinds[tensor], ["n", *self.shape(tensor)])
                 for output, tensor in outputs.items()
             ],
             initializer=[

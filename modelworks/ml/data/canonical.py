@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 FORMAT = "modelworks-table-1"
 GROUP_CELLS = 2_000_000  # cells of a row group
 GROUP_ROWS = (1024, 131_072)  # least and most rows, unless its texts are long
-GROUP_BYTES = 16 << 20  # bytes of texts in a row group
+GROUP_BYTES = 16 << 20  # bytes of texts and files in a row group
+_SIZED = ("category", "text", "image", "audio")
 
 
 def arrow_schema(columns: Sequence[Inferred]) -> pa.Schema:
@@ -44,7 +45,7 @@ class Digest:
         """Adds rows in canonical types."""
         self._rows += batch.num_rows
         for index, (column, values) in enumerate(zip(self._columns, batch.columns, strict=True)):
-            if column.type in ("category", "text"):
+            if column.type in _SIZED:
                 lengths, data = _text_bytes(values)
                 self._lengths[index].update(lengths)
                 self._values[index].update(data)
@@ -79,12 +80,12 @@ def _fixed_bytes(values: pa.Array, kind: str) -> bytes:
 
 
 def _text_bytes(values: pa.Array) -> tuple[bytes, Any]:
-    """(little-endian lengths, -1 for null; all the texts on end)."""
+    """(little-endian lengths, -1 for null; all the texts or files on end)."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
     lengths = pc.binary_length(values).cast(pa.int32()).fill_null(-1)
-    filled = pa.concat_arrays([values.fill_null("")])  # bytes behind a null slot must not count
+    filled = pa.concat_arrays([values.fill_null(b"" if pa.types.is_binary(values.type) else "")])  # bytes behind a null slot must not count
     _, offsets, data = filled.buffers()
     raw = lengths.to_numpy(zero_copy_only=False).astype("<i4", copy=False).tobytes()
     if data is None or len(filled) == 0:
@@ -104,7 +105,7 @@ class CanonicalFile:
         self._schema = arrow_schema(columns)
         least, most = GROUP_ROWS
         self._group_rows = max(least, min(most, GROUP_CELLS // len(columns)))
-        self._texts = [index for index, column in enumerate(columns) if column.type in ("category", "text")]
+        self._texts = [index for index, column in enumerate(columns) if column.type in _SIZED]
         self._pending: list[pa.RecordBatch] = []
         self._rows = 0
         self._bytes = 0

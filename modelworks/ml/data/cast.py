@@ -35,6 +35,7 @@ def arrow_type(kind: ColumnType, zoned: bool) -> pa.DataType:
     if kind == "time":
         return pa.timestamp("us", tz="UTC" if zoned else None)
     types = {"number": pa.float64(), "integer": pa.int64(), "boolean": pa.bool_()}
+    types |= {"image": pa.binary(), "audio": pa.binary()}
     return types.get(kind, pa.string())
 
 

@@ -37,7 +37,7 @@ def resolve(source: str, workdir: Path, *, offline: bool = False) -> Path:
     if scheme == "sklearn":
         return _sklearn(rest, workdir)
     if scheme == "package":
-        return _package(rest)
+        return package_file(rest)
     if scheme == "https":
         return _url(source, workdir, offline)
     if scheme in ("s3", "gs", "gcs", "az", "azure", "abfs", "abfss", "r2"):
@@ -92,7 +92,7 @@ def _sklearn(name: str, workdir: Path) -> Path:
     return out
 
 
-def _package(rest: str) -> Path:
+def package_file(rest: str) -> Path:
     """A file that an installed distribution lists as its own, and that lies where distributions are installed."""
     from importlib.metadata import PackageNotFoundError, distribution
 

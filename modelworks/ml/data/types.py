@@ -5,6 +5,7 @@ Light at import: numpy only. Every refusal names the feature, the row, what was 
 
 from __future__ import annotations
 
+import base64
 import math
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -15,13 +16,14 @@ import numpy as np
 from modelworks.core.errors import InvalidInput
 from modelworks.core.tensors import BOOL_MISSING, INT64_MISSING
 from modelworks.core.types import Column, TensorSpec
+from modelworks.ml.data.media import decode_base64
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
     from modelworks.ml.base import Batch
 
-_OIP = {"number": "FP32", "boolean": "BOOL", "category": "BYTES", "text": "BYTES", "time": "BYTES"}
+_OIP = {"number": "FP32", "boolean": "BOOL"}  # all else is BYTES
 _EXPECTED = {
     "number": "a number",
     "integer": "an integer",
@@ -29,6 +31,8 @@ _EXPECTED = {
     "category": "a text",
     "text": "a text",
     "time": "an ISO 8601 time as a text",
+    "image": "an image file in base64",
+    "audio": "a sound file in base64",
 }
 _INTEGERS: dict[str, np.dtype[Any]] = {
     f"{sign}INT{bits}": np.dtype(f"{sign.lower()}int{bits}") for sign in ("", "U") for bits in (8, 16, 32, 64)
@@ -39,6 +43,7 @@ _FLOATS: dict[str, np.dtype[Any]] = {
     "FP64": np.dtype("float64"),
 }
 _DTYPES: dict[str, np.dtype[Any]] = {**_INTEGERS, **_FLOATS}
+MEDIA = ("image", "audio")
 _SHOWN = 80  # characters of a value that an error quotes
 
 
@@ -47,7 +52,7 @@ def signature_inputs(columns: Sequence[Column]) -> list[TensorSpec]:
     return [
         TensorSpec(
             name=column.name,
-            datatype=("FP32" if column.nullable else "INT64") if column.type == "integer" else _OIP[column.type],
+            datatype=("FP32" if column.nullable else "INT64") if column.type == "integer" else _OIP.get(column.type, "BYTES"),
             shape=[-1, 1],
             column=column.type,
             nullable=column.nullable,
@@ -98,6 +103,9 @@ def _wire(values: pa.ChunkedArray, column: Column) -> np.ndarray:
     if column.type == "time":
         return _iso(values)
     out = np.empty(len(values), dtype=object)
+    if column.type in MEDIA:
+        out[:] = values.cast(pa.binary()).fill_null(b"").to_pylist()
+        return out
     out[:] = values.cast(pa.string()).fill_null("").to_pylist()
     return out
 
@@ -168,6 +176,8 @@ def _column(values: list[Any], spec: TensorSpec) -> np.ndarray:
     kind = _kind(spec)
     if kind == "boolean":
         return _booleans(values, spec)
+    if kind in MEDIA:
+        return _files(values, spec, kind)
     if kind in ("category", "text", "time"):
         return _texts(values, spec, kind)
     return _numbers(values, spec, kind)
@@ -259,6 +269,23 @@ def _texts(values: list[Any], spec: TensorSpec, kind: str) -> np.ndarray:
             raise _mistyped(value, row, spec, "a text without lone surrogates")
         else:
             out[row] = value
+    return out
+
+
+def _files(values: list[Any], spec: TensorSpec, kind: str) -> np.ndarray:
+    """Base64 texts as the files that they hold. What they show is the decoder's to judge."""
+    out = np.empty(len(values), dtype=object)
+    for row, value in enumerate(values):
+        if value is None or value == "":
+            _missing(row, spec, kind)
+            out[row] = b""
+            continue
+        if not isinstance(value, str):
+            raise _mistyped(value, row, spec, _EXPECTED[kind])
+        try:
+            out[row] = decode_base64(value)
+        except ValueError:
+            raise _mistyped(value, row, spec, _EXPECTED[kind]) from None
     return out
 
 
@@ -382,6 +409,8 @@ def _values(array: np.ndarray, spec: TensorSpec) -> list[Any]:
     if array.ndim > 1:
         return array.tolist()
     kind = _kind(spec)
+    if kind in MEDIA:
+        return [base64.b64encode(value).decode() if value else None for value in array.tolist()]
     if kind == "boolean":
         return [None if value > 1 else bool(value) for value in array.astype(np.uint8).tolist()]
     if kind in ("category", "text", "time"):

@@ -15,6 +15,8 @@ _ARROW = {
     "boolean": pa.bool_(),
     "category": pa.string(),
     "text": pa.string(),
+    "image": pa.binary(),
+    "audio": pa.binary(),
 }
 
 

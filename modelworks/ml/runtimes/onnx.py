@@ -110,7 +110,10 @@ def _array(spec: TensorSpec, inputs: dict[str, np.ndarray]) -> np.ndarray:
         array = np.asarray(inputs[spec.name])
     except KeyError:
         raise InvalidInput(f"the input {spec.name!r} is missing", code="missing_feature", param=spec.name) from None
-    array = _texts(spec, array) if spec.datatype == "BYTES" else _numbers(spec, array)
+    if spec.column in ("image", "audio"):
+        array = _files(spec, array)
+    else:
+        array = _texts(spec, array) if spec.datatype == "BYTES" else _numbers(spec, array)
     if not spec.column:
         return array
     if array.ndim != 1:
@@ -154,6 +157,17 @@ def _texts(spec: TensorSpec, array: np.ndarray) -> np.ndarray:
         raise InvalidInput(
             f"the input {spec.name!r} has a text that is not UTF-8", code="bad_value", param=spec.name
         ) from None
+    return out.reshape(array.shape)
+
+
+def _files(spec: TensorSpec, array: np.ndarray) -> np.ndarray:
+    """Files as bytes, which the host transforms decode."""
+    if array.dtype.kind not in "OUS":
+        raise InvalidInput(
+            f"the input {spec.name!r} must be files, not {array.dtype}", code="bad_datatype", param=spec.name
+        )
+    out = np.empty(array.size, dtype=object)
+    out[:] = [value.encode() if isinstance(value, str) else bytes(value) for value in array.ravel().tolist()]
     return out.reshape(array.shape)
 
 

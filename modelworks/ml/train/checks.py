@@ -87,6 +87,12 @@ def task_of(spec: TrainingSpec, target: Column) -> str | None:
             code="bad_target",
             param="target",
         )
+    if target.type in ("image", "audio"):
+        raise InvalidInput(
+            f"the target {target.name!r} is of type {target.type}, which cannot be predicted; choose another column",
+            code="bad_target",
+            param="target",
+        )
     if task == REGRESSION and target.type not in ("number", "integer"):
         raise InvalidInput(
             f"{spec.algorithm} predicts numbers but the target {target.name!r} is of type {target.type}; "

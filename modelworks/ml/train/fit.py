@@ -71,7 +71,7 @@ class Model:
         """Probabilities [n, classes] or values [n], float64. InvalidInput for a missing value that it cannot take."""
         features = self.preparation.features(batch)
         if not self.accepts_missing and np.isnan(features).any():
-            column = int(np.isnan(features).any(axis=0).argmax())
+            column = int(np.isnan(features.reshape(len(features), -1)).any(axis=0).argmax())
             raise InvalidInput(
                 f"the feature {self.preparation.feature_names[column]!r} is missing in rows to predict but never "
                 "in training; "
@@ -95,7 +95,13 @@ def fit(problem: Problem, rows: np.ndarray, ctx: JobContext) -> Model:
     batch = problem.part(rows)
     ctx.progress(0.0, "preparing")
     preparation = Preparation.fit(
-        batch, problem.columns, problem.transforms, accepts_missing=trainer.accepts_missing, target=problem.target[rows]
+        batch,
+        problem.columns,
+        problem.transforms,
+        accepts_missing=trainer.accepts_missing,
+        target=problem.target[rows],
+        shaped=getattr(trainer, "shaped", False),
+        tokens=getattr(trainer, "tokens", False),
     )
     features = preparation.fit_features(batch)
     target = problem.target[rows][preparation.keep]

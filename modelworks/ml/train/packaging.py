@@ -26,6 +26,7 @@ from modelworks.ml.train.fitted import with_label
 from modelworks.ml.train.problem import Problem, class_text
 
 SAMPLES = 32
+SAMPLE_BYTES = 1 << 20  # of images and sounds among them
 _CHUNK = 8192
 _LIBRARIES = ("numpy", "scikit-learn", "lightgbm", "onnx", "onnxruntime", "modelworks")
 
@@ -116,7 +117,7 @@ def check_every_row(problem: Problem, model: Model, runtime: OnnxRuntime, manife
 
 def parity_samples(problem: Problem, model: Model, manifest: Manifest) -> ParitySamples:
     """Rows spread over the data, among them one with a missing value where there is one."""
-    rows = problem.rows
+    rows = problem.rows[: _within(problem)]
     chosen = np.unique(np.linspace(0, len(rows) - 1, min(SAMPLES, len(rows))).round().astype(np.int64))
     batch = problem.part(rows)
     gaps = np.zeros(len(rows), dtype=bool)
@@ -131,6 +132,19 @@ def parity_samples(problem: Problem, model: Model, manifest: Manifest) -> Parity
         inputs=batch_to_rows(problem.part(picked), manifest.signature.inputs),
         outputs={name: values.tolist() for name, values in outputs.items()},
     )
+
+
+def _within(problem: Problem) -> int:
+    """How many of the first rows may be chosen among, so that SAMPLES of their files stay within SAMPLE_BYTES."""
+    files = [problem.batch[column.name] for column in problem.columns if column.type in ("image", "audio")]
+    if not files:
+        return len(problem.rows)
+    sizes = np.zeros(len(problem.rows), dtype=np.int64)
+    for column in files:
+        sizes += np.array([len(data) for data in column[problem.rows]], dtype=np.int64)
+    if SAMPLES * int(sizes.max()) <= SAMPLE_BYTES:
+        return len(problem.rows)
+    return max(1, int(np.searchsorted(sizes.cumsum(), SAMPLE_BYTES, side="right")))
 
 
 def lineage_of(spec: TrainingSpec, dataset: str, dataset_digest: str, code_version: str) -> dict[str, Any]:

@@ -9,13 +9,14 @@ from pydantic import Field, ValidationError, model_validator
 
 from modelworks.core.errors import InvalidInput
 from modelworks.core.specs import Spec, TransformSpec
+from modelworks.ml.data.transforms import media_params as media
 
 MAX_TRANSFORMS = 200
 MAX_NAMED_COLUMNS = 10_000
 
 # selector word -> the column types it stands for
 SELECTORS: dict[str, tuple[str, ...]] = {
-    "all": ("number", "integer", "category", "boolean", "text", "time"),
+    "all": ("number", "integer", "category", "boolean", "text", "time", "image", "audio"),
     "numeric": ("number", "integer"),
     "number": ("number",),
     "integer": ("integer",),
@@ -23,8 +24,12 @@ SELECTORS: dict[str, tuple[str, ...]] = {
     "boolean": ("boolean",),
     "text": ("text",),
     "time": ("time",),
+    "image": ("image",),
+    "audio": ("audio",),
 }
 ANY = SELECTORS["all"]
+MEDIA = ("image", "audio")
+PLAIN = tuple(name for name in ANY if name not in MEDIA)
 NUMERIC = SELECTORS["numeric"]
 FLAT = ("number", "integer", "boolean")  # held as float32 in the graph
 LABELS = ("category", "text", "boolean", "integer")  # have a finite spelling that can be encoded
@@ -196,15 +201,17 @@ class Transform:
     """`types`: what it can be applied to; `default`: what it takes when no columns are given (None: they must be).
 
     kind: "rows" drops rows of training and evaluation sets, never at serving; "graph" runs in the ONNX graph; "host"
-    before it.
+    before it; "training" changes training rows alone, anew in each epoch. `blocks`: it works on what an image, a sound
+    or a text became: numbers in a shape of their own.
     """
 
     name: str
-    kind: Literal["rows", "graph", "host"]
+    kind: Literal["rows", "graph", "host", "training"]
     description: str
     types: tuple[str, ...]
     default: tuple[str, ...] | None
     Params: type[Spec] = NoParams
+    blocks: bool = False
 
 
 TRANSFORMS: dict[str, Transform] = {
@@ -215,7 +222,7 @@ TRANSFORMS: dict[str, Transform] = {
             "drop-duplicates", "rows", "Keep the first of the rows that are alike in all of the columns.", ANY, ANY
         ),
         Transform("drop", "graph", "Drop the columns.", ANY, None),
-        Transform("fill-missing", "graph", "Fill in missing values.", ANY, ANY, FillMissing),
+        Transform("fill-missing", "graph", "Fill in missing values.", PLAIN, PLAIN, FillMissing),
         Transform("clip", "graph", "Clip outliers to bounds.", NUMERIC, NUMERIC, Clip),
         Transform(
             "cast",
@@ -259,9 +266,39 @@ TRANSFORMS: dict[str, Transform] = {
             ("text",),
             Hashing,
         ),
+        Transform(
+            "resize", "host", "Decode an image and bring it to one size; values 0 to 1.", ("image",), ("image",), media.Resize
+        ),
+        Transform("crop", "graph", "A part of each image.", ("image",), ("image",), media.Crop, blocks=True),
+        Transform(
+            "normalise", "graph", "Each channel to mean 0 and deviation 1.", MEDIA, MEDIA, media.Normalise, blocks=True
+        ),
+        Transform(
+            "augment", "training", "Changed at random in each epoch of training.", MEDIA, MEDIA, media.Augment, blocks=True
+        ),
+        Transform(
+            "resample", "host", "Decode a sound to one rate, one channel and one length.", ("audio",), ("audio",), media.Resample
+        ),
+        Transform(
+            "mel-spectrogram", "graph", "The (log) energy in mel bands over time.", ("audio",), ("audio",),
+            media.MelSpectrogram, blocks=True,
+        ),
+        Transform(
+            "mfcc", "graph", "Mel-frequency cepstral coefficients over time.", ("audio",), ("audio",), media.Mfcc, blocks=True
+        ),
+        Transform(
+            "pool", "graph", "Means of a spectrogram over parts of the time.", ("audio",), ("audio",), media.Pool, blocks=True
+        ),
+        Transform(
+            "tokenise", "host", "A text as a sequence of token numbers, 0 where it is padded.", ("text", "category"), ("text",),
+            media.Tokenise,
+        ),
     )
-}
-ALIASES = {"standardize": "standardise", "minmax": "min-max", "onehot": "one-hot", "tfidf": "tf-idf"}
+}  # fmt: skip
+ALIASES = {
+    "normalize": "normalise", "tokenize": "tokenise", "mel": "mel-spectrogram", "standardize": "standardise",
+    "minmax": "min-max", "onehot": "one-hot", "tfidf": "tf-idf",
+}  # fmt: skip
 
 
 def check_transforms(specs: list[TransformSpec]) -> list[TransformSpec]:

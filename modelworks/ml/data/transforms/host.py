@@ -1,7 +1,8 @@
 """Host transforms: what ONNX cannot hold runs here before the graph, the same code in training and in the replica.
 
-A state is JSON: {"kind", "column" (the raw column, for errors), "input", "output", ...}. Results are float32 [n, k].
-Imports numpy only (and xxhash when hashing). Each row's result depends on that row alone.
+A state is JSON: {"kind", "column" (the raw column, for errors), "input", "output", ...}. Results are float32 [n, k], or
+blocks: uint8 [n, c, h, w] of images, float32 [n, samples] of sounds, int64 [n, length] of tokens. Imports numpy only, and
+what a kind needs when it is compiled. Each row's result depends on that row alone.
 """
 
 from __future__ import annotations
@@ -44,6 +45,15 @@ def compile_host(states: list[dict[str, Any]]) -> Callable[[Batch], Batch]:
         return out
 
     return apply
+
+
+def block_of(state: dict[str, Any]) -> tuple[str, tuple[int, ...]] | None:
+    """(numpy type, shape behind the rows) of a state that makes a block; None for one that makes columns."""
+    if state["kind"] == "image":
+        return "uint8", (state["channels"], *state["size"])
+    if state["kind"] == "audio":
+        return "float32", (state["samples"],)
+    return ("int64", (state["length"],)) if state["kind"] == "tokens" else None
 
 
 def output_names(state: dict[str, Any]) -> list[str]:
@@ -249,7 +259,66 @@ def _rows(weigh: Callable[[str], dict[int, float]], width: int) -> Step:
     return apply
 
 
+def _image(state: dict[str, Any]) -> Step:
+    """Files -> uint8 [n, c, h, w]."""
+    from modelworks.ml.data.media import image_array
+
+    size, channels, fit = tuple(state["size"]), state["channels"], state["fit"]
+    return _decoded(state, (channels, *size), np.uint8, lambda data: image_array(data, size, channels, fit))
+
+
+def _audio(state: dict[str, Any]) -> Step:
+    """Files -> float32 [n, samples]."""
+    from modelworks.ml.data.media import waveform
+
+    rate, samples, align = state["rate"], state["samples"], state["align"]
+    return _decoded(state, (samples,), np.float32, lambda data: waveform(data, rate, samples, align))
+
+
+def _decoded(state: dict[str, Any], shape: tuple[int, ...], dtype: Any, decode: Callable[[bytes], np.ndarray]) -> Step:
+    """A missing file is all zeros."""
+    from modelworks.ml.data.media import Unreadable, raw
+
+    def apply(values: np.ndarray) -> np.ndarray:
+        out = np.zeros((len(values), *shape), dtype=dtype)
+        for row, value in enumerate(values.tolist()):
+            data = value.encode() if isinstance(value, str) else value
+            if not data:
+                continue
+            try:
+                out[row] = decode(raw(data))
+            except Unreadable as error:
+                raise InvalidInput(
+                    f"the {state['kind']} of the feature {state['column']!r} in row {row} {error}; send another file",
+                    param=state["column"],
+                    code="bad_media",
+                    detail={"row": row, "feature": state["column"]},
+                ) from None
+        return out
+
+    return apply
+
+
+def _tokens(state: dict[str, Any]) -> Step:
+    """Texts -> int64 [n, length]: token numbers, cut and padded."""
+    from modelworks.ml.data.tokens import encoder
+
+    encode, length, pad = encoder(state["tokenizer"]), state["length"], state["pad"]
+
+    def apply(values: np.ndarray) -> np.ndarray:
+        out = np.full((len(values), length), pad, dtype=np.int64)
+        for row, ids in enumerate(encode([str(value) for value in values.tolist()])):
+            kept = ids[:length]
+            out[row, : len(kept)] = kept
+        return out
+
+    return apply
+
+
 _KINDS: dict[str, Callable[[dict[str, Any]], Step]] = {
+    "image": _image,
+    "audio": _audio,
+    "tokens": _tokens,
     "fill": _fill,
     "parse": _parse,
     "date-parts": _date_parts,

@@ -5,6 +5,7 @@ A column is one position in a tensor [N, width]: an op on k columns runs once on
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, cast
@@ -14,7 +15,7 @@ import numpy as np
 from modelworks.core.tensors import INT64_MISSING
 from modelworks.core.types import Column, ColumnType
 from modelworks.ml import graph as onnx_graph
-from modelworks.ml.data.transforms import host, labels, numeric
+from modelworks.ml.data.transforms import blocks, host, labels, numeric
 from modelworks.ml.graph import BOOL, FLOAT, INT64, ML, STRING, UINT8, Graph
 
 if TYPE_CHECKING:
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from modelworks.ml.base import Batch
 
 CHUNK = 8192  # rows that run through the graph at a time
+CHUNK_BYTES = 32 << 20  # ... and what their widest tensor may take
 Key = tuple[int, ...]
 
 
@@ -31,7 +33,8 @@ class Current:
     """A column as it is at a step. `key`: the raw column's position, then a number for each op that it came out of.
 
     `complete`: never missing from here on. `host_prior`: host states that give the same values; None once only the
-    graph can.
+    graph can. `shape`: of a block, a tensor of its own behind the rows: an image, a sound, a sequence of tokens.
+    `about`: what an estimator may want to know of a block.
     """
 
     key: Key
@@ -42,6 +45,23 @@ class Current:
     index: int = 0
     complete: bool = False
     host_prior: tuple[dict[str, Any], ...] | None = ()
+    shape: tuple[int, ...] | None = None
+    about: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Block:
+    """A part of the features: `start` to `stop` of the flattened ones, in `shape`. kind: table, image, audio or tokens.
+
+    `about`: of tokens {"vocabulary", "pad"}; of sounds {"rate"}.
+    """
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+    about: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -145,6 +165,10 @@ class Plan:
         elif step.op == "host":
             for column in chosen:
                 self._host(column, step.fitted[column.key])
+        elif step.op in blocks.BLOCKS:
+            for column in chosen:
+                tensor = blocks.BLOCKS[step.op][1](self.graph, column.tensor, step.fitted[column.key])
+                self._put([replace(column, tensor=tensor, shape=self.graph.shape(tensor))])
         else:
             texts = [c for c in chosen if self.kind(c) == STRING or step.op not in numeric.NUMERIC]
             numbers = [c for c in chosen if self.kind(c) != STRING and step.op in numeric.NUMERIC]
@@ -230,6 +254,9 @@ class Plan:
             "output": self._free_name(f"{column.raw}:{state['kind']}"),
         }
         self.host.append(whole)
+        if (made := host.block_of(whole)) is not None:
+            self._decode(column, whole, *made)
+            return
         names = host.output_names(whole)
         tensor = self.graph.input(whole["output"], FLOAT, len(names))
         kind = state["kind"]
@@ -245,12 +272,30 @@ class Plan:
             [Current((*key, i), name, column.raw, "number", tensor, i, complete, None) for i, name in enumerate(names)],
         )
 
+    def _decode(self, column: Current, state: dict[str, Any], dtype: str, shape: tuple[int, ...]) -> None:
+        """A block in the column's place: pixels as 0 to 1, samples as they are, token numbers as floats."""
+        graph = self.graph
+        tensor = graph.input(state["output"], {"uint8": UINT8, "int64": INT64, "float32": FLOAT}[dtype], shape=shape)
+        about: dict[str, Any] = {}
+        if dtype == "uint8":
+            tensor = blocks.emit_pixels(graph, tensor)
+        elif dtype == "int64":
+            tensor = graph.node("Cast", [tensor], shape=shape, to=FLOAT)
+            about = {"vocabulary": state["vocabulary"], "pad": state["pad"]}
+        else:
+            about = {"rate": state["rate"]}
+        complete = column.complete or dtype == "int64"  # a missing text has no tokens
+        self._put(
+            [replace(column, tensor=tensor, index=0, shape=shape, about=about, complete=complete, host_prior=None)]
+        )
+
     # values
 
     def values(self, tensors: list[str], batch: Batch) -> list[np.ndarray]:
         """The tensors' values [n, width] for a raw batch, as the graph yields them."""
-        if all(self.graph.is_input(tensor) for tensor in tensors) and not self.host:
-            columns = [batch[onnx_graph.column_of(tensor)] for tensor in tensors]
+        names = [onnx_graph.column_of(tensor) for tensor in tensors]
+        if all(self.graph.is_input(tensor) for tensor in tensors) and all(name in batch for name in names):
+            columns = [batch[name] for name in names]
             return [column.reshape(-1, 1) for column in columns]
         key = tuple(tensors)
         if key not in self._sessions:
@@ -259,10 +304,26 @@ class Plan:
         wanted = {onnx_graph.column_of(name) for name in self.graph.inputs_of(tensors)}
         return run(self._sessions[key], needed(self.host, wanted), batch)
 
-    def features(self) -> tuple[onnx.ModelProto, list[str]]:
-        """The finished graph with its output "features" [N, f], and the features' names."""
-        block, members = self.block(self.as_floats(self.columns))
-        return self.graph.model({"features": block}, "features"), _distinct([column.name for column in members])
+    def features(self, shaped: bool) -> tuple[onnx.ModelProto, list[str], list[Block]]:
+        """The finished graph with its output "features", the names of the flattened features, and their blocks.
+
+        Features are [N, f]; with `shaped`, those of one block alone are [N, *shape].
+        """
+        table, members = self.block(self.as_floats([column for column in self.columns if column.shape is None]))
+        parts = [table] if members else []
+        names = [column.name for column in members]
+        made = [Block("table", "table", (len(members),), 0, len(members))] if members else []
+        for column in self.columns:
+            if column.shape is None:
+                continue
+            width = self.graph.widths[column.tensor]
+            kind = "tokens" if column.type in ("text", "category") else column.type
+            made.append(Block(column.name, kind, column.shape, len(names), len(names) + width, column.about))
+            names += [f"{column.name}[{index}]" for index in range(width)]
+            parts.append(column.tensor)
+        alone = shaped and len(made) == 1
+        out = parts[0] if alone else self.graph.concat([self.graph.flat(part) for part in parts])
+        return self.graph.model({"features": out}, "features"), _distinct(names), made
 
     def _to_float(self, block: str, kind: int, width: int) -> str:
         graph = self.graph
@@ -313,12 +374,19 @@ def run(session: Any, states: list[dict[str, Any]], batch: Batch) -> list[np.nda
     inputs = session.get_inputs()
     rows = len(next(iter(batch.values()))) if batch else 0
     parts: list[list[np.ndarray]] = []
-    for start in range(0, max(rows, 1), CHUNK):
-        chunk = {name: column[start : start + CHUNK] for name, column in batch.items()}
+    size = chunk_rows([*inputs, *session.get_outputs()])
+    for start in range(0, max(rows, 1), size):
+        chunk = {name: column[start : start + size] for name, column in batch.items()}
         parts.append(session.run(None, onnx_graph.feed(inputs, apply(chunk))))
     if len(parts) == 1:
         return parts[0]
     return [np.concatenate(pieces) for pieces in zip(*parts, strict=True)]
+
+
+def chunk_rows(tensors: list[Any]) -> int:
+    """How many rows to run at a time."""
+    widest = max(math.prod(size for size in tensor.shape[1:] if isinstance(size, int)) for tensor in tensors)
+    return max(1, min(CHUNK, CHUNK_BYTES // (4 * max(1, widest))))
 
 
 def _distinct(names: list[str]) -> list[str]:

@@ -5,6 +5,7 @@ The features that training sees come out of that same graph, run by onnxruntime:
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,9 @@ from modelworks.core.errors import InvalidInput
 from modelworks.core.specs import TransformSpec
 from modelworks.core.types import Column
 from modelworks.ml import graph as onnx_graph
-from modelworks.ml.data.transforms import catalogue, labels, numeric
+from modelworks.ml.data.transforms import blocks, catalogue, labels, numeric
+from modelworks.ml.data.transforms.blocks import augment
+from modelworks.ml.data.transforms.media_fit import spread
 from modelworks.ml.data.transforms.plan import Current, Key, Plan, Step, needed, run
 from modelworks.ml.data.transforms.rows import RowFilter, missing_mask
 from modelworks.ml.data.transforms.texts import fit_host
@@ -25,6 +28,8 @@ if TYPE_CHECKING:
 
     from modelworks.ml.base import Batch
 
+_FITTED_ON = 512  # rows that a block's mean and deviation are taken from
+_CHUNK_CELLS = 8_000_000
 MAX_ONE_HOT_FOR_TREES = 50  # a tree splits an ordinal of many categories better than many columns of one each
 _NUMBER_OPS = "one-hot, ordinal, tf-idf, hashing or cast"
 
@@ -34,15 +39,31 @@ class Preparation:
 
     keep: bool [rows of the fit batch], which of them row ops kept.  host: JSON states that run before the graph.
     feature_names: in the order of the features.  nullable: by raw column, whether serving accepts a missing value.
-    inputs: the raw columns that the features depend on.
+    inputs: the raw columns that the features depend on.  blocks: the parts of the (flattened) features.
+    shape: of one row of features.
     """
 
     def __init__(
-        self, plan: Plan, keep: np.ndarray, filters: list[RowFilter], fitting: Plan, nullable: dict[str, bool]
+        self,
+        plan: Plan,
+        keep: np.ndarray,
+        filters: list[RowFilter],
+        fitting: Plan,
+        nullable: dict[str, bool],
+        *,
+        shaped: bool,
+        augmentations: dict[str, list[dict[str, Any]]],
     ) -> None:
         self.keep = keep
         self.nullable = nullable
-        self._model, self.feature_names = plan.features()
+        self._model, self.feature_names, self.blocks = plan.features(shaped)
+        alone = shaped and len(self.blocks) == 1
+        self.shape = self.blocks[0].shape if alone else (len(self.feature_names),)
+        self._augmented = [
+            (block, augmentations[block.name])
+            for block in self.blocks
+            if block.kind != "table" and block.name in augmentations
+        ]
         wanted = {onnx_graph.column_of(value.name) for value in self._model.graph.input}
         self.host = needed(plan.host, wanted)
         made = {state["output"] for state in self.host}
@@ -59,9 +80,14 @@ class Preparation:
         *,
         accepts_missing: bool,
         target: np.ndarray | None = None,
+        shaped: bool = False,
+        tokens: bool = False,
     ) -> Preparation:
         """Fit on `batch` (wire form, `columns` = the features). Without `specs` the default preparation is used.
 
+        `shaped`: an estimator that takes images, sounds and sequences in their shape: where the features are one such
+        block alone, they are [n, *shape]; else they are [n, f], and `blocks` tells what is where. `tokens`: by default
+        texts become token sequences, not tf-idf.
         `target` [n] only serves drop-duplicates: rows with different targets are not alike. InvalidInput names the
         column that is unknown, of a wrong type for its op, or in the end not a number or missing where it must not be.
         """
@@ -70,15 +96,17 @@ class Preparation:
                 "there is no feature to learn from; name at least one column besides the target", param="features"
             )
         steps = (
-            default_transforms(batch, columns, accepts_missing) if specs is None else catalogue.check_transforms(specs)
+            default_transforms(batch, columns, accepts_missing, tokens)
+            if specs is None
+            else catalogue.check_transforms(specs)
         )
         fitting = _Fitting(batch, columns, target)
         for index, spec in enumerate(steps):
             fitting.step(spec, f"transforms[{index}]")
-        return fitting.finish(accepts_missing)
+        return fitting.finish(accepts_missing, shaped)
 
     def graph(self) -> onnx.ModelProto:
-        """Raw columns (and the host's outputs) -> "features" FP32 [-1, f]. A copy."""
+        """Raw columns (and the host's outputs) -> "features" FP32 [-1, *shape]. A copy."""
         import onnx
 
         copy = onnx.ModelProto()
@@ -86,8 +114,24 @@ class Preparation:
         return copy
 
     def features(self, batch: Batch) -> np.ndarray:
-        """float32 [n, f] for all rows of `batch`, through host transforms and onnxruntime as at serving."""
+        """float32 [n, *shape] for all rows of `batch`, through host transforms and onnxruntime as at serving."""
         return run(self._session, self.host, batch)[0]
+
+    @property
+    def augments(self) -> bool:
+        return bool(self._augmented)
+
+    def augment(self, features: np.ndarray, random: np.random.Generator) -> np.ndarray:
+        """Features of training rows, changed at random as the transforms ask for; a copy where anything changes."""
+        if not self._augmented:
+            return features
+        out = features.reshape(len(features), -1).copy()
+        for block, steps in self._augmented:
+            part = out[:, block.start : block.stop].reshape(len(out), *block.shape)
+            for params in steps:
+                part = augment(part, params, random)
+            out[:, block.start : block.stop] = part.reshape(len(out), -1)
+        return out.reshape(features.shape)
 
     def fit_features(self, batch: Batch) -> np.ndarray:
         """`features` of the kept rows of the batch that was fitted on."""
@@ -105,16 +149,21 @@ class Preparation:
         return onnx_graph.session(onnx_graph.to_bytes(self._model))
 
 
-def default_transforms(batch: Batch, columns: list[Column], accepts_missing: bool) -> list[TransformSpec]:
+def default_transforms(
+    batch: Batch, columns: list[Column], accepts_missing: bool, tokens: bool = False
+) -> list[TransformSpec]:
     """What happens to a table without `transforms`.
 
-    Times become date parts; numbers and date parts: mean, standardise; booleans: most frequent, kept as 0 and 1;
-    categories: most frequent, one-hot with unknowns as zeros; texts: tf-idf. A trainer that accepts missing values
-    (trees) gets numbers, date parts and booleans as they are, and categories of more than MAX_ONE_HOT_FOR_TREES values
-    as ordinals.
+    Images get one size and values from 0 to 1, sounds become log-mel spectrograms of 16 kHz. Times become date parts;
+    numbers and date parts: mean, standardise; booleans: most frequent, kept as 0 and 1; categories: most frequent,
+    one-hot with unknowns as zeros; texts: tf-idf, or with `tokens` token sequences. A trainer that accepts missing
+    values (trees) gets numbers, date parts and booleans as they are, and categories of more than MAX_ONE_HOT_FOR_TREES
+    values as ordinals.
     """
     times = TransformSpec(op="date-parts", columns="time")
-    texts = TransformSpec(op="tf-idf", columns="text")
+    texts = TransformSpec(op="tokenise" if tokens else "tf-idf", columns="text")
+    sounds = [TransformSpec(op="mel-spectrogram", columns="audio"), TransformSpec(op="normalise", columns="audio")]
+    media = [TransformSpec(op="resize", columns="image"), *sounds]
     if accepts_missing:
         many = [
             column.name
@@ -122,7 +171,7 @@ def default_transforms(batch: Batch, columns: list[Column], accepts_missing: boo
             if column.type == "category" and len(set(batch[column.name].tolist()) - {""}) > MAX_ONE_HOT_FOR_TREES
         ]
         ordinal = [TransformSpec(op="ordinal", columns=many)] if many else []
-        return [times, *ordinal, TransformSpec(op="one-hot", columns="category"), texts]
+        return [times, *ordinal, TransformSpec(op="one-hot", columns="category"), texts, *media]
     return [
         times,
         TransformSpec.model_validate({"op": "fill-missing", "columns": "numeric", "strategy": "mean"}),
@@ -131,6 +180,7 @@ def default_transforms(batch: Batch, columns: list[Column], accepts_missing: boo
         TransformSpec.model_validate({"op": "fill-missing", "columns": "category", "strategy": "most-frequent"}),
         TransformSpec(op="one-hot", columns="category"),
         texts,
+        *media,
     ]
 
 
@@ -145,6 +195,7 @@ class _Fitting:
         self.keep = np.ones(_rows(batch), dtype=bool)
         self.filters: list[RowFilter] = []
         self.steps: list[Step] = []
+        self.augmentations: dict[str, list[dict[str, Any]]] = {}
         self._where = ""
         self._need_rows()
 
@@ -163,10 +214,13 @@ class _Fitting:
             self._fit_host(spec.op, params, chosen)
         elif spec.op == "cast":
             self._fit_cast(params, chosen)
+        elif transform.blocks:
+            self._fit_blocks(spec.op, params, chosen)
         else:
             self._fit_graph(spec.op, params, chosen)
 
-    def finish(self, accepts_missing: bool) -> Preparation:
+    def finish(self, accepts_missing: bool, shaped: bool) -> Preparation:
+        self._decoded(self.plan.columns)
         columns = self.plan.columns
         if not columns:
             raise InvalidInput(
@@ -197,7 +251,9 @@ class _Fitting:
             raw.name: accepts_missing or all(column.complete for column in columns if column.raw == raw.name)
             for raw in self.raw
         }
-        return Preparation(final, self.keep, self.filters, self.plan, nullable)
+        return Preparation(
+            final, self.keep, self.filters, self.plan, nullable, shaped=shaped, augmentations=self.augmentations
+        )
 
     # which columns
 
@@ -208,9 +264,11 @@ class _Fitting:
             for column in chosen:
                 if column.type not in transform.types:
                     self._refuse(spec.op, column, f"{spec.op} works on {_or(transform.types)}")
+                if not _applies(transform, column):
+                    self._refuse(spec.op, column, f"it is decoded already; put {spec.op} before what decodes it")
             return chosen
         types = catalogue.selected_types(spec, params) if spec.columns is None else catalogue.SELECTORS[spec.columns]
-        chosen = [column for column in self.plan.columns if column.type in types]
+        chosen = [column for column in self.plan.columns if column.type in types and _applies(transform, column)]
         if spec.columns is not None:
             # "all" means all that the op can work on; a word for one type must fit
             chosen = [column for column in chosen if spec.columns != "all" or column.type in transform.types]
@@ -253,7 +311,8 @@ class _Fitting:
     # fits
 
     def _filter(self, spec: TransformSpec, chosen: list[Current]) -> None:
-        each = RowFilter(spec.op, [(c.tensor, c.index) for c in chosen], with_target=spec.columns is None)
+        looked_at = [(onnx_graph.input_name(c.raw), 0) if c.shape else (c.tensor, c.index) for c in chosen]
+        each = RowFilter(spec.op, looked_at, with_target=spec.columns is None)
         self.keep = each.apply(self.plan, self.batch, self.keep, self.target)
         self.filters.append(each)
         self._need_rows()
@@ -316,6 +375,43 @@ class _Fitting:
         fitted = {c.key: fit_host(params, self._texts(c), c.name) for c in chosen}
         self._do(Step("host", fitted))
 
+    def _decoded(self, columns: list[Current]) -> list[Current]:
+        """The columns with images and sounds decoded, by the default where no transform did it."""
+        for op, kind in (("resize", "image"), ("resample", "audio")):
+            raw = [column for column in columns if column.type == kind and column.shape is None]
+            if raw:
+                self._fit_host(op, catalogue.TRANSFORMS[op].Params(), raw)
+        keys = {column.key for column in columns}
+        return [column for column in self.plan.columns if column.key in keys]
+
+    def _fit_blocks(self, op: str, params: Any, chosen: list[Current]) -> None:
+        chosen = self._decoded(chosen)
+        if op == "augment":
+            for column in chosen:
+                self.augmentations.setdefault(column.name, []).append(params.model_dump())
+            return
+        if op == "pool" and (waves := [column for column in chosen if column.shape and len(column.shape) == 1]):
+            self._fit_blocks("mel-spectrogram", catalogue.TRANSFORMS["mel-spectrogram"].Params(), waves)
+            chosen = self._decoded(chosen)
+        fitted = {}
+        for column in chosen:
+            more = {"rate": column.about["rate"]} if op in ("mel-spectrogram", "mfcc") else {}
+            fitted[column.key] = blocks.BLOCKS[op][0](params, column.shape, self._chunks(column), column.name, **more)
+        self._do(Step(op, fitted))
+
+    def _chunks(self, column: Current) -> blocks.Chunks:
+        """The column's values in some of the training rows, a few at a time."""
+        rows = spread(np.flatnonzero(self.keep), _FITTED_ON)
+
+        def chunks() -> Iterator[np.ndarray]:
+            size = max(1, _CHUNK_CELLS // self.plan.graph.widths[column.tensor])
+            for start in range(0, len(rows), size):
+                part = rows[start : start + size]
+                batch = {name: values[part] for name, values in self.batch.items()}
+                yield self.plan.values([column.tensor], batch)[0]
+
+        return chunks
+
     def _texts(self, column: Current) -> np.ndarray:
         return self._values(self.plan.as_labels(column).tensor)[:, 0]
 
@@ -330,6 +426,11 @@ class _Fitting:
 
 def _rows(batch: Batch) -> int:
     return len(next(iter(batch.values()))) if batch else 0
+
+
+def _applies(transform: catalogue.Transform, column: Current) -> bool:
+    """Blocks take the ops for blocks, and those that drop columns or rows; what is not decoded yet takes all."""
+    return column.shape is None or transform.blocks or transform.kind == "rows" or transform.name == "drop"
 
 
 def _or(types: tuple[str, ...]) -> str:

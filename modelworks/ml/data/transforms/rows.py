@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 def missing_mask(values: np.ndarray) -> np.ndarray:
     """bool, of the shape of `values`: where a wire-form array is missing."""
     if values.dtype == object:
+        if values.size and isinstance(values.flat[0], bytes):  # images and sounds
+            return np.array([not value for value in values.flat], dtype=bool).reshape(values.shape)
         return np.asarray(values == "", dtype=bool)
     if values.dtype.kind == "f":
         return np.isnan(values)

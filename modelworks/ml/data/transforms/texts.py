@@ -10,7 +10,9 @@ import numpy as np
 
 from modelworks.core.errors import InvalidInput
 from modelworks.ml.data.transforms import catalogue as ops
+from modelworks.ml.data.transforms import media_params
 from modelworks.ml.data.transforms.host import tokens
+from modelworks.ml.data.transforms.media_fit import fit_media
 
 
 def fit_host(params: Any, values: np.ndarray, name: str) -> dict[str, Any]:
@@ -21,6 +23,8 @@ def fit_host(params: Any, values: np.ndarray, name: str) -> dict[str, Any]:
         return {"kind": "parse", "to": params.to}
     if isinstance(params, ops.Hashing):
         return {"kind": "hashing", **_analysis(params), "n_features": params.n_features}
+    if isinstance(params, media_params.Resize | media_params.Resample | media_params.Tokenise):
+        return fit_media(params, values, name)
     assert isinstance(params, ops.TfIdf)
     return {"kind": "tf-idf", **_analysis(params), "sublinear": params.sublinear, **_vocabulary(params, values, name)}
 
