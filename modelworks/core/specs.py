@@ -144,6 +144,24 @@ class JobResources(Resources):
     )
 
 
+class Stopping(Spec):
+    """When a net stops training before its `epochs` are over. The weights that were best on the rows held out are kept."""
+
+    patience: int | None = Field(
+        None,
+        ge=1,
+        le=100_000,
+        description="stop after so many epochs without improvement on rows held out of the training",
+    )
+    metric: str = Field(
+        "loss", max_length=100, description="what must improve: `loss`, or one of the task's `GET /api/v1/metrics`"
+    )
+    min_delta: float = Field(0.0, ge=0, description="what counts as an improvement at least")
+    holdout: float = Field(0.1, gt=0, lt=1, description="with patience: the share of the training rows held out for it")
+    max_epochs: int | None = Field(None, ge=1, le=100_000, description="epochs at most; in place of the hyperparameter")
+    max_seconds: float | None = Field(None, gt=0, le=30 * 86400, description="seconds of one fit's training at most")
+
+
 class TrainingSpec(Spec):
     """A training job: data, target, algorithm, preparation, evaluation, and when to refuse the result."""
 
@@ -162,6 +180,7 @@ class TrainingSpec(Spec):
         None, description="run in this order; by default: fill missing, standardise numbers, one-hot categories"
     )
     validation: Method | None = Field(None, description="how the model is evaluated; by default a hold-out of 0.2")
+    stopping: Stopping | None = Field(None, description="when a net stops training before its epochs are over")
     metrics: list[str] | None = Field(None, description="ids of `GET /api/v1/metrics`; by default all of the task")
     gates: list[Gate] = Field([], description="conditions on metrics; a failed one blocks registration")
     licence: str | None = Field(None, max_length=200, description="licence of the resulting model, kept in its package")

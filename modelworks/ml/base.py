@@ -9,11 +9,14 @@ The same arrays enter training, evaluation and the replica, so there is one impl
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from pydantic import BaseModel
 
+from modelworks.core.specs import Stopping
 from modelworks.core.types import Signature
 
 if TYPE_CHECKING:
@@ -72,6 +75,69 @@ class Trainer(Protocol):
 
     def train(self, features: np.ndarray, target: np.ndarray, params: BaseModel, ctx: JobContext) -> Fitted:
         """features [n, f] float32; target [n]: class indices int64, or values float64."""
+
+
+@dataclass(frozen=True)
+class Block:
+    """A part of the features: `start` to `stop` of the flattened ones, in `shape`. kind: table, image, audio or tokens.
+
+    `about`: of tokens {"vocabulary", "pad"}; of sounds {"rate"}.
+    """
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+    about: dict[str, Any] = field(default_factory=dict)
+
+
+class Examples(Protocol):
+    """Rows to learn from, in memory or read as they are needed (`ml/nets/examples.py` has both).
+
+    shape: of one row's features: (f,) for a table, (c, h, w) for an image, (length,) for tokens.  blocks: what the
+    flattened features are.  classes: how many there are; None when the targets are numbers.
+    """
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def blocks(self) -> tuple[Block, ...]: ...
+
+    @property
+    def classes(self) -> int | None: ...
+
+    def __len__(self) -> int: ...
+
+    def batches(
+        self, size: int, *, seed: tuple[int, ...] | None = None, skip: int = 0
+    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Features [m, *shape] float32 and targets [m], m = `size` but for the last batch. With a `seed` shuffled and
+        augmented as it decides; the first `skip` batches are left out, and those that follow are as without it.
+        """
+
+    def targets(self) -> Iterator[np.ndarray]:
+        """All targets, piece by piece, in the order in which they lie."""
+
+    def split(self, share: float, seed: int) -> tuple[Examples, Examples]:
+        """(the rest, about `share` of the rows), drawn at random."""
+
+    def tail(self, share: float) -> tuple[Examples, Examples]:
+        """(the rest, the last `share` of the rows)."""
+
+
+class Learner(Protocol):
+    """A trainer that reads batch by batch what it learns from, so that it need not fit into memory: nets.
+
+    `learn` stands in place of `train`. `shaped`, `tokens` as in `Trainer`.
+    """
+
+    tasks: ClassVar[tuple[str, ...]]
+    accepts_missing: ClassVar[bool]
+    Params: ClassVar[type[BaseModel]]
+
+    def learn(self, examples: Examples, params: BaseModel, ctx: JobContext, stopping: Stopping | None) -> Fitted: ...
 
 
 class Transform(Protocol):

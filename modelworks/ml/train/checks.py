@@ -27,6 +27,7 @@ def check_training(spec: TrainingSpec, columns: Sequence[Column]) -> TrainingSpe
         check_metrics(task, spec.metrics, spec.gates)
     if spec.validation:
         check_method(spec.validation, columns, spec.target)
+    _check_stopping(spec, task)
     if not features:
         raise InvalidInput(
             "there is no feature to learn from; name at least one column besides the target", param="features"
@@ -38,6 +39,17 @@ def check_training(spec: TrainingSpec, columns: Sequence[Column]) -> TrainingSpe
             "transforms": None if spec.transforms is None else check_transforms(spec.transforms),
         }
     )
+
+
+def _check_stopping(spec: TrainingSpec, task: str | None) -> None:
+    if spec.stopping is None:
+        return
+    if not hasattr(TRAINERS.get(spec.algorithm), "learn"):
+        raise InvalidInput(
+            f"{spec.algorithm} does not stop early; leave stopping out, or choose a net such as mlp", param="stopping"
+        )
+    if task and spec.stopping.metric != "loss":
+        check_metrics(task, [spec.stopping.metric])
 
 
 def find(columns: Sequence[Column], name: str, param: str) -> Column:

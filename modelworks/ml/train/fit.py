@@ -12,6 +12,7 @@ import numpy as np
 from modelworks.core.errors import InvalidInput
 from modelworks.ml.base import Fitted, JobContext
 from modelworks.ml.data.transforms.preparation import Preparation
+from modelworks.ml.nets.examples import MemoryExamples
 from modelworks.ml.train.algorithms import TRAINERS
 from modelworks.ml.train.problem import Problem
 
@@ -117,5 +118,9 @@ def fit(problem: Problem, rows: np.ndarray, ctx: JobContext) -> Model:
             )
     params = trainer.Params.model_validate(problem.spec.hyperparameters)
     ctx.progress(0.1, "fitting")
-    fitted = trainer.train(features, target, params, ctx)
+    if hasattr(trainer, "learn"):
+        examples = MemoryExamples(features, target, classes=len(seen) if problem.classes is not None else None)
+        fitted = trainer.learn(examples, params, ctx, problem.spec.stopping)
+    else:
+        fitted = trainer.train(features, target, params, ctx)
     return Model(preparation, fitted, trainer.accepts_missing, len(problem.classes or ()), seen)

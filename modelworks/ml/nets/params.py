@@ -1,0 +1,108 @@
+"""The hyperparameters of every net, declared as data. Light: pydantic only."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from modelworks.ml.train.params import ClassWeight, Params
+
+Width = Annotated[int, Field(ge=1, le=65_536)]
+Activation = Literal["relu", "gelu", "tanh", "silu", "leaky-relu", "sigmoid"]
+
+
+class NetParams(Params):
+    """How any net is trained."""
+
+    epochs: int = Field(50, ge=1, le=100_000, description="passes over the training rows, unless it stops earlier")
+    batch_size: int = Field(64, ge=1, le=1_000_000, description="rows of one step; gradient-descent takes all rows")
+    accumulate: int = Field(1, ge=1, le=10_000, description="batches whose gradients are added up for one step")
+    optimiser: Literal["adamw", "adam", "sgd", "momentum", "nesterov", "gradient-descent"] = Field(
+        "adamw", description="gradient-descent: one step an epoch, by the gradient over all rows"
+    )
+    learning_rate: float | Literal["auto"] = Field(
+        1e-3, gt=0, le=100, description="auto: a range test before training chooses it"
+    )
+    momentum: float = Field(0.9, ge=0, lt=1, description="of momentum and nesterov")
+    schedule: Literal["constant", "step", "cosine", "linear", "one-cycle"] = Field(
+        "constant", description="how the learning rate goes: step divides it by 10 at 1/2 and 3/4 of all steps"
+    )
+    warmup: float = Field(0.0, ge=0, lt=1, description="share of all steps in which the learning rate rises from 0")
+    loss: Literal["auto", "mse", "mae", "huber", "cross-entropy", "binary-cross-entropy", "focal"] = Field(
+        "auto", description="auto: cross-entropy for classes, mse for numbers"
+    )
+    focal_gamma: float = Field(
+        2.0, ge=0, le=10, description="with loss focal: how much rows that are right already fade"
+    )
+    label_smoothing: float = Field(0.0, ge=0, lt=1, description="share of each label spread over all classes")
+    class_weight: ClassWeight = None
+    l1: float = Field(0.0, ge=0, le=1e6, description="L1 penalty on the weights")
+    l2: float = Field(0.0, ge=0, le=1e6, description="L2 penalty on the weights; decoupled (weight decay) with adamw")
+    clip_norm: float | None = Field(None, gt=0, le=1e6, description="the gradient's norm at most")
+    precision: Literal["float32", "bfloat16", "float16"] = Field(
+        "float32", description="of the computation in training; weights and the resulting model are float32"
+    )
+
+
+class MlpParams(NetParams):
+    hidden: list[Width] = Field([64, 64], max_length=64, description="widths of the hidden layers, e.g. [512, 512]")
+    activation: Activation = Field("relu", description="between the layers")
+    dropout: float = Field(0.0, ge=0, lt=1, description="share of hidden units left out at random in each step")
+    batch_norm: bool = Field(False, description="normalise each hidden layer over the batch")
+
+
+class CnnParams(NetParams):
+    shape: list[Width] | None = Field(
+        None, min_length=2, max_length=3,
+        description="[channels, height, width] that the features of a table form, e.g. [1, 8, 8]; [channels, length] for a "
+        "series. Images bring their own",
+    )  # fmt: skip
+    channels: list[Width] = Field([32, 64], min_length=1, max_length=32, description="filters of each stage")
+    kernel: int = Field(3, ge=1, le=31, description="width of the filters")
+    residual: int = Field(0, ge=0, le=32, description="residual blocks in each stage; 0: one plain convolution a stage")
+    head: list[Width] = Field([128], max_length=8, description="widths of the layers after the convolutions")
+    pooling: Literal["flatten", "average"] = Field("flatten", description="how the last maps become one row")
+    batch_norm: bool = Field(True, description="normalise each channel over the batch")
+    dropout: float = Field(0.25, ge=0, lt=1, description="share of units left out before each layer of the head")
+    shift: int = Field(0, ge=0, le=64, description="augment: move each training image by up to this many pixels")
+
+    @model_validator(mode="after")
+    def _bounded(self) -> CnnParams:
+        if self.kernel % 2 == 0:
+            raise ValueError("kernel must be odd")
+        return self
+
+
+class SequenceParams(NetParams):
+    """What nets over sequences have in common."""
+
+    steps: int | None = Field(
+        None, ge=1, le=100_000, description="how many time steps the features of a table form, in order of the columns; "
+        "by default each column is a step. Token sequences and sounds bring their own"
+    )  # fmt: skip
+    dropout: float = Field(0.1, ge=0, lt=1, description="share of units left out at random in each step")
+
+
+class RnnParams(SequenceParams):
+    cell: Literal["lstm", "gru"] = "lstm"
+    hidden: int = Field(64, ge=1, le=8192, description="units of each layer (in each direction)")
+    layers: int = Field(1, ge=1, le=16)
+    bidirectional: bool = Field(False, description="whether it also reads from the end")
+    embedding: int = Field(64, ge=1, le=8192, description="for token sequences: width of a token's vector")
+    clip_norm: float | None = Field(1.0, gt=0, le=1e6, description="the gradient's norm at most")
+
+
+class TransformerParams(SequenceParams):
+    width: int = Field(64, ge=2, le=8192, description="of each position's vector")
+    heads: int = Field(4, ge=1, le=128, description="attention heads; must divide width")
+    layers: int = Field(2, ge=1, le=48)
+    feed_forward: int = Field(128, ge=1, le=65_536, description="width of the layer between two attentions")
+    warmup: float = Field(0.1, ge=0, lt=1, description="share of all steps in which the learning rate rises from 0")
+    clip_norm: float | None = Field(1.0, gt=0, le=1e6, description="the gradient's norm at most")
+
+    @model_validator(mode="after")
+    def _divides(self) -> TransformerParams:
+        if self.width % self.heads:
+            raise ValueError("heads must divide width")
+        return self
