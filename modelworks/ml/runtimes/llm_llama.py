@@ -1,4 +1,8 @@
-"""Text generation by llama.cpp (xllamacpp): calls join and leave its running batch, each in a slot of the cache."""
+"""Text generation by llama.cpp (xllamacpp): calls join and leave its running batch, each in a slot of the cache.
+
+The prompt's own log probabilities (echo with logprobs), which llama.cpp does not tell, come from generating the prompt
+under a grammar that allows its tokens alone: one step a token.
+"""
 
 from __future__ import annotations
 
@@ -6,21 +10,21 @@ import json
 import os
 import secrets
 import shutil
-import struct
 import tempfile
 from collections.abc import Hashable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from queue import Empty, SimpleQueue
-from typing import Any
+from typing import Any, ClassVar
 
 from modelworks.core.errors import InvalidInput, MissingExtra, ModelworksError
-from modelworks.core.generation import TEXT_GENERATION, Sampling, check_messages, read_sampling
+from modelworks.core.generation import TEXT_GENERATION, Ask, Logprob, Sampling, context_exceeded, part, read_ask
 from modelworks.core.telemetry import logger
-from modelworks.core.tensors import Tensor, pack_bytes, unpack_bytes
+from modelworks.core.tensors import Tensor
 from modelworks.core.types import Signature
 from modelworks.ml.package import Package
-from modelworks.ml.runtimes.llm_template import CHATML, ChatTemplate
+from modelworks.ml.runtimes.llm_schema import compile_schema
+from modelworks.ml.runtimes.llm_template import CHATML, ChatTemplate, reasoning_prefix
 
 MODEL_FILE = "model.gguf"
 CHAT_FILE = "chat.json"  # {"template", "bos", "eos"}: the chat template as data
@@ -28,28 +32,42 @@ MAX_SLOTS = 8
 CONTEXT = 2048  # tokens of one slot, or fewer when the model was trained on fewer
 _STEP_TOKENS = 128  # of a prompt that are read at a time: an abort waits for no more
 _SEEDS = 2**31
+# special tokens whose text is part of the answer: the edge reads tool calls and reasoning out of it
+_MARKS = ["<think>", "</think>", "<tool_call>", "</tool_call>", "<|python_tag|>", "[TOOL_CALLS]", "[ARGS]"]
 
 log = logger("llama")
 Step = tuple[Hashable, "list[Tensor] | ModelworksError | None", bool]
 
 
 class Generation:
-    """One call aboard."""
+    """One call aboard. `texts` and `logprobs`: held back when the answer is wanted whole."""
 
-    __slots__ = ("gone", "id", "messages", "prompt_tokens", "sampling", "stream", "texts")
+    __slots__ = ("ask", "end", "gone", "grammar", "id", "logprobs", "prefix", "prompt_tokens", "stream", "texts")
 
-    def __init__(self, id: Hashable, messages: list[dict[str, str]], sampling: Sampling, stream: bool) -> None:
+    def __init__(self, id: Hashable, ask: Ask, grammar: str | None, stream: bool) -> None:
         self.id = id
-        self.messages = messages
-        self.sampling = sampling
+        self.ask = ask
+        self.grammar = grammar
         self.stream = stream
-        self.texts: list[str] = []  # held back when the answer is wanted whole
+        self.prefix = ""  # what the first text begins with
+        self.texts: list[str] = []
+        self.logprobs: list[Logprob] = []
         self.prompt_tokens = 0
         self.gone = False
+        self.end: list[Tensor] | ModelworksError | None = None
+
+    def part(self, text: str, reason: str, made: int, cached: int) -> list[Tensor]:
+        """A part with all that was held back."""
+        texts, self.texts = [*self.texts, text], []
+        logprobs, self.logprobs = self.logprobs, []
+        asked = self.ask.sampling.logprobs is not None
+        return part("".join(texts), reason, self.prompt_tokens, made, cached, logprobs if asked else None)
 
 
 class LlamaRuntime:
     """`admit` and `abort` never wait; `step` waits for what the engine's own thread has made. `slots` run at a time."""
+
+    lacks: ClassVar[frozenset[str]] = frozenset({"images"})  # of core/generation.py's FEATURES
 
     def __init__(self) -> None:
         self.slots = 1
@@ -71,7 +89,8 @@ class LlamaRuntime:
         try:
             params = _engine_params(xllamacpp, package.path(MODEL_FILE), folder, threads)
             params.n_parallel = self.slots
-            params.n_ctx = self.slots * min(context or CONTEXT, trained)
+            self._context = min(context or CONTEXT, trained)
+            params.n_ctx = self.slots * self._context
             self._server = xllamacpp.Server(params)
         except (RuntimeError, ValueError) as error:
             self._template.close()
@@ -83,7 +102,16 @@ class LlamaRuntime:
 
     def admit(self, call_id: Hashable, inputs: list[Tensor], params: dict[str, Any], stream: bool) -> None:
         """Begin a call. InvalidInput when its messages or parameters are not sound; then it was not admitted."""
-        call = Generation(call_id, _messages(inputs), read_sampling(params), stream)
+        ask = read_ask(inputs, params, self.lacks)
+        sampling = ask.sampling
+        if sampling.echo and sampling.logprobs is not None and ask.tokens is None:
+            raise InvalidInput(
+                "this engine gives log probabilities of a prompt of token ids only; send ids, or leave out echo",
+                code="unsupported_parameter",
+                param="echo",
+            )
+        grammar = compile_schema(sampling.schema) if sampling.schema is not None else None
+        call = Generation(call_id, ask, grammar, stream)
         self._aboard[call_id] = call
         self._pool.submit(self._generate, call)
 
@@ -121,51 +149,110 @@ class LlamaRuntime:
     # a call's own thread, which holds no lock while the engine works
 
     def _generate(self, call: Generation) -> None:
-        end: list[Tensor] | ModelworksError | None = None
         try:
             if not call.gone:
-                prompt = self._template.render(call.messages)
-                ends: list[list[Tensor] | ModelworksError] = []
-                self._server.handle_completions(
-                    _request(prompt, call.sampling), lambda chunk: self._take(call, chunk, ends)
-                )
-                end = ends[0] if ends else None
-                if end is None and not call.gone:
-                    end = ModelworksError("the engine ended the call without an answer; try again", code="model_error")
+                self._answer(call)
+                if call.end is None and not call.gone:
+                    call.end = ModelworksError(
+                        "the engine ended the call without an answer; try again", code="model_error"
+                    )
         except ModelworksError as error:
-            end = error
+            call.end = error
         except Exception as error:  # a plug's edge: what the engine throws belongs to the call
             log.error("engine_failed", exc_info=error)
-            end = ModelworksError(
+            call.end = ModelworksError(
                 "the model failed on this input; the deployment's log has the cause", code="model_error"
             )
         self._aboard.pop(call.id, None)
-        self._events.put((call.id, None if call.gone else end, True))
+        self._events.put((call.id, None if call.gone else call.end, True))
 
-    def _take(self, call: Generation, chunk: dict[str, Any], ends: list[list[Tensor] | ModelworksError]) -> bool:
+    def _answer(self, call: Generation) -> None:
+        ask = call.ask
+        prompt: str | list[int]
+        if ask.messages is not None:
+            prompt = self._template.render(ask.messages, ask.sampling.tools)
+            call.prefix = reasoning_prefix(prompt)
+        else:
+            prompt = ask.prompt if ask.prompt is not None else ask.tokens or []
+        if ask.sampling.echo:
+            call.texts.append(prompt if isinstance(prompt, str) else self._echo(call, prompt))
+            if ask.sampling.max_tokens == 0 and not isinstance(call.end, ModelworksError):
+                call.prompt_tokens = call.prompt_tokens or len(prompt)
+                call.end = call.part("", "length", 0, 0)
+                return
+        if not call.gone and call.end is None:
+            request = _request(prompt, ask.sampling, call.grammar)
+            self._server.handle_completions(request, lambda chunk: self._take(call, chunk))
+
+    def _echo(self, call: Generation, ids: list[int]) -> str:
+        """The text of a prompt of ids, with the log probability of each but the first."""
+        self._check_room(len(ids))
+        call.prompt_tokens = len(ids)
+        count = call.ask.sampling.logprobs
+        first = self._forced(call, ids[:1], ids[:1], 1)
+        rest = self._forced(call, ids[:1], ids[1:], count or 1) if len(ids) > 1 else []
+        if count is not None:
+            call.logprobs += [Logprob(one.token, None, one.bytes, [], one.id) for one in first]
+            call.logprobs += [_most(one, count) for one in rest]
+        return b"".join(bytes(one.bytes) for one in (*first, *rest)).decode("utf-8", "replace")
+
+    def _forced(self, call: Generation, prompt: list[int], ids: list[int], count: int) -> list[Logprob]:
+        """What the model thinks of `ids` after `prompt`."""
+        found: list[Logprob] = []
+
+        def take(chunk: dict[str, Any]) -> bool:
+            if "error" in chunk:
+                call.end = self._refusal(chunk["error"], call)
+                return True
+            found.extend(_logprobs(chunk["choices"][0]))
+            return call.gone
+
+        request = _request(prompt, Sampling(max_tokens=len(ids), temperature=0.0, logprobs=count), _exactly(ids))
+        self._server.handle_completions(request, take)
+        return found
+
+    def _check_room(self, tokens: int) -> None:
+        if tokens >= self._context:
+            raise context_exceeded(tokens, self._context, "prompt")
+
+    def _take(self, call: Generation, chunk: dict[str, Any]) -> bool:
         """One chunk of llama.cpp's stream; True stops the generation."""
         if call.gone:
             return True
         if "error" in chunk:
-            ends.append(_refusal(chunk["error"]))
+            call.end = self._refusal(chunk["error"], call)
             return True
         choice = chunk["choices"][0]
         text, reason = choice["text"], choice["finish_reason"]
+        if text and call.prefix:
+            text, call.prefix = call.prefix + text, ""
+        count = call.ask.sampling.logprobs
+        if count is not None:
+            call.logprobs += [_most(one, count) for one in _logprobs(choice) if one.bytes]  # not the end's
         if reason is not None:
             usage = chunk["usage"]
             cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens", 0)
-            call.texts.append(text)
-            ends.append(_part("".join(call.texts), reason, usage["prompt_tokens"], usage["completion_tokens"], cached))
+            call.prompt_tokens = usage["prompt_tokens"]
+            call.end = call.part(text, reason, usage["completion_tokens"], cached)
             return False  # llama.cpp releases the slot by itself
         if progress := chunk.get("prompt_progress"):
             call.prompt_tokens = progress["total"]
         elif call.stream:
-            made = chunk["timings"]["predicted_n"]
-            cached = chunk["timings"]["cache_n"]
-            self._events.put((call.id, _part(text, "", call.prompt_tokens, made, cached), False))
+            timings = chunk["timings"]
+            self._events.put((call.id, call.part(text, "", timings["predicted_n"], timings["cache_n"]), False))
         else:
             call.texts.append(text)
         return False
+
+    def _refusal(self, error: dict[str, Any], call: Generation) -> ModelworksError:
+        """llama.cpp's own error as ours, without what it says of files or addresses."""
+        where = "messages" if call.ask.messages is not None else "prompt"
+        if error.get("type") == "exceed_context_size_error":
+            return context_exceeded(int(error.get("n_prompt_tokens") or 0), int(error.get("n_ctx") or 0), where)
+        if int(error.get("code") or 500) == 400:
+            return InvalidInput(f"the engine refuses this call: {str(error.get('message'))[:300]}", param=where)
+        log.error("engine_error", reason=str(error)[:500])
+        return ModelworksError("the model failed on this input; the deployment's log has the cause", code="model_error")
 
 
 def _engine_params(xllamacpp: Any, model: Path, folder: Path, threads: int) -> Any:
@@ -190,7 +277,7 @@ def _engine_params(xllamacpp: Any, model: Path, folder: Path, threads: int) -> A
     return params
 
 
-def _request(prompt: str, sampling: Sampling) -> dict[str, Any]:
+def _request(prompt: str | list[int], sampling: Sampling, grammar: str | None) -> dict[str, Any]:
     request: dict[str, Any] = {
         "prompt": prompt,
         "stream": True,
@@ -199,49 +286,44 @@ def _request(prompt: str, sampling: Sampling) -> dict[str, Any]:
         "n_predict": sampling.max_tokens if sampling.max_tokens is not None else -1,
         "temperature": sampling.temperature,
         "top_p": sampling.top_p,
-        "top_k": 0,
-        "min_p": 0.0,
+        "top_k": sampling.top_k,
+        "min_p": sampling.min_p,
         "presence_penalty": sampling.presence_penalty,
         "frequency_penalty": sampling.frequency_penalty,
+        "repeat_penalty": sampling.repetition_penalty,
         "stop": sampling.stop,
+        "ignore_eos": sampling.ignore_eos,
+        "preserved_tokens": _MARKS,
     }
     if sampling.seed is not None:
         request["seed"] = sampling.seed % _SEEDS
+    if sampling.logit_bias:
+        request["logit_bias"] = sampling.logit_bias
+    if sampling.logprobs is not None:
+        request["logprobs"] = max(1, sampling.logprobs)
+    if grammar is not None:
+        request["grammar"] = grammar
     return request
 
 
-def _messages(inputs: list[Tensor]) -> list[dict[str, str]]:
-    if len(inputs) != 1 or inputs[0].name != "messages" or inputs[0].datatype != "BYTES":
-        raise InvalidInput("the one input is messages, BYTES of shape [1]: a JSON list of messages", param="messages")
-    values = unpack_bytes(inputs[0].data, "messages")
-    if len(values) != 1:
-        raise InvalidInput(f"messages has {len(values)} elements; one conversation a call", param="messages")
-    try:
-        found = json.loads(values[0])
-    except (ValueError, RecursionError):
-        raise InvalidInput("messages must be a JSON list of messages", param="messages") from None
-    return check_messages(found)
+def _exactly(ids: list[int]) -> str:
+    """A grammar of one sentence."""
+    return "root ::= " + " ".join(f"<[{id}]>" for id in ids)
 
 
-def _part(text: str, reason: str, prompt: int, made: int, cached: int) -> list[Tensor]:
-    return [
-        Tensor("text", "BYTES", [1], pack_bytes([text])),
-        Tensor("finish_reason", "BYTES", [1], pack_bytes([reason])),
-        Tensor("usage", "INT32", [3], struct.pack("<3i", prompt, made, cached)),
-    ]
+def _logprobs(choice: dict[str, Any]) -> list[Logprob]:
+    found = (choice.get("logprobs") or {}).get("content") or []
+    return [_logprob(one, [_logprob(other, []) for other in one.get("top_logprobs", ())]) for one in found]
 
 
-def _refusal(error: dict[str, Any]) -> ModelworksError:
-    """llama.cpp's own error as ours, without what it says of files or addresses."""
-    if error.get("type") == "exceed_context_size_error":
-        asked, most = error.get("n_prompt_tokens"), error.get("n_ctx")
-        return InvalidInput(
-            f"the messages have {asked} tokens, and the model's context here holds {most}; shorten them",
-            code="context_length_exceeded",
-            param="messages",
-            detail={"prompt_tokens": asked, "context": most},
-        )
-    if int(error.get("code") or 500) == 400:
-        return InvalidInput(f"the engine refuses this call: {str(error.get('message'))[:300]}")
-    log.error("engine_error", reason=str(error)[:500])
-    return ModelworksError("the model failed on this input; the deployment's log has the cause", code="model_error")
+def _logprob(found: dict[str, Any], others: list[Logprob]) -> Logprob:
+    # llama.cpp writes -inf as the smallest float
+    return Logprob(found["token"], max(found["logprob"], -9999.0), found["bytes"], others, found["id"])
+
+
+def _most(one: Logprob, count: int) -> Logprob:
+    return (
+        one
+        if len(one.top_logprobs) <= count
+        else Logprob(one.token, one.logprob, one.bytes, one.top_logprobs[:count], one.id)
+    )

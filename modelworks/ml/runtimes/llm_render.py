@@ -1,6 +1,7 @@
 """The process that renders chat templates: a script of the standard library and Jinja alone, started by llm_template.
 
-One JSON object a line: first {"template", "bos", "eos"}, answered {"ok": true}; then {"messages"}, answered {"text"}.
+One JSON object a line: first {"template", "bos", "eos"}, answered {"ok": true}; then {"messages", "tools"}, answered
+{"text"}.
 A template is data from a model file. It runs in Jinja's immutable sandbox, and what the sandbox does not bound - time
 and memory - the kernel does: a render that takes longer than SECONDS or more than MEMORY ends this process.
 """
@@ -27,10 +28,10 @@ def main() -> None:
         return
     _answer(ok=True)
     for line in sys.stdin:
-        messages = json.loads(line)["messages"]
+        asked = json.loads(line)
         signal.setitimer(signal.ITIMER_REAL, SECONDS)
         try:
-            text = render(messages)
+            text = render(asked["messages"], asked.get("tools"))
         except Exception as error:  # as above
             _answer(error=_words(error))
         else:
@@ -58,8 +59,8 @@ def _compile(source, names):
     def strftime_now(pattern):
         return datetime.now().strftime(pattern)
 
-    def tojson(value, indent=None):
-        return json.dumps(value, ensure_ascii=False, indent=indent)
+    def tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
+        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
     environment.filters["tojson"] = tojson
@@ -68,9 +69,9 @@ def _compile(source, names):
     template = environment.from_string(source)
     signal.setitimer(signal.ITIMER_REAL, 0)
 
-    def render(messages):
+    def render(messages, tools):
         pieces, size = [], 0
-        for piece in template.generate(messages=messages, add_generation_prompt=True):
+        for piece in template.generate(messages=messages, tools=tools or None, add_generation_prompt=True):
             size += len(piece)
             if size > MAX_TEXT:
                 raise TemplateError(f"it makes more than {MAX_TEXT} characters")

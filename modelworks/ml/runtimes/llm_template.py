@@ -37,12 +37,20 @@ class ChatTemplate:
         with self._lock:
             self._start()
 
-    def render(self, messages: list[dict[str, Any]]) -> str:
-        """The prompt for `messages`. InvalidInput when the template refuses them, or is stopped at its limits."""
+    def render(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None = None) -> str:
+        """The prompt for `messages`. InvalidInput when the template refuses them, or is stopped at its limits.
+
+        A template that knows no tools gets them, and what was called before, as text in Hermes' form.
+        """
+        source = self._first["template"]
+        known = "tool_calls" in source
+        messages = [_with_objects(message) for message in messages] if known else _calls_as_text(messages)
+        if tools and "tools" not in source:
+            messages, tools = _with_tools(messages, tools), None
         with self._lock:
             if self._child is None or self._child.poll() is not None:
                 self._start()
-            return str(self._ask({"messages": messages})["text"])
+            return str(self._ask({"messages": messages, "tools": tools})["text"])
 
     def close(self) -> None:
         with self._lock:
@@ -97,6 +105,64 @@ class ChatTemplate:
                 f"the model's chat template refuses this: {reason}", code="bad_chat_template", param="messages"
             )
         return answer
+
+
+def reasoning_prefix(prompt: str) -> str:
+    """What the answer's text must begin with, for the edge to tell reasoning from answer: the prompt may have opened it."""
+    return "<think>" if prompt.rstrip().endswith("<think>") else ""
+
+
+_TOOLS = """# Tools
+
+You may call one or more functions to assist with the user query. They are, as JSON schemas:
+<tools>
+{tools}
+</tools>
+
+For each function call, return a JSON object with the function's name and arguments within <tool_call></tool_call> tags:
+<tool_call>
+{{"name": <function name>, "arguments": <arguments as a JSON object>}}
+</tool_call>"""
+
+
+def _with_tools(messages: list[dict[str, Any]], tools: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The tools in the system's message."""
+    text = _TOOLS.format(tools="\n".join(json.dumps(tool, ensure_ascii=False) for tool in tools))
+    if messages[0]["role"] == "system":
+        return [{**messages[0], "content": f"{messages[0]['content']}\n\n{text}"}, *messages[1:]]
+    return [{"role": "system", "content": text}, *messages]
+
+
+def _calls_as_text(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = []
+    for message in messages:
+        if message["role"] == "tool":
+            text = f"<tool_response>\n{message['content']}\n</tool_response>"
+            if found and found[-1].get("responses"):  # templates want user and assistant in turn
+                found[-1]["content"] += "\n" + text
+            else:
+                found.append({"role": "user", "content": text, "responses": True})
+        elif message.get("tool_calls"):
+            calls = [json.dumps(call["function"], ensure_ascii=False) for call in _with_objects(message)["tool_calls"]]
+            text = "\n".join(f"<tool_call>\n{call}\n</tool_call>" for call in calls)
+            found.append({"role": "assistant", "content": f"{message['content']}\n{text}".strip()})
+        else:
+            found.append(message)
+    return found
+
+
+def _with_objects(message: dict[str, Any]) -> dict[str, Any]:
+    """Arguments as objects: templates write them as JSON themselves."""
+    if not message.get("tool_calls"):
+        return message
+    calls = []
+    for call in message["tool_calls"]:
+        try:
+            arguments = json.loads(call["function"]["arguments"] or "{}")
+        except (ValueError, RecursionError):
+            arguments = call["function"]["arguments"]
+        calls.append({**call, "function": {**call["function"], "arguments": arguments}})
+    return {**message, "tool_calls": calls}
 
 
 def check_template(source: str, *, bos: str = "", eos: str = "") -> None:
