@@ -127,7 +127,7 @@ def recipes() -> str:
         "### `[data.schema]`",
         _fields(recipe["$defs"]["TableSchema"]),
         "## `[model]`",
-        "In place of data and train: a model that is there already (`recipes/chat.toml`).",
+        "In place of data and train: a model that is there already (`recipes/chat.toml`, `recipes/embed.toml`).",
         _fields(recipe["$defs"]["ModelSource"]),
         "## `[train]`",
         _fields({**training, "properties": _without(training["properties"], filled_in)}),

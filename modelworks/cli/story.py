@@ -105,7 +105,7 @@ class Story:
                 self._line("Prediction", str(output.label), chances)
             else:
                 known = isinstance(output.value, float) and not isinstance(output.value, bool)
-                value = f"{output.value:.6g}" if known else json.dumps(output.model_dump(exclude_none=True))
+                value = f"{output.value:.6g}" if known else json.dumps(_brief(output.model_dump(exclude_none=True)))
                 self._line("Prediction", value, "")
             self._detail(f"for {shown}")
         self._detail("once more, from the shell:")
@@ -146,3 +146,12 @@ def _method(spec: dict[str, Any]) -> str:
     if method.get("test"):
         return f"test set {method['test']}"
     return f"hold-out of {method.get('holdout') or 0.2}"
+
+
+def _brief(value: Any) -> Any:
+    """Long lists of numbers, such as an embedding, by their beginning."""
+    if isinstance(value, dict):
+        return {name: _brief(one) for name, one in value.items()}
+    if isinstance(value, list) and len(value) > 8 and all(isinstance(one, float) for one in value):
+        return [*(round(one, 4) for one in value[:4]), f"... {len(value)} numbers"]
+    return value

@@ -289,6 +289,7 @@ class TensorSpec(BaseModel):
     shape: list[int]
     column: ColumnType | None = Field(None, description="for a table's column, its type")
     nullable: bool = Field(False, description="whether a missing value is accepted")
+    optional: bool = Field(False, description="whether a call may leave this input out; rows of named features do")
 
 
 class Signature(BaseModel):

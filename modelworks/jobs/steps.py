@@ -116,8 +116,8 @@ def ingest(step: Step) -> None:
     step.commit(write)
 
 
-def _input(step: Step) -> tuple[Path, str]:
-    """The file to read and the name that tells its format."""
+def _input(step: Step, *, folders: bool = False) -> tuple[Path, str]:
+    """The file to read (or with `folders` the folder), and the name that tells its format."""
     spec = step.job.spec
     if digest := spec.get("upload"):
         return step.blobs.path(digest), spec["filename"]
@@ -126,7 +126,7 @@ def _input(step: Step) -> tuple[Path, str]:
     step.context.progress(0.0, "fetching")
     folder = step.context.workdir / "source"
     folder.mkdir()
-    path = resolve(spec["source"], folder, offline=step.offline)
+    path = resolve(spec["source"], folder, offline=step.offline, folders=folders)
     return path, path.name
 
 
@@ -213,16 +213,19 @@ def _note_known_rows(details: dict[str, Any], dataset: Dataset, packages: list[P
 
 
 def import_version(step: Step) -> None:
-    """A model (ONNX, GGUF) or exported package, checked here in a limited process, becomes a model version."""
+    """A model (ONNX, GGUF, a folder) or exported package, checked here in a limited process, becomes a model version."""
     from modelworks.ml import build
 
     spec, context = step.job.spec, step.context
-    path, _ = _input(step)
+    path, _ = _input(step, folders=True)
     context.progress(0.1, "checking")
     kind = build.sniff(path)
     if kind == "gguf":
         _refuse_classes(spec)
         manifest, files = build.import_gguf(path, context.workdir, task=spec["task"], licence=spec["licence"])
+    elif kind == "folder":
+        _refuse_classes(spec)
+        manifest, files = build.import_folder(path, context.workdir, task=spec["task"], licence=spec["licence"])
     elif kind == "onnx":
         manifest, files = build.import_onnx(
             path, context.workdir, task=spec["task"], classes=spec["classes"], licence=spec["licence"]
@@ -242,7 +245,7 @@ def import_version(step: Step) -> None:
 
 def _refuse_classes(spec: dict[str, Any]) -> None:
     if spec["classes"] is not None:
-        raise InvalidInput("a model that generates text has no classes; leave them out", param="classes")
+        raise InvalidInput("a language model or text encoder has no classes; leave them out", param="classes")
 
 
 def _refuse_options(spec: dict[str, Any]) -> None:

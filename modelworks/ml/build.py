@@ -13,7 +13,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO, Literal
 
+from modelworks.core.embedding import EMBEDDING, RERANK
 from modelworks.core.errors import InvalidInput, PayloadTooLarge, UnsupportedMedia
+from modelworks.ml.folder import CONFIG, config_of, stage
 from modelworks.ml.llm_import import check_llama, import_gguf
 from modelworks.ml.onnx_import import check_onnx, import_onnx
 from modelworks.ml.package import Manifest, Package
@@ -21,7 +23,7 @@ from modelworks.ml.runtimes.onnx import MODEL_FILE
 from modelworks.ml.runtimes.parity import replay_parity
 from modelworks.ml.runtimes.registry import RUNTIMES
 
-__all__ = ["check_package", "export_package", "import_gguf", "import_onnx", "import_package", "sniff"]
+__all__ = ["check_package", "export_package", "import_folder", "import_gguf", "import_onnx", "import_package", "sniff"]
 
 MANIFEST = "manifest.json"
 MAX_MANIFEST = 64 * 1024**2
@@ -31,7 +33,10 @@ MAX_PACKAGE = 64 * 1024**3
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}\Z")
 _EPOCH = (1980, 1, 1, 0, 0, 0)
 _BLOCK = 1024**2
-_ACCEPTED = "upload an ONNX file, a GGUF model or a package that was exported from here"
+_ACCEPTED = (
+    "upload an ONNX file, a GGUF model, a ZIP of a model's folder (config.json, safetensors, tokenizer) "
+    "or a package that was exported from here"
+)
 
 
 def export_package(manifest: Manifest, locate: Callable[[str], Path], out: Path) -> None:
@@ -86,7 +91,7 @@ def check_package(manifest: Manifest, files: dict[str, Path], threads: int = 1) 
     """InvalidInput unless the graph is safe, loads, fits its signature and answers its parity samples."""
     if manifest.runtime not in RUNTIMES:
         raise _bad(f"it wants the runtime {manifest.runtime[:80]!r}, and there are {', '.join(RUNTIMES)}")
-    if manifest.runtime == "onnx":
+    if manifest.runtime in ("onnx", "encoder"):
         if MODEL_FILE not in files:
             raise _bad(f"it has no {MODEL_FILE}")
         check_onnx(files[MODEL_FILE])
@@ -98,6 +103,33 @@ def check_package(manifest: Manifest, files: dict[str, Path], threads: int = 1) 
     runtime.load(Package(manifest, by_digest.__getitem__), threads)
     replay_parity(Package(manifest, by_digest.__getitem__), runtime)
     runtime.close()
+
+
+def import_folder(
+    path: Path, workdir: Path, *, task: str | None = None, licence: str | None = None, threads: int = 1
+) -> tuple[Manifest, dict[str, Path]]:
+    """The same from a model's folder, or a ZIP of one: config.json, safetensors and tokenizer; see folder.py."""
+    folder = stage(path, workdir)
+    found = task or _task_of(folder)
+    if found in (EMBEDDING, RERANK):
+        from modelworks.ml.encoder_import import import_encoder
+
+        return import_encoder(folder, workdir, task=found, licence=licence, threads=threads)
+    raise InvalidInput(
+        f"a model's folder is not served as {found[:80]!r}; name the task, one of {EMBEDDING}, {RERANK}",
+        param="task",
+        code="unsupported_model",
+    )
+
+
+def _task_of(folder: Path) -> str:
+    """Told from what the folder holds."""
+    named = config_of(folder).get("architectures") or [""]
+    if (folder / "modules.json").is_file():
+        return EMBEDDING
+    if str(named[0]).endswith("ForSequenceClassification"):
+        return RERANK
+    return EMBEDDING if str(named[0]).endswith("Model") else str(named[0])
 
 
 def _check_directory(file: BinaryIO) -> None:
@@ -181,8 +213,10 @@ def _bad(why: str) -> InvalidInput:
     return InvalidInput(f"this is not a sound package: {why}; export it again", code="bad_package")
 
 
-def sniff(path: Path) -> Literal["onnx", "gguf", "package"]:
+def sniff(path: Path) -> Literal["onnx", "gguf", "package", "folder"]:
     """What an upload is, told from its bytes. UnsupportedMedia names what it is instead, and what is accepted."""
+    if path.is_dir():
+        return "folder"
     with path.open("rb") as file:
         head = file.read(512)
         if head[:4] in (b"PK\x03\x04", b"PK\x05\x06", b"PK\x07\x08"):
@@ -195,7 +229,7 @@ def sniff(path: Path) -> Literal["onnx", "gguf", "package"]:
     raise UnsupportedMedia(f"this file is {_known(head)}; {_ACCEPTED}", code="unsupported_model_format")
 
 
-def _sniff_zip(file: BinaryIO) -> Literal["package"]:
+def _sniff_zip(file: BinaryIO) -> Literal["package", "folder"]:
     _check_directory(file)
     try:
         with zipfile.ZipFile(file) as archive:
@@ -204,6 +238,9 @@ def _sniff_zip(file: BinaryIO) -> Literal["package"]:
         raise _bad("the archive is damaged") from None
     if MANIFEST in names:
         return "package"
+    files = {name.rpartition("/")[2] for name in names if name.count("/") < 2}
+    if CONFIG in files and any(name.endswith(".safetensors") for name in files):
+        return "folder"
     if any(name.endswith("data.pkl") for name in names):
         what = "a PyTorch checkpoint (pickle, which can run code)"
     elif any(name.endswith((".weights.h5", "model.h5")) for name in names):
@@ -238,7 +275,7 @@ def _known(head: bytes) -> str:
     if head[257:262] == b"ustar":
         return "a tar archive"
     if len(head) > 8 and head[8:9] == b"{" and struct.unpack("<Q", head[:8])[0] < 100 * 1024**2:
-        return "a safetensors file, which is not served yet"
+        return "a safetensors file without its config.json"
     if _OLD_PICKLE.match(head):
         return "a text, or a pickle of an old protocol"
     return "in no format that is known here" if head else "empty"

@@ -173,8 +173,8 @@ def _check_names(specs: dict[str, TensorSpec], names: Sequence[str]) -> None:
                 f"the model has no input {name[:80]!r}; its inputs are {known}", code="unknown_input", param=name[:80]
             )
         seen.add(name)
-    for name in specs:
-        if name not in seen:
+    for name, spec in specs.items():
+        if name not in seen and not spec.optional:
             raise InvalidInput(
                 f"the input {name!r} is missing; the model takes {known}", code="missing_input", param=name
             )

@@ -64,7 +64,7 @@ class Field:
 
 def fields(inputs: Sequence[TensorSpec]) -> list[Field]:
     """What `encode_features` needs to know of a signature; made once a route."""
-    return [Field(spec) for spec in inputs]
+    return [Field(spec) for spec in inputs if not spec.optional]
 
 
 def encode_rows(route: Route, rows: Any) -> list[Tensor]:

@@ -22,8 +22,10 @@ _SCHEME = re.compile(r"^([A-Za-z][A-Za-z0-9+.-]{1,19}):(.*)$", re.DOTALL)
 _MAX_SOURCE = 4096
 
 
-def resolve(source: str, workdir: Path, *, offline: bool = False) -> Path:
+def resolve(source: str, workdir: Path, *, offline: bool = False, folders: bool = False) -> Path:
     """A file on this machine that holds `source`; what is made or fetched goes to `workdir`.
+
+    With `folders`, package:DIST/PATH may name a folder too: a model's.
 
     InvalidInput for a source that cannot be understood or is refused, NotFound for one that is not there. `offline`
     refuses URLs. Only for sources of the person at this machine: a server must not resolve paths that a request names.
@@ -37,7 +39,7 @@ def resolve(source: str, workdir: Path, *, offline: bool = False) -> Path:
     if scheme == "sklearn":
         return _sklearn(rest, workdir)
     if scheme == "package":
-        return package_file(rest)
+        return package_file(rest, folders=folders)
     if scheme == "https":
         return _url(source, workdir, offline)
     if scheme in ("s3", "gs", "gcs", "az", "azure", "abfs", "abfss", "r2"):
@@ -92,7 +94,7 @@ def _sklearn(name: str, workdir: Path) -> Path:
     return out
 
 
-def package_file(rest: str) -> Path:
+def package_file(rest: str, *, folders: bool = False) -> Path:
     """A file that an installed distribution lists as its own, and that lies where distributions are installed."""
     from importlib.metadata import PackageNotFoundError, distribution
 
@@ -108,13 +110,15 @@ def package_file(rest: str) -> Path:
         installed = distribution(name)
     except PackageNotFoundError:
         raise NotFound(f"no distribution {name!r} is installed; pip install it first", param="source") from None
-    if not any(PurePosixPath(file) == wanted for file in installed.files or ()):
+    held = [PurePosixPath(file) for file in installed.files or ()]
+    folder = folders and any(wanted in file.parents for file in held)
+    if not folder and wanted not in held:
         raise NotFound(
             f"the distribution {name!r} has no file {inner[:200]!r}; look at pip show -f {name}", param="source"
         )
     root = Path(str(installed.locate_file(""))).resolve()
     path = Path(str(installed.locate_file(inner))).resolve()
-    if not path.is_relative_to(root) or not path.is_file():
+    if not path.is_relative_to(root) or not (path.is_dir() if folder else path.is_file()):
         raise NotFound(f"the distribution {name!r} has no regular file {inner[:200]!r}", param="source")
     return path
 

@@ -136,6 +136,7 @@ def rows_to_batch(rows: Sequence[dict[str, Any]], inputs: Sequence[TensorSpec]) 
     Other shapes take nested lists and give arrays [rows, *shape[1:]]. InvalidInput, with `param` the feature and
     `detail` the row (from 0), for a row that is no object, and for missing, unknown and mistyped features.
     """
+    inputs = [spec for spec in inputs if not spec.optional]
     names = {spec.name for spec in inputs}
     for index, row in enumerate(rows):
         if not isinstance(row, dict):

@@ -10,6 +10,7 @@ RUNTIMES: Registry[type[Runtime]] = Registry(
     "runtime",
     {
         "onnx": "modelworks.ml.runtimes.onnx:OnnxRuntime",
+        "encoder": "modelworks.ml.runtimes.encoder:EncoderRuntime",  # texts to vectors, pairs of texts to scores
         "llama": "modelworks.ml.runtimes.llm_llama:LlamaRuntime",  # continuous: admit / step / abort
     },
 )
