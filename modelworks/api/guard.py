@@ -249,7 +249,7 @@ def check_media(rule: Rule, headers: Headers) -> None:
     if rule.body == "form":
         if media not in _FORMS:
             raise UnsupportedMedia(f"send multipart/form-data, not {media or 'a body without Content-Type'}")
-    elif rule.binary and headers.binary and media == "application/octet-stream":
+    elif (rule.binary and headers.binary and media == "application/octet-stream") or (media == _FORMS[0] and rule.multipart):
         pass
     elif media and not _JSON.match(media):
         hint = "; curl sends this type unless you add -H 'Content-Type: application/json'" if media in _FORMS else ""

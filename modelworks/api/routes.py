@@ -38,12 +38,14 @@ METHODS = ("GET", "POST", "PUT", "DELETE", "PATCH")
 @dataclass(frozen=True)
 class Rule:
     """What the guard must know of a route. `operation` None: public. `infer`: JSON that may be large or compressed;
-    with `binary`, raw bytes may follow the JSON where a header says how long that is."""
+    with `binary`, raw bytes may follow the JSON where a header says how long that is; with `multipart`, a form may
+    come in its place."""
 
     operation: str | None
     body: Body = "none"
     stream: bool = False
     binary: bool = False
+    multipart: bool = False
 
 
 @dataclass(frozen=True)
@@ -92,6 +94,7 @@ class Routes:
         creates: bool = False,
         stream: bool = False,
         binary: bool = False,
+        multipart: bool = False,
     ) -> Callable[[Endpoint], Endpoint]:
         """Declare a route.
 
@@ -112,7 +115,7 @@ class Routes:
                 ),
                 "openapi_extra": schemas.extra(request, request_body, creates=creates),
             }
-            self.declared.append(Declared(method, path, Rule(operation, body, stream, binary), endpoint, options))
+            self.declared.append(Declared(method, path, Rule(operation, body, stream, binary, multipart), endpoint, options))
             return endpoint
 
         return declare

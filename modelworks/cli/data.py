@@ -22,7 +22,7 @@ _SHOWN = 60  # rows of text that the profile's longest value gets
 @command(app, "upload")
 def upload(
     session: Session,
-    source: Annotated[str, typer.Argument(help="A file, or sklearn:NAME, package:DIST/PATH, an https URL.")],
+    source: Annotated[str, typer.Argument(help="A file or folder, or sklearn:NAME, package:DIST/PATH, an https URL.")],
     name: Annotated[str | None, typer.Option(help="The dataset's name; by default the file's.")] = None,
     column: Annotated[
         list[str] | None, typer.Option(help="Correct a column's type: --column 'zip=category'. Repeatable.")
@@ -33,9 +33,12 @@ def upload(
     delimiter: Annotated[str | None, typer.Option(help="Of a CSV file; else told from the file.")] = None,
     encoding: Annotated[str | None, typer.Option(help="Of a text file.  [default: UTF-8]")] = None,
     missing: Annotated[list[str] | None, typer.Option(help="A text that means a missing value. Repeatable.")] = None,
+    skip_corrupt: Annotated[bool, typer.Option(help="Leave out images and sounds that cannot be decoded.")] = False,
 ) -> None:
-    """Upload a table (CSV, TSV, Parquet, JSONL, Arrow). The same content again gives the same version."""
-    schema = _schema(column, header, delimiter, encoding, missing)
+    """Upload a table (CSV, TSV, Parquet, JSONL, Arrow), or images, sounds or texts in one folder a class (a folder, zip
+    or tar). The same content again gives the same version.
+    """
+    schema = _schema(column, header, delimiter, encoding, missing, skip_corrupt)
     with named(SCHEMA_FLAGS):
         dataset = _upload(session, source, name, schema)
     if session.json:
@@ -134,6 +137,12 @@ def _values(about: dict[str, Any]) -> str:
     if about.get("mean") is not None:
         deviation = f" ± {number(about['std'])}" if about.get("std") is not None else ""
         return f"{number(about.get('min'))} to {number(about.get('max'))}, mean {number(about['mean'])}{deviation}"
+    if about.get("width"):
+        sides = [f"{number(about[key]['min'])}-{number(about[key]['max'])}" for key in ("width", "height")]
+        return f"{' x '.join(sides)} pixels, {', '.join(about['modes'])}, {', '.join(about['formats'])}"
+    if about.get("seconds"):
+        seconds = about["seconds"]
+        return f"{number(seconds['min'])} to {number(seconds['max'])} s, {', '.join(about['rates'])} Hz"
     if about.get("top"):
         return _cut(", ".join(f"{one.get('value')} ({one.get('count')})" for one in about["top"][:3]))
     if about.get("min") is not None:
@@ -147,7 +156,12 @@ def _cut(value: Any) -> str:
 
 
 def _schema(
-    column: list[str] | None, header: str | None, delimiter: str | None, encoding: str | None, missing: list[str] | None
+    column: list[str] | None,
+    header: str | None,
+    delimiter: str | None,
+    encoding: str | None,
+    missing: list[str] | None,
+    skip_corrupt: bool,
 ) -> dict[str, Any] | None:
     from modelworks.cli.values import pairs
 
@@ -157,6 +171,7 @@ def _schema(
         "delimiter": {"\\t": "\t"}.get(delimiter or "", delimiter),
         "encoding": encoding,
         "missing": missing or None,
+        "on_corrupt": "skip" if skip_corrupt else None,
     }
     schema = {field: value for field, value in given.items() if value}
     return schema or None

@@ -11,6 +11,7 @@ import typer
 
 from modelworks.cli.session import Session, command, group
 from modelworks.cli.text import decimal, lines, number, plain, when
+from modelworks.core.errors import InvalidInput
 
 if TYPE_CHECKING:
     from modelworks.client import Output
@@ -80,12 +81,17 @@ def predict(
     input: Annotated[
         list[str] | None, typer.Option(help="A row as JSON: --input '{\"a\": 1}', or a list of rows. Repeatable.")
     ] = None,
-    file: Annotated[Path | None, typer.Option(help="Rows in a .csv, .tsv, .jsonl or .json file.")] = None,
+    file: Annotated[
+        Path | None, typer.Option(help="Rows in a .csv, .tsv, .jsonl or .json file; or one image or sound.")
+    ] = None,
 ) -> None:
-    """Predict rows of named raw features."""
+    """Predict rows of named raw features. In --input, "@PATH" stands for the file of an image or a sound."""
     from modelworks.cli import values
 
-    rows: Iterable[dict[str, Any]] = values.rows(input, file)
+    if file is not None and file.suffix.lower() in values.MEDIA_SUFFIXES:
+        rows: Iterable[dict[str, Any]] = [{_only_file(session, name): file}]
+    else:
+        rows = map(values.with_files, values.rows(input, file))
     if file is not None and file.suffix.lower() in (".csv", ".tsv"):
         inputs = session.client.deployments.get(name).signature.inputs
         columns: dict[str, str | None] = {one.name: one.column for one in inputs}
@@ -104,6 +110,19 @@ def predict(
         )
         return
     _table(session, outputs)
+
+
+def _only_file(session: Session, name: str) -> str:
+    """The feature of the deployment that is an image or a sound."""
+    inputs = session.client.deployments.get(name).signature.inputs
+    found = [one.name for one in inputs if one.column in ("image", "audio")]
+    if len(found) != 1 or len(inputs) != 1:
+        listed = ", ".join(one.name for one in inputs)
+        raise InvalidInput(
+            f"{name} takes {listed}; give a row as --input, with \"@PATH\" for the file of an image or a sound",
+            param="--file",
+        )
+    return found[0]
 
 
 def _batches(rows: Iterable[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:

@@ -10,6 +10,7 @@ from typing import Any
 
 from modelworks.core.errors import InvalidInput
 
+MEDIA_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".wav", ".flac", ".mp3", ".ogg")
 MAX_TRANSFORMS_BYTES = 1024 * 1024
 MAX_JSON_BYTES = 64 * 1024 * 1024
 _GATE = re.compile(r"^\s*([A-Za-z0-9_]+)\s*(>=|<=)\s*([-+0-9.eE]+)\s*$")
@@ -113,6 +114,20 @@ def rows(inputs: Sequence[str] | None, file: Path | None) -> Iterator[dict[str, 
         yield from _objects(found.get("inputs", found) if isinstance(found, dict) else found, str(file))
     else:
         raise InvalidInput(f"{file}: give a .csv, .tsv, .jsonl or .json file", param="--file")
+
+
+def with_files(row: dict[str, Any]) -> dict[str, Any]:
+    """The row with `"@PATH"` replaced by the path of an image or a sound, which the SDK reads; "@@" begins a plain text."""
+    found: dict[str, Any] = {}
+    for name, value in row.items():
+        if isinstance(value, str) and value.startswith("@@"):
+            value = value[1:]
+        elif isinstance(value, str) and value.startswith("@") and Path(value[1:]).suffix.lower() in MEDIA_SUFFIXES:
+            value = Path(value[1:])
+            if not value.is_file():
+                raise InvalidInput(f"there is no file {value}", param=name)
+        found[name] = value
+    return found
 
 
 def typed(row: dict[str, Any], columns: dict[str, str | None]) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import tempfile
+import zipfile
 from collections.abc import Callable, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -46,8 +47,9 @@ class Datasets(Resource[Mode]):
         """Upload a table and wait until it is ingested and profiled.
 
         `data`: a file's path, a binary file, or a data frame (pandas, polars, pyarrow: anything with the Arrow stream
-        interface). `name` is by default the file's. `columns={"zip": "category"}` corrects types; it is short for
-        `schema={"columns": ...}`. `progress(sent, total)` is called as bytes go out.
+        interface). A folder, or a zip or tar of one, of images, sounds or texts in one folder a class becomes the
+        columns `image` (`audio`, `text`) and `label`. `name` is by default the file's. `columns={"zip": "category"}`
+        corrects types; it is short for `schema={"columns": ...}`. `progress(sent, total)` is called as bytes go out.
         The same content again answers the version that is there, which need not be the newest: go on with `.ref`
         ("houses:1"), since the bare name means the newest.
         """
@@ -129,12 +131,18 @@ def opened(data: Any, filename: str | None) -> Iterator[tuple[IO[bytes], str]]:
     """The bytes to send and the file name that tells their format."""
     if isinstance(data, str | os.PathLike):
         file_path = Path(data)
+        if file_path.is_dir():
+            with tempfile.TemporaryFile() as file:
+                _zip_folder(file_path, file)
+                file.seek(0)
+                yield file, filename or f"{file_path.resolve().name}.zip"
+            return
         try:
             with file_path.open("rb") as file:
                 yield file, filename or file_path.name
         except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
             raise InvalidInput(
-                f"cannot read {file_path} ({error.strerror}); give the path of a table's file", param="file"
+                f"cannot read {file_path} ({error.strerror}); give the path of a file or a folder", param="file"
             ) from None
     elif hasattr(data, "__arrow_c_stream__"):
         with tempfile.TemporaryFile() as file:
@@ -149,6 +157,21 @@ def opened(data: Any, filename: str | None) -> Iterator[tuple[IO[bytes], str]]:
         raise InvalidInput(
             f"a {type(data).__name__} cannot be uploaded; give a path, a binary file or a data frame", param="file"
         )
+
+
+def _zip_folder(folder: Path, file: IO[bytes]) -> None:
+    """All files below `folder`, without hidden ones, in the order of their names; links are followed only within it."""
+    root = folder.resolve()
+    found = sorted(path for path in folder.rglob("*") if path.is_file())
+    names = [(path, path.relative_to(folder).as_posix()) for path in found]
+    names = [(path, name) for path, name in names if not any(part.startswith(".") for part in name.split("/"))]
+    if not names:
+        raise InvalidInput(f"the folder {folder} holds no files; put them into one folder for each class", param="file")
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
+        for path, name in names:
+            if not path.resolve().is_relative_to(root):
+                raise InvalidInput(f"{path} leads out of the folder; copy the file into it", param="file")
+            archive.write(path, name)
 
 
 def _write_parquet(frame: Any, file: IO[bytes]) -> None:

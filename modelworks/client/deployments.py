@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import base64
 import time
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path, PurePath
 from typing import Any
 
 from modelworks.client.lists import page, path
@@ -98,8 +100,12 @@ class Deployments(Resource[Mode]):
 
     @call
     async def predict(self, name: str, inputs: Row | Sequence[Row], *, timeout: float | None = None) -> Prediction:
-        """Predict rows of named raw features; one mapping or many. `outputs` come in the order of the inputs."""
-        rows = [dict(inputs)] if isinstance(inputs, Mapping) else [dict(row) for row in inputs]
+        """Predict rows of named raw features; one mapping or many. `outputs` come in the order of the inputs.
+
+        An image or a sound is its file: bytes, or a pathlib.Path to read.
+        """
+        given = [inputs] if isinstance(inputs, Mapping) else inputs
+        rows = [{name: _value(value) for name, value in row.items()} for row in given]
         return await self._http.model(
             Request("POST", _path(name, "/predict"), json={"inputs": rows}, timeout=timeout), Prediction
         )
@@ -113,6 +119,13 @@ class Deployments(Resource[Mode]):
 
     async def _get(self, name: str) -> Deployment:
         return await self._http.model(Request("GET", _path(name)), Deployment)
+
+
+def _value(value: Any) -> Any:
+    """Files in base64, all else as it is."""
+    if isinstance(value, PurePath):
+        value = Path(value).read_bytes()
+    return base64.b64encode(value).decode() if isinstance(value, bytes | bytearray) else value
 
 
 def _path(name: str, rest: str = "") -> str:

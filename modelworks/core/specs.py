@@ -64,6 +64,9 @@ class TableSchema(Spec):
     missing: list[str] | None = Field(
         None, description="texts that mean a missing value; by default '', NA, N/A, NaN, nan, null, NULL, None, ?"
     )
+    on_corrupt: Literal["refuse", "skip"] = Field(
+        "refuse", description="what to do with an image or a sound that cannot be decoded; skipped ones are counted"
+    )
 
 
 def _transform(value: Any) -> Any:
@@ -73,8 +76,8 @@ def _transform(value: Any) -> Any:
 class TransformSpec(BaseModel):
     """One step of cleaning or transformation: its `op`, the columns it applies to, and its own parameters beside them.
 
-    `columns` is a list of names, or one of "all", "number", "integer", "numeric", "category", "boolean", "text", "time" for all features
-    of that type as they are at that step. Each op's parameters are listed by `GET /api/v1/transforms`.
+    `columns` is a list of names, or one of "all", "number", "integer", "numeric", "category", "boolean", "text", "time", "image", "audio"
+    for all features of that type as they are at that step. Each op's parameters are listed by `GET /api/v1/transforms`.
     """
 
     model_config = ConfigDict(extra="allow")

@@ -6,6 +6,7 @@ tensor, an empty element in BYTES, INT64_MISSING in INT64, and any byte above 1 
 
 from __future__ import annotations
 
+import binascii
 import math
 import struct
 from collections.abc import Iterable, Sequence
@@ -54,6 +55,9 @@ _NUMPY = {
     "FP64": "float64",
 }
 _OIP = {numpy: oip for oip, numpy in _NUMPY.items()}
+
+
+_URL_SAFE = bytes.maketrans(b"-_", b"+/")
 
 
 class Tensor(msgspec.Struct, array_like=True):
@@ -129,6 +133,16 @@ def unpack_bytes(data: bytes, name: str = "tensor") -> list[bytes]:
         values.append(data[offset : offset + length])
         offset += length
     return values
+
+
+def decode_base64(text: str | bytes) -> bytes:
+    """The bytes of a file that came as base64, plain or URL-safe, padded or not, perhaps as a data URL. ValueError."""
+    data = text.encode("ascii") if isinstance(text, str) else text
+    if data.startswith(b"data:"):
+        head, mark, rest = data.partition(b";base64,")
+        data = rest if mark and len(head) < 200 else data
+    data = b"".join(data.split()).translate(_URL_SAFE)
+    return binascii.a2b_base64(data + b"=" * (-len(data) % 4), strict_mode=True)
 
 
 def unpack(tensor: Tensor) -> list[Any]:

@@ -103,7 +103,7 @@ def ingest(step: Step) -> None:
         size=size,
         columns=found.columns,
         profile=described,
-        warnings=warnings,
+        warnings=found.notes + warnings,
         source=spec["source"] or spec["filename"],
         created_by=step.job.created_by,
     )

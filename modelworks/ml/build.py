@@ -15,6 +15,7 @@ from typing import BinaryIO, Literal
 
 from modelworks.core.embedding import EMBEDDING, RERANK
 from modelworks.core.errors import InvalidInput, PayloadTooLarge, UnsupportedMedia
+from modelworks.ml.data.archives import zip_directory
 from modelworks.ml.folder import CONFIG, config_of, stage
 from modelworks.ml.llm_import import check_llama, import_gguf
 from modelworks.ml.onnx_import import check_onnx, import_onnx
@@ -133,26 +134,14 @@ def _task_of(folder: Path) -> str:
 
 
 def _check_directory(file: BinaryIO) -> None:
-    """Read the end of the ZIP by hand first: zipfile would read a table of contents of any size into memory."""
-    file.seek(0, 2)
-    size = file.tell()
-    file.seek(max(0, size - 65_557))
-    tail = file.read()
-    at = tail.rfind(b"PK\x05\x06")
-    if at < 0 or len(tail) < at + 22:
-        raise _bad("it is no ZIP archive")
-    entries, length = struct.unpack_from("<HI", tail, at + 10)
-    if b"PK\x06\x07" in tail[max(0, at - 20) : at]:  # ZIP64: the true figures stand elsewhere
-        file.seek(max(0, size - len(tail) + at - 76))
-        record = file.read(56)
-        if record[:4] != b"PK\x06\x06":
-            raise _bad("its ZIP64 record is not where it belongs")
-        entries, length = struct.unpack_from("<QQ", record, 32)
+    try:
+        entries, length = zip_directory(file)
+    except ValueError as error:
+        raise _bad(str(error)) from None
     if entries > MAX_ENTRIES or length > MAX_DIRECTORY:
         raise PayloadTooLarge(
             f"the archive lists {entries} entries; a package has at most {MAX_ENTRIES}", code="bad_package"
         )
-    file.seek(0)
 
 
 def _entries(archive: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]:

@@ -61,7 +61,7 @@ class Reading(NamedTuple):
     """A call's data, checked. `alone`: its rows cannot be joined with another call's."""
 
     rows: int
-    data: list[Any]  # of each input: bytes, or for BYTES the flat list of str
+    data: list[Any]  # of each input: bytes, or for BYTES the flat list of str (of bytes, where they are files)
     alone: bool
 
 
@@ -98,7 +98,8 @@ class Shape:
                     _refuse_size(tensor)
                 data.append(tensor.data)
             else:
-                texts = _texts(tensor)
+                files = spec.column in ("image", "audio")
+                texts: list[Any] = unpack_bytes(tensor.data, tensor.name) if files else _texts(tensor)
                 if len(texts) != lead * width:
                     _refuse_size(tensor)
                 data.append(texts)

@@ -15,7 +15,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from modelworks.core.errors import InvalidInput, ModelworksError
-from modelworks.core.tensors import BOOL_MISSING, DATATYPES, INT64_MISSING, Tensor, unpack
+from modelworks.core.tensors import BOOL_MISSING, DATATYPES, INT64_MISSING, Tensor, decode_base64, unpack
 from modelworks.core.types import Answer, TensorSpec
 
 if TYPE_CHECKING:
@@ -37,7 +37,10 @@ _EXPECTED = {
     "category": "a text",
     "text": "a text",
     "time": "an ISO 8601 time as a text",
+    "image": "an image file in base64",
+    "audio": "a sound file in base64",
 }
+_MEDIA = ("image", "audio")
 _NUMBERS = frozenset({int, float})
 _PLACES = range(0, 4 * 1_000_000, 4)
 _FAST_TYPES = {"number": (float, int), "integer": (int, int), "boolean": (bool, bool), "text": (str, str)}
@@ -54,7 +57,7 @@ class Field:
         self.datatype = spec.datatype
         self.kind = _kind(spec)
         self.plain = bool(spec.shape) and spec.shape[1:] in ([], [1])
-        self.single = self.plain and spec.shape[0] in (-1, 1)
+        self.single = self.plain and spec.shape[0] in (-1, 1) and self.kind not in _MEDIA
         self.one = [1] * len(spec.shape)
         self.code = DATATYPES[spec.datatype][1]
         family = "text" if spec.datatype == "BYTES" else self.kind
@@ -154,6 +157,8 @@ def _encode_many(field: Field, values: list[Any], count: int) -> Tensor:
 
 def _flat(field: Field, values: list[Any], rows: Sequence[int] | None) -> bytes:
     """The bytes of a flat list; `rows`: the row of each value where it is not its place in the list."""
+    if field.kind in _MEDIA:
+        return b"".join([_file_bytes(field, value, rows[i] if rows else i) for i, value in enumerate(values)])
     if field.datatype == "BYTES":
         return b"".join([_text_bytes(field, value, rows[i] if rows else i) for i, value in enumerate(values)])
     types = set(map(type, values))
@@ -181,6 +186,21 @@ def _text_bytes(field: Field, value: Any, row: int) -> bytes:
     if len(raw) > MAX_TEXT:
         _mistyped(field, value, row, f"a text of at most {MAX_TEXT} bytes")
     return struct.pack("<I", len(raw)) + raw
+
+
+def _file_bytes(field: Field, value: Any, row: int) -> bytes:
+    """A file, from base64 or as it came in a form. What it shows is the replica's to judge."""
+    if value is None or value == "":
+        _missing(field, row)
+        return struct.pack("<I", 0)
+    if type(value) is str:
+        try:
+            value = decode_base64(value)
+        except ValueError:
+            _mistyped(field, value, row, _EXPECTED[field.kind])
+    elif type(value) is not bytes:
+        _mistyped(field, value, row, _EXPECTED[field.kind])
+    return struct.pack("<I", len(value)) + value
 
 
 def _text(field: Field, value: Any, row: int) -> str:

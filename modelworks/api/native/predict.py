@@ -11,6 +11,7 @@ from starlette.responses import Response
 from modelworks.api import schemas
 from modelworks.api.body import decode_json
 from modelworks.api.calls import JSON_TYPE, Prepared, Reply, respond
+from modelworks.api.parts import parts
 from modelworks.api.routes import NamePath, Routes, Use, Who
 from modelworks.core.errors import InvalidInput
 from modelworks.core.types import Answer, Call, Principal
@@ -31,7 +32,8 @@ REQUEST: dict[str, Any] = {
                     "type": "array",
                     "minItems": 1,
                     "maxItems": MAX_ROWS,
-                    "description": "one object a row: every raw feature by its name; null is a missing value",
+                    "description": "one object a row: every raw feature by its name; null is a missing value. An image "
+                    "or a sound is its file in base64",
                     "items": {"type": "object"},
                 }
             },
@@ -46,7 +48,16 @@ REQUEST: dict[str, Any] = {
                 }
             ]
         },
-    }
+    },
+    "multipart/form-data": {
+        "schema": {
+            "type": "object",
+            "description": "one row: each image or sound as a file, named as the feature",
+            "properties": {"inputs": {"type": "string", "description": "JSON object of the other features, if any"}},
+            "additionalProperties": {"type": "string", "contentMediaType": "application/octet-stream"},
+        },
+        "example": {"image": "the file's bytes"},
+    },
 }
 ANSWER = schemas.plain(
     {
@@ -84,23 +95,55 @@ class PredictBody(msgspec.Struct, forbid_unknown_fields=True):
     errors=(504,),
     body="infer",
     request_body=REQUEST,
+    multipart=True,
 )
 async def predict(request: Request, services: Use, caller: Who, name: NamePath) -> Response:
-    """Answer `inputs`, one or many at once. A missing, unknown or mistyped feature is 400 and named in `param`."""
-    prepared = prepare(services.gateway, caller.principal, name, await request.body(), caller.request_id)
+    """Answer `inputs`, one or many at once. A missing, unknown or mistyped feature is 400 and named in `param`.
+
+    A model of images or sounds also takes one row as a form: each file in a part that is named as its feature.
+    """
+    media = request.headers.get("content-type", "")
+    data = await request.body()
+    if media.lower().startswith("multipart/form-data"):
+        rows: list[Any] = [form_row(media, data)]
+    else:
+        rows = decode_predict(data).inputs
+    prepared = prepare_rows(services.gateway, caller.principal, name, rows, caller.request_id)
     return await respond(request, services, caller, prepared)
 
 
 def prepare(gateway: Gateway, principal: Principal, name: str, data: bytes, request_id: str) -> Prepared:
-    """The call that the body `data` asks for; both lanes go through this. InvalidInput names the feature."""
+    """The call that the JSON body `data` asks for."""
+    return prepare_rows(gateway, principal, name, decode_predict(data).inputs, request_id)
+
+
+def prepare_rows(gateway: Gateway, principal: Principal, name: str, inputs: list[Any], request_id: str) -> Prepared:
+    """The call for rows of features; both lanes go through this. InvalidInput names the feature."""
     route = gateway.route(principal, name)
-    call = Call(name, encode_rows(route, decode_predict(data).inputs), gateway.deadline(), request_id)
+    call = Call(name, encode_rows(route, inputs), gateway.deadline(), request_id)
 
     def reply(found: Answer) -> Reply:
         rows = decode_outputs(route, found)
         return Reply((JSON_TYPE,), _encode({"outputs": rows, "model": found.model_version, "request_id": request_id}))
 
     return Prepared(call, reply)
+
+
+def form_row(media: str, data: bytes) -> dict[str, Any]:
+    """One row from a form: files by the features' names, and other features in the JSON part `inputs`."""
+    row: dict[str, Any] = {}
+    for name, is_file, content in parts(media, data):
+        if name == "inputs" and not is_file:
+            more = decode_json(content)
+            more = more[0] if isinstance(more, list) and len(more) == 1 else more
+            if not isinstance(more, dict):
+                raise InvalidInput("the part `inputs` must be a JSON object of features", code="bad_inputs", param="inputs")
+            row |= more
+        elif name in row:
+            raise InvalidInput(f"the feature {name[:100]!r} is there twice", code="bad_form", param=name[:100])
+        else:
+            row[name] = content if is_file else content.decode(errors="replace")
+    return row
 
 
 def decode_predict(data: bytes) -> PredictBody:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from modelworks.core.errors import InvalidInput
-from modelworks.ml.data.faults import fault
+from modelworks.ml.data.faults import MAX_ROW, fault
 
 CHUNK = 4 << 20
 # stands for bytes that do not decode: a lone surrogate never comes from bytes that do
@@ -134,3 +134,14 @@ def to_utf8(text: TextFile, workdir: Path) -> TextFile:
             target.write(decoder.decode(chunk, final=not chunk).encode())
             if not chunk:
                 return TextFile(out)
+
+
+def numbered(text: TextFile) -> Iterator[tuple[int, str]]:
+    """(line number, text) of the lines that are not blank; InvalidInput for one that is too long."""
+    row = 0
+    for number, line in enumerate(text.lines(MAX_ROW + 1), start=1):
+        if len(line) > MAX_ROW:
+            raise fault(f"the line has more than {MAX_ROW} characters", row=row + 1, line=number, field=1)
+        if line.strip():
+            row += 1
+            yield number, line

@@ -60,6 +60,9 @@ def _of_column(column: dict[str, Any], rows: int) -> list[str]:
         return [f"column {name} has no values; leave it out"]
     if missing > _MOSTLY_MISSING * rows:
         out.append(f"column {name} is mostly missing ({missing / rows:.1%} of rows)")
+    if column.get("duplicates"):
+        count = column["duplicates"]
+        out.append(f"column {name}: {count} files repeat earlier ones; the transform drop-duplicates removes them")
     if column["distinct"] == 1 and rows > 1:
         out.append(f"column {name} has the same value in every row; it tells a model nothing")
     elif _is_id(column, rows):
@@ -235,7 +238,7 @@ def _has_classes(entry: dict[str, Any]) -> bool:
 
 def _leaks(data: Data, column: dict[str, Any], target: dict[str, Any]) -> str | None:
     """In words how the column gives the target away; None if it does not."""
-    if "text" in (column["type"], target["type"]) or "time" in (column["type"], target["type"]):
+    if {column["type"], target["type"]} & {"text", "time", "image", "audio"}:
         return None
     if _has_classes(column):
         return _purity(data, column, target) if _has_classes(target) else _variance(data, column, target)

@@ -11,7 +11,7 @@ from modelworks.core.errors import InvalidInput
 from modelworks.core.specs import TableSchema
 from modelworks.core.tensors import INT64_MISSING
 from modelworks.core.types import ColumnType
-from modelworks.ml.data import cast
+from modelworks.ml.data import cast, media
 from modelworks.ml.data.faults import fault, shown
 
 if TYPE_CHECKING:
@@ -83,7 +83,16 @@ def infer(
                     _count_texts(tally, values.cast(pa.string()), missing, lexical=table.lexical)
             if seen:
                 seen(batch.nbytes)
-    found = [_typed(name, types[name], tallies.get(name), schema, table.lexical) for name in table.names]
+    files: dict[str, ColumnType] = dict(getattr(table, "media", {}))
+    for name, kind in types.items():
+        if name not in files and _holds_files(kind):
+            files[name] = _kind_of_files(table, name, schema)
+    found = [
+        Inferred(name, files[name])
+        if name in files
+        else _typed(name, types[name], tallies.get(name), schema, table.lexical)
+        for name in table.names
+    ]
     if table.header_cells is not None:
         _check_header(table.header_cells, found, tallies)
     return found
@@ -111,6 +120,47 @@ def _is_text(kind: pa.DataType) -> bool:
     import pyarrow as pa
 
     return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
+
+
+def _holds_files(kind: pa.DataType) -> bool:
+    """Bytes, or bytes beside a path, as Hugging Face writes images and sounds into Parquet."""
+    import pyarrow as pa
+
+    if pa.types.is_struct(kind):
+        at = kind.get_field_index("bytes")
+        kind = kind.field(at).type if at >= 0 else pa.null()
+    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
+
+
+def _kind_of_files(table: Table, name: str, schema: TableSchema) -> ColumnType:
+    """Image or audio: as declared, or as the first file's content says."""
+    declared = schema.columns.get(name)
+    if declared in ("image", "audio"):
+        return declared
+    for batch in table.batches([name]):
+        values = files_of(batch.column(0)).drop_null()
+        if len(values):
+            kind = media.sniff(values[0].as_py())
+            if kind is None:
+                break
+            return kind
+    raise InvalidInput(
+        f"column {shown(name)} holds bytes that are neither {media.FORMATS['image']} nor {media.FORMATS['audio']}; "
+        "leave it out",
+        code="unsupported_type",
+        param="file",
+        detail={"column": name},
+    )
+
+
+def files_of(values: pa.Array) -> pa.Array:
+    """A column of files as plain bytes."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    if pa.types.is_struct(values.type):
+        values = pc.struct_field(values, "bytes")
+    return values.cast(pa.binary())
 
 
 # counting

@@ -11,8 +11,8 @@ import msgspec
 from modelworks.core.errors import InvalidInput
 from modelworks.core.specs import TableSchema
 from modelworks.core.tensors import INT64_MISSING
-from modelworks.ml.data.encodings import TextFile, advice, is_troubled, open_text, to_utf8, trouble
-from modelworks.ml.data.faults import MAX_COLUMNS, MAX_FIELD, MAX_NAME, MAX_ROW, check_names, fault, shown
+from modelworks.ml.data.encodings import TextFile, advice, is_troubled, numbered, open_text, to_utf8, trouble
+from modelworks.ml.data.faults import MAX_COLUMNS, MAX_FIELD, MAX_NAME, check_names, fault, shown
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -61,7 +61,7 @@ class JsonLines:
         first, size = 1, 0
         objects: list[dict[str, Any]] = []
         decode = msgspec.json.Decoder().decode
-        for row, (line, text) in enumerate(_numbered(self._text), start=1):
+        for row, (line, text) in enumerate(numbered(self._text), start=1):
             objects.append(_object(decode, text, row, line))
             size += len(text)
             if len(objects) == _BATCH_ROWS or size > _BATCH_CHARS:
@@ -146,13 +146,13 @@ class JsonLines:
 
     def line(self, row: int) -> int | None:
         """The line of the file that holds data row `row` (from 1). Reads the file up to there."""
-        for number, (line, _) in enumerate(_numbered(self._text), start=1):
+        for number, (line, _) in enumerate(numbered(self._text), start=1):
             if number == row:
                 return line
         return None
 
     def _locate(self, text: TextFile, kind: Any) -> InvalidInput:
-        for row, (line, raw) in enumerate(_numbered(text), start=1):
+        for row, (line, raw) in enumerate(numbered(text), start=1):
             if is_troubled(raw, kind):
                 return fault(
                     advice(kind, text),
@@ -176,17 +176,6 @@ def _troubled_name(raw: str, kind: Any) -> str | None:
     if not isinstance(item, dict):
         return None
     return next((name for name, value in item.items() if is_troubled(f"{name}{value}", kind)), None)
-
-
-def _numbered(text: TextFile) -> Iterator[tuple[int, str]]:
-    """(line number, text) of the lines that are not blank; InvalidInput for one that is too long."""
-    row = 0
-    for number, line in enumerate(text.lines(MAX_ROW + 1), start=1):
-        if len(line) > MAX_ROW:
-            raise fault(f"the line has more than {MAX_ROW} characters", row=row + 1, line=number, field=1)
-        if line.strip():
-            row += 1
-            yield number, line
 
 
 def _object(decode: Any, text: str, row: int, line: int) -> dict[str, Any]:

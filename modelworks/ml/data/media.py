@@ -6,8 +6,6 @@ alone: what breaks one of them does not reach the server.
 
 from __future__ import annotations
 
-import base64
-import binascii
 import io
 import math
 import re
@@ -17,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from modelworks.core.errors import MissingExtra
+from modelworks.core.tensors import decode_base64
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -31,8 +30,7 @@ SOUNDS = ("WAV", "WAVEX", "FLAC", "MP3", "OGG", "MPEG", "RF64")
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 AUDIO_SUFFIXES = (".wav", ".flac", ".mp3", ".ogg")
 FORMATS = {"image": "a PNG, JPEG, WebP or BMP image", "audio": "a WAV, FLAC, MP3 or Ogg sound"}
-_BASE64 = re.compile(rb"[A-Za-z0-9+/\s_-]*={0,2}\s*")
-_DATA_URL = re.compile(rb"data:[\w./+;=-]{0,100};base64,")
+_BASE64 = re.compile(rb"(?:data:[\w./+;=-]{0,100};base64,)?[A-Za-z0-9+/\s_-]*={0,2}\s*")
 _TAPS = 16  # zero crossings of the resampling filter on each side
 
 
@@ -58,26 +56,12 @@ def sniff(data: bytes) -> Literal["image", "audio"] | None:
 
 def raw(data: bytes) -> bytes:
     """The file itself, when it came as base64 text (also as a data URL), as JSON carries it. No true file looks so."""
-    if (match := _DATA_URL.match(data)) is not None:
-        data = data[match.end() :]
     if not _BASE64.fullmatch(data):
         return data
     try:
         return decode_base64(data)
     except ValueError:
         return data
-
-
-def decode_base64(text: str | bytes) -> bytes:
-    """ValueError unless it is base64, plain or URL-safe, padded or not."""
-    data = text.encode("ascii") if isinstance(text, str) else text
-    if (match := _DATA_URL.match(data)) is not None:
-        data = data[match.end() :]
-    data = b"".join(data.split()).translate(bytes.maketrans(b"-_", b"+/"))
-    try:
-        return base64.b64decode(data + b"=" * (-len(data) % 4), validate=True)
-    except binascii.Error as error:
-        raise ValueError(str(error)) from None
 
 
 # images
@@ -102,7 +86,7 @@ def open_image(data: bytes) -> Image:
     except Unreadable:
         raise
     except Image.UnidentifiedImageError:
-        raise Unreadable(f"is not {FORMATS['image']}") from None
+        raise Unreadable("is a broken image" if sniff(data) == "image" else f"is not {FORMATS['image']}") from None
     except Exception as error:  # decoders raise whatever they meet in a broken file
         raise Unreadable(f"is a broken image ({_brief(error)})") from None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime, timedelta
@@ -25,6 +26,7 @@ _IN_MEMORY_CELLS = 5_000_000
 _SHOWN = 200  # characters of a top value
 _LOOKED_THROUGH = 500  # columns in which numbers among texts are looked for
 _FEW = 20  # distinct integers that are counted one by one
+_HEADERS = 100_000  # files whose headers are read
 _EPOCH = datetime(1970, 1, 1)
 
 
@@ -33,7 +35,9 @@ def profile(parquet: Path, columns: list[Column], target: str | None = None) -> 
 
     The profile: `rows`, `duplicate_rows` and `columns`, each with name, type, missing, distinct and by type
     number, integer: min, max, mean, std (of a sample), quantiles p5 to p95, histogram {edges, counts}, top if few;
-    time: min, max (ISO 8601), histogram, steps; category, boolean: top [{value, count}]; text: length {min, mean, max}.
+    time: min, max (ISO 8601), histogram, steps; category, boolean: top [{value, count}]; text: length {min, mean, max};
+    image: width, height, bytes {min, median, max}, modes, formats; audio: seconds, bytes, rates, channels, formats; both
+    duplicates, the files that are there already.
     `approximate` is true where distinct values and quantiles are estimates.
     """
     from modelworks.ml.data.findings import leakage_warnings, not_numbers, time_steps, warnings
@@ -48,6 +52,9 @@ def profile(parquet: Path, columns: list[Column], target: str | None = None) -> 
                 entry["top"] = _top(data, column)
             if column.type == "time":
                 entry["steps"] = time_steps(data, column.name)
+            if column.type in ("image", "audio"):
+                entry |= media_profile(parquet, column, rows)
+                entry["duplicates"] = rows - entry["missing"] - entry["distinct"]
         result = {
             "rows": rows,
             "duplicate_rows": _duplicates(data, columns, rows),
@@ -147,7 +154,9 @@ def _describe(data: Data, group: Sequence[Column], rows: int, *, moments: bool) 
     selected: list[str] = []
     for column in group:
         name = quoted(column.name)
-        selected += [f"count({name})", f"approx_count_distinct({name})" if approximate else f"count(DISTINCT {name})"]
+        one = f"hash({name})" if column.type in ("image", "audio") else name  # files are too large to be held
+        one = f"CASE WHEN {name} IS NULL THEN NULL ELSE {one} END" if one != name else name
+        selected += [f"count({name})", f"approx_count_distinct({one})" if approximate else f"count(DISTINCT {one})"]
         if column.type in ("number", "integer"):
             middle = f"avg({name}), stddev_samp({name})" if moments else "NULL, NULL"
             how = "approx_quantile" if approximate else "quantile_cont"
@@ -234,6 +243,35 @@ def _top(data: Data, column: Column) -> list[dict[str, Any]]:
         f"SELECT {name}, count(*) AS n FROM data WHERE {name} IS NOT NULL GROUP BY 1 ORDER BY n DESC, 1 LIMIT {TOP}"
     )
     return [{"value": value[:_SHOWN] if isinstance(value, str) else value, "count": count} for value, count in found]
+
+
+def media_profile(parquet: Path, column: Column, rows: int) -> dict[str, Any]:
+    """What the headers of a column's files say; of some of the files when there are very many."""
+    import numpy as np
+    import pyarrow.parquet as pq
+
+    from modelworks.ml.data import media
+
+    figures: dict[str, list[float]] = {"bytes": []}
+    words: dict[str, Counter[str]] = {}
+    every = -(-rows // _HEADERS)
+    for group in range((file := pq.ParquetFile(parquet)).num_row_groups):
+        for values in file.read_row_group(group, [column.name]).column(0).chunks:
+            for data in values.take(list(range(0, len(values), every))).drop_null().to_pylist():
+                figures["bytes"].append(len(data))
+                header = media.image_header(data) if column.type == "image" else media.sound_header(data)
+                for key, value in header.items():
+                    if key in ("width", "height", "seconds"):
+                        figures.setdefault(key, []).append(value)
+                    else:
+                        words.setdefault(key + "s", Counter())[str(value)] += 1
+    file.close()
+    told: dict[str, Any] = {
+        key: {"min": min(values), "median": float(np.median(values)), "max": max(values)}
+        for key, values in figures.items()
+        if values
+    }
+    return told | {key: dict(counts.most_common(TOP)) for key, counts in words.items()}
 
 
 def _duplicates(data: Data, columns: Sequence[Column], rows: int) -> int:

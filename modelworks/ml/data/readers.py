@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING, Protocol
 
 from modelworks.core.errors import InvalidInput, UnsupportedMedia
 from modelworks.core.specs import TableSchema
+from modelworks.ml.data.archives import is_archive
 from modelworks.ml.data.faults import MAX_FIELD, check_names, fault
+from modelworks.ml.data.media import MAX_FILE
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-_SUPPORTED = "CSV, TSV, Parquet, JSON Lines or Arrow"
+_SUPPORTED = "CSV, TSV, Parquet, JSON Lines or Arrow, or images, sounds or texts in a zip or tar"
 _HEAD = 64 * 1024
 _BATCH_CELLS = 1_000_000
 _BATCH_ROWS = 32_768
@@ -38,7 +40,6 @@ _BINARY_FORMATS = {
 }
 _REFUSED_NAMES = ("pkl", "pickle", "joblib", "dill", "pt", "pth", "npy", "npz")
 _REFUSED_CONTENT = (
-    (b"PK\x03\x04", "a zip archive or an Excel workbook"),
     (b"\x1f\x8b", "compressed by gzip"),
     (b"BZh", "compressed by bzip2"),
     (b"\xfd7zXZ", "compressed by xz"),
@@ -59,7 +60,10 @@ _PICKLE = re.compile(
 
 
 class Table(Protocol):
-    """An opened file. `lexical`: all values are texts whose types have to be told from them."""
+    """An opened file. `lexical`: all values are texts whose types have to be told from them.
+
+    One that holds files also has `media` (column -> image, audio or text, whose type is known) and `origin(row)`, the name of a row's file.
+    """
 
     names: list[str]
     lexical: bool
@@ -80,14 +84,20 @@ def open_table(path: Path, filename: str, schema: TableSchema, workdir: Path) ->
 
     UnsupportedMedia when it is no table of a known format; InvalidInput, naming row and column, when it is broken.
     """
+    if is_archive(path) and Path(filename).suffix.lower().lstrip(".") not in _REFUSED_NAMES:
+        from modelworks.ml.data.folders import open_archive
+
+        return open_archive(path, schema, workdir)
     kind = sniff(path, filename, schema)
     if kind == "jsonl":
         from modelworks.ml.data.jsonl import JsonLines
 
         return JsonLines(path, schema, workdir)
     if kind in ("csv", "tsv"):
-        from modelworks.ml.data.delimited import Delimited
+        from modelworks.ml.data.delimited import Delimited, prose
 
+        if filename.lower().endswith(".txt") and (lines := prose(path, schema)) is not None:
+            return lines
         return Delimited(path, schema, workdir, tabs=kind == "tsv")
     if schema.header is not None:
         raise InvalidInput(
@@ -262,9 +272,10 @@ def _portions(batch: pa.RecordBatch, before: int) -> Iterator[pa.RecordBatch]:
         lengths = _lengths(values)
         if lengths is None:
             continue
-        if len(lengths) and lengths.max() > MAX_FIELD:
-            row = before + 1 + int((lengths > MAX_FIELD).argmax())
-            raise fault(f"a value of more than {MAX_FIELD} bytes", row=row, column=name)
+        most = MAX_FIELD if _is_text(values.type) else MAX_FILE
+        if len(lengths) and lengths.max() > most:
+            row = before + 1 + int((lengths > most).argmax())
+            raise fault(f"a value of more than {most} bytes", row=row, column=name)
         sizes += lengths
     ends = sizes.cumsum()
     start = 0
@@ -287,11 +298,19 @@ def _lengths(values: pa.Array):
             if each is None
             else pc.take(pa.array(each), values.indices).fill_null(0).to_numpy(zero_copy_only=False)
         )
+    if pa.types.is_struct(values.type) and values.type.get_field_index("bytes") >= 0:
+        values = values.field("bytes")
     if pa.types.is_string_view(values.type):
         values = values.cast(pa.large_string())
-    if not (pa.types.is_string(values.type) or pa.types.is_large_string(values.type)):
+    if not (_is_text(values.type) or pa.types.is_binary(values.type) or pa.types.is_large_binary(values.type)):
         return None
     return pc.binary_length(values).cast(pa.int64()).fill_null(0).to_numpy(zero_copy_only=False)
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    import pyarrow as pa
+
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_dictionary(kind)
 
 
 def _broken(kind: str, error: Exception) -> InvalidInput:

@@ -14,9 +14,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from modelworks.core.errors import InvalidInput
-from modelworks.core.tensors import BOOL_MISSING, INT64_MISSING
+from modelworks.core.tensors import BOOL_MISSING, INT64_MISSING, decode_base64
 from modelworks.core.types import Column, TensorSpec
-from modelworks.ml.data.media import decode_base64
 
 if TYPE_CHECKING:
     import pyarrow as pa

@@ -70,6 +70,8 @@ def feature_columns(spec: TrainingSpec, columns: Sequence[Column]) -> list[Colum
     if spec.features is None:
         method = spec.validation
         aside = {spec.target} | ({method.group, method.time} if method else set())
+        if any(column.type in ("image", "audio", "text") for column in columns):
+            aside.add("split")  # the folder above the classes of an archive: no feature of what is in it
         return [column for column in columns if column.name not in aside]
     if spec.target in spec.features:
         raise InvalidInput(
