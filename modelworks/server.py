@@ -383,6 +383,7 @@ async def _gateway(config: dict[str, Any], settings: Settings) -> None:
     from modelworks.control.access import Access
     from modelworks.control.deployments import Deployments
     from modelworks.control.library import Library
+    from modelworks.control.responses import Responses
     from modelworks.control.routing import Follower
     from modelworks.security.identity import Authenticator, Secret
     from modelworks.security.leases import Buckets, LeasingLimiter
@@ -406,6 +407,7 @@ async def _gateway(config: dict[str, Any], settings: Settings) -> None:
         library=Library(catalog, blobs),
         deployments=Deployments(catalog, home.logs),
         access=Access(catalog, secret),
+        responses=Responses(catalog),
         authenticator=authenticator,
         limiter=RateLimiter() if config["limits"] is None else LeasingLimiter(Buckets(config["limits"])),
         gateway=Gateway(router, timeout=settings.predict_timeout, observer=observer),

@@ -21,6 +21,7 @@ from modelworks.api.services import Services
 from modelworks.control.access import Access
 from modelworks.control.deployments import Deployments
 from modelworks.control.library import Library
+from modelworks.control.responses import Responses
 from modelworks.core import telemetry
 from modelworks.core.settings import Settings
 from modelworks.core.specs import KeySpec
@@ -166,6 +167,7 @@ def house(home: Path, **settings: Any) -> Iterator[House]:
         library=Library(catalog, Blobs(home / "blobs")),
         deployments=Deployments(catalog, home / "logs" / "replicas"),
         access=access,
+        responses=Responses(catalog),
         authenticator=authenticator,
         limiter=RateLimiter(),
         gateway=Gateway(router),  # type: ignore[arg-type]

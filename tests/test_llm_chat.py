@@ -23,6 +23,7 @@ PARIS = [
     {"role": "system", "content": "You are a helpful assistant."},
     {"role": "user", "content": "What is the capital of France?"},
 ]
+IMAGE = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:image/png;base64,aGk="}}]}]
 STORY = [{"role": "user", "content": "Tell me a long story about the sea, a ship and its crew."}]
 
 
@@ -106,11 +107,25 @@ def test_limits_stops_seeds_and_emoji(openai: Any) -> None:
             "messages",
             "context_length_exceeded",
         ),
-        ({"n": 2}, "n", None),
         ({"max_tokens": 0}, "max_tokens", None),
         ({"temperature": 3}, "temperature", None),
-        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools", None),
-        ({"response_format": {"type": "json_object"}}, "response_format", None),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "objekt"}}}},
+            "response_format",
+            "invalid_schema",
+        ),
+        (
+            {
+                "messages": [
+                    {
+                        "role": "user",
+                        "content": [{"type": "image_url", "image_url": {"url": "data:image/png;base64,aGk="}}],
+                    }
+                ]
+            },
+            "the images",
+            "unsupported_parameter",
+        ),
     ],
 )
 def test_bad_input_is_a_400_that_names_it(openai: Any, more: dict[str, Any], param: str, code: str | None) -> None:
@@ -121,7 +136,65 @@ def test_bad_input_is_a_400_that_names_it(openai: Any, more: dict[str, Any], par
     assert (caught.value.param, caught.value.type) == (param, "invalid_request_error")
     if code:
         assert caught.value.code == code
+    if code == "context_length_exceeded":
         assert "2048" in caught.value.message
+
+
+def test_a_schema_and_a_choice_of_tools_bind_a_small_model(openai: Any) -> None:
+    schema = {
+        "type": "object",
+        "properties": {"capital": {"enum": ["Paris", "Rome"]}},
+        "required": ["capital"],
+        "additionalProperties": False,
+    }
+    format = {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema, "strict": True}}
+    found = create(openai, response_format=format, max_tokens=40, n=2).choices
+    assert {json.loads(choice.message.content)["capital"] for choice in found} == {"Paris"}
+    parameters = {"type": "object", "properties": {"city": {"enum": ["Paris", "Rome"]}}, "required": ["city"]}
+    tool = {"type": "function", "function": {"name": "get_weather", "parameters": parameters}}
+    asked = [{"role": "user", "content": "What is the weather in Paris?"}]
+    named = {"type": "function", "function": {"name": "get_weather"}}
+    for choice in ("required", named):
+        answer = create(openai, asked, tools=[tool], tool_choice=choice, max_tokens=60, stream=True)
+        deltas = [chunk.choices[0].delta for chunk in answer]
+        calls = [call for delta in deltas for call in delta.tool_calls or ()]
+        assert calls[0].function.name == "get_weather"
+        assert json.loads(calls[0].function.arguments)["city"] in ("Paris", "Rome")
+        assert not any(delta.content for delta in deltas)
+
+
+def test_a_harness_measures_a_continuation_by_token_ids(chat: RunningServer) -> None:
+    """What lm-evaluation-harness sends: the ids of context and continuation, of which one token more is generated."""
+    from openai import OpenAI
+
+    # not strict: of the first token there is no log probability, which OpenAI too writes as null
+    openai = OpenAI(base_url=f"{chat.url}/v1", api_key=chat.key, max_retries=0)
+    context, good, bad = [504, 3575, 282, 4649, 314], [7042], [11452]
+    found = openai.completions.create(
+        model=MODEL, prompt=[context + good, context + bad], echo=True, logprobs=1, max_tokens=1, temperature=0, seed=1
+    )
+    scores = [sum(choice.logprobs.token_logprobs[len(context) : -1]) for choice in found.choices]
+    assert [len(choice.logprobs.tokens) for choice in found.choices] == [7, 7]
+    assert all(choice.text.startswith("The capital of France is") for choice in found.choices)
+    assert scores[0] > scores[1]
+    assert found.usage.completion_tokens == 2
+
+
+def test_a_response_goes_on_from_one_before(openai: Any) -> None:
+    first = openai.responses.create(
+        model=MODEL,
+        input="What is the capital of France?",
+        instructions="You are a helpful assistant.",
+        temperature=0,
+        max_output_tokens=12,
+    )
+    assert "Paris" in first.output_text
+    events = list(
+        openai.responses.create(model=MODEL, input="Say it again.", previous_response_id=first.id, stream=True,
+                                temperature=0, max_output_tokens=6)
+    )  # fmt: skip
+    assert events[-1].response.usage.input_tokens > first.usage.input_tokens + first.usage.output_tokens
+    assert "".join(event.delta for event in events if event.type == "response.output_text.delta")
 
 
 def test_an_unknown_model_is_404_and_another_task_400(iris: RunningServer, openai: Any) -> None:

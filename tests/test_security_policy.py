@@ -48,7 +48,7 @@ def test_what_changes_something_needs_a_scope_that_writes():
 def test_invoke_only_may_call_and_nothing_else():
     assert allowed(principal("invoke-only")) == {
         "whoami.get", "deployments.predict", "oip.metadata", "oip.ready", "oip.infer",
-        "openai.models", "openai.chat",
+        "openai.models", "openai.chat", "openai.completions", "openai.responses", "openai.embeddings", "openai.rerank",
     }  # fmt: skip
 
 

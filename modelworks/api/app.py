@@ -10,7 +10,18 @@ from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 
-from modelworks.api import docs, errors, metrics, oip, oip_repository, openai
+from modelworks.api import (
+    docs,
+    errors,
+    metrics,
+    oip,
+    oip_repository,
+    openai,
+    openai_chat,
+    openai_completions,
+    openai_embeddings,
+    openai_responses,
+)  # fmt: skip
 from modelworks.api.events import Stopping
 from modelworks.api.guard import Guard
 from modelworks.api.native import access, datasets, deployments, jobs, models, predict
@@ -29,6 +40,10 @@ ALL: tuple[Routes, ...] = (
     oip_repository.routes,  # has literal paths that oip's would match
     oip.routes,
     openai.routes,
+    openai_chat.routes,
+    openai_completions.routes,
+    openai_responses.routes,
+    openai_embeddings.routes,
     access.routes,
     access.server,
     metrics.routes,

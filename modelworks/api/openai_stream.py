@@ -6,16 +6,26 @@ import asyncio
 import struct
 from typing import Any
 
+import msgspec
+
 from modelworks.core.errors import ModelworksError
+from modelworks.core.generation import Logprob
 from modelworks.core.tensors import unpack_bytes
 from modelworks.serve.wire import Part
 
+_logprobs = msgspec.json.Decoder(list[Logprob]).decode
+
 
 class Generated:
-    """`deliver` is what the gateway calls; `ready` and `take` are the reader's. All in the loop's thread."""
+    """One choice. `deliver` is what the gateway calls; `ready` and `take` are the reader's. All in the loop's thread.
 
-    def __init__(self) -> None:
+    Choices of one request share `news`, so that their reader waits for all of them at once.
+    """
+
+    def __init__(self, index: int = 0, news: asyncio.Event | None = None) -> None:
+        self.index = index
         self.pending: list[str] = []  # text that was not taken
+        self.logprobs: list[Logprob] = []  # those of its tokens
         self.prompt_tokens = self.completion_tokens = self.cached_tokens = 0
         self.delivered = 0  # completion tokens whose text was taken
         self.reason = ""
@@ -23,7 +33,7 @@ class Generated:
         self.error: ModelworksError | None = None
         self.done = False
         self.gone = False  # the client went away
-        self._news = asyncio.Event()
+        self._news = news or asyncio.Event()
 
     def deliver(self, item: Part | ModelworksError) -> None:
         if isinstance(item, ModelworksError):
@@ -39,6 +49,8 @@ class Generated:
             self.pending.append(text)
             if len(self.pending) > 256:  # a slow reader: one text, not many
                 self.pending = ["".join(self.pending)]
+        if "logprobs" in found:
+            self.logprobs += _logprobs(unpack_bytes(found["logprobs"])[0])
         self.prompt_tokens, self.completion_tokens, self.cached_tokens = struct.unpack("<3i", found["usage"])
         self.model_version = part.model_version
         self.done = part.done
@@ -52,9 +64,7 @@ class Generated:
 
     async def ready(self, *, whole: bool = False) -> None:
         """Wait until there is something to take, with `whole` until the end; or an error, or the client has left."""
-        while not (self.gone or self.done or (self.pending and not whole)):
-            self._news.clear()
-            await self._news.wait()
+        await ready([self], self._news, whole=whole)
 
     def take(self) -> str:
         """The text since the last take; its tokens count as delivered."""
@@ -63,10 +73,34 @@ class Generated:
         self.delivered = self.completion_tokens
         return text
 
-    def usage(self) -> dict[str, Any]:
-        return {
-            "prompt_tokens": self.prompt_tokens,
-            "completion_tokens": self.completion_tokens,
-            "total_tokens": self.prompt_tokens + self.completion_tokens,
-            "prompt_tokens_details": {"cached_tokens": self.cached_tokens},
-        }
+    def take_logprobs(self) -> list[Logprob]:
+        found, self.logprobs = self.logprobs, []
+        return found
+
+
+async def ready(choices: list[Generated], news: asyncio.Event, *, whole: bool = False) -> None:
+    """Wait until one of the choices has something to take, with `whole` until all have ended or one has failed."""
+
+    def settled(one: Generated) -> bool:
+        return one.gone or one.error is not None
+
+    while not any(map(settled, choices)):
+        if whole and all(one.done for one in choices):
+            return
+        if not whole and any(one.pending or (one.done and one.reason) for one in choices):
+            return
+        news.clear()
+        await news.wait()
+
+
+def usage(choices: list[Generated], prompts: int = 1) -> dict[str, Any]:
+    """Of `prompts` prompts that have equally many choices each: a prompt is counted once."""
+    firsts = choices[:: max(1, len(choices) // prompts)]
+    prompt = sum(one.prompt_tokens for one in firsts)
+    completion = sum(one.completion_tokens for one in choices)
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": completion,
+        "total_tokens": prompt + completion,
+        "prompt_tokens_details": {"cached_tokens": sum(one.cached_tokens for one in firsts)},
+    }

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from modelworks.control.access import Access
     from modelworks.control.deployments import Deployments
     from modelworks.control.library import Library
+    from modelworks.control.responses import Responses
     from modelworks.core.settings import Settings
     from modelworks.security.identity import Authenticator
     from modelworks.security.leases import LeasingLimiter
@@ -26,6 +27,7 @@ class Services:
     library: Library
     deployments: Deployments
     access: Access
+    responses: Responses
     authenticator: Authenticator
     limiter: RateLimiter | LeasingLimiter
     gateway: Gateway

@@ -381,6 +381,16 @@ class Replica(Noun):
     ready_at: float | None = None
 
 
+class StoredResponse(Noun):
+    """An answer of the Responses API that was kept: `body` as it was answered, `input` the items that it answers."""
+
+    PREFIX: ClassVar[str] = "resp"
+    project_id: str
+    previous_id: str | None = None
+    input: list[dict[str, Any]] = []
+    body: dict[str, Any] = {}
+
+
 class AuditRecord(Noun):
     """Who changed what. Written in the transaction of the change itself."""
 

@@ -72,6 +72,10 @@ OPERATIONS: dict[str, str] = {
     "oip.infer": "invoke",
     "openai.models": "invoke",
     "openai.chat": "invoke",
+    "openai.completions": "invoke",
+    "openai.responses": "invoke",
+    "openai.embeddings": "invoke",
+    "openai.rerank": "invoke",
     # who may enter a project
     "keys.create": "keys:write",
     "keys.list": "keys:read",

@@ -13,6 +13,7 @@ MAX_SERIES = 2000  # deployments and versions counted apart; those after them ar
 OTHER = ("", "other", "")
 
 Key = tuple[str, str, str]  # project id, deployment, model version
+Spender = tuple[str, str, str]  # project id, deployment, key id
 
 
 class Histogram(msgspec.Struct, array_like=True):
@@ -104,3 +105,5 @@ class Snapshot(msgspec.Struct, array_like=True):
     memory: int = 0
     loads: list[Load] = []
     replicas: list[ReplicaNow] = []
+    # a counter again
+    tokens: list[tuple[Spender, list[int]]] = []  # of prompts, generated, and of prompts found in a cache

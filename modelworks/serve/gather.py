@@ -30,6 +30,7 @@ from modelworks.serve.figures import (
     Load,
     ReplicaNow,
     Snapshot,
+    Spender,
     Tally,
     seconds,
 )
@@ -65,6 +66,7 @@ class Totals:
     memory: int = 0
     loads: dict[tuple[str, str], Load] = field(default_factory=dict)
     replicas: dict[str, ReplicaNow] = field(default_factory=dict)
+    tokens: dict[Spender, list[int]] = field(default_factory=dict)
 
     def add_counters(self, one: Snapshot) -> None:
         for key, tally in one.tallies:
@@ -75,6 +77,11 @@ class Totals:
             self.requests[operation, status] = self.requests.get((operation, status), 0) + count
         for project, name, count in one.retries:
             self.retries[project, name] = self.retries.get((project, name), 0) + count
+        for spender, counts in one.tokens:
+            if spender not in self.tokens and len(self.tokens) >= MAX_SERIES:
+                spender = OTHER
+            known = self.tokens.setdefault(spender, [0, 0, 0])
+            self.tokens[spender] = [mine + theirs for mine, theirs in zip(known, counts, strict=True)]
         self.lag.merge(one.lag)
         self.log_dropped += one.log_dropped
 
@@ -102,6 +109,7 @@ class Totals:
             [(*key, count) for key, count in self.retries.items()],
             self.lag,
             self.log_dropped,
+            tokens=list(self.tokens.items()),
         )
 
 

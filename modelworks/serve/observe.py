@@ -34,6 +34,7 @@ from modelworks.serve.figures import (
     Load,
     ReplicaNow,
     Snapshot,
+    Spender,
     Tally,
     seconds,
 )
@@ -60,6 +61,7 @@ class Observer:
         self.token = f"{os.getpid()}-{os.urandom(6).hex()}"
         self.tallies: dict[Key, Tally] = {}
         self.requests: dict[tuple[str, int], int] = {}
+        self.spent: dict[Spender, list[int]] = {}
         self.log = log
         self.tracing = tracing
         self.lag = seconds()
@@ -84,6 +86,15 @@ class Observer:
                 key = OTHER
             found = self.tallies.setdefault(key, Tally())
         return found
+
+    def tokens(self, place: tuple[str, str], key_id: str, prompt: int, completion: int, cached: int = 0) -> None:
+        """Count the tokens of one request at a deployment (project id, name): `cached` are those of the prompt."""
+        spender = (*place, key_id)
+        if spender not in self.spent and len(self.spent) >= MAX_SERIES:
+            spender = OTHER
+        known = self.spent.setdefault(spender, [0, 0, 0])
+        for at, count in enumerate((prompt, completion, cached)):
+            known[at] += count
 
     def request(
         self,
@@ -169,6 +180,7 @@ class Observer:
                 resident(),
                 [self._load(route) for route in routes],
                 self._replicas(routes),
+                list(self.spent.items()),
             )
         )
 

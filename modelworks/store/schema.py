@@ -26,6 +26,7 @@ from modelworks.core.types import (
     Project,
     Replica,
     Report,
+    StoredResponse,
     User,
 )
 
@@ -76,6 +77,7 @@ TABLES: dict[type[Noun], sa.Table] = {
         DeploymentRevision, "deployment_revisions", sa.UniqueConstraint("deployment_id", "number")
     ),
     Replica: _table(Replica, "replicas", sa.Index("ix_replicas_deployment", "deployment_id")),
+    StoredResponse: _table(StoredResponse, "responses", sa.Index("ix_responses_project", "project_id", "created_at")),
     AuditRecord: _table(AuditRecord, "audit", sa.Index("ix_audit_project", "project_id")),
     IdempotencyRecord: _table(IdempotencyRecord, "idempotency", sa.UniqueConstraint("project_id", "scope", "key")),
 }

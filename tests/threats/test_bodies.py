@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from modelworks.security import policy
 from tests.test_e2e_lifecycle import ROW
 from tests.threats.conftest import Estate
 from tests.threats.probe import Probe, Wire, head
@@ -20,7 +21,7 @@ OWNED = {
     "user_id": "me", "__class__": "x", "__proto__": {"admin": True}, "$set": {"role": "admin"},
 }  # fmt: skip
 # these protocols ask that fields which they do not name are ignored; that they change nothing is tested below
-LENIENT = {"oip.infer", "openai.chat"}
+LENIENT = {"oip.infer", *(name for name in policy.OPERATIONS if name.startswith("openai."))}
 FAR = (2**63, 10**30, 10**300, -1, -(2**63) - 1)
 
 

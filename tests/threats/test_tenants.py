@@ -18,7 +18,7 @@ MAKES_OWN = {("POST", "/api/v1/models/{name}/versions"), ("POST", "/api/v1/datas
 # what belongs to nobody: the same for every project
 FIGURES = {"/api/v1/status", "/v2/models/stats", "/metrics"}
 COMMON = {"/api/v1/algorithms", "/api/v1/transforms", "/api/v1/metrics", "/v2", "/v2/health/live", "/v2/health/ready"}
-ABSENT = {"openai.models"}  # the shared server has no chat model
+ABSENT = {"openai.models", "openai.responses"}  # the shared server has no chat model
 WHO = ("other-admin", "other-developer")
 NOTHING = {"name": "nothing", "model": "nothing", "id": "job_00000000000000000000ffff", "user": "user_00000000000000000000ffff",
            "alias": "nothing", "project": "nothing", "version": "1"}  # fmt: skip

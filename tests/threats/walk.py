@@ -22,6 +22,7 @@ VALUES = {
     "alias": "threats",
     "project": "default",
     "asset": "start.js",
+    "id": "resp_000000000000000000000000",  # where a collection has no id of its own: of OpenAI's API
 }
 JSON = {"content-type": "application/json"}
 

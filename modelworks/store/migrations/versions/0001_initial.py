@@ -277,6 +277,18 @@ def upgrade() -> None:
     )
     op.create_index("ix_reports_project", "reports", ["project_id", "model"], unique=False)
     op.create_table(
+        "responses",
+        sa.Column("id", sa.String(), nullable=False),
+        sa.Column("revision", sa.BigInteger(), nullable=False),
+        sa.Column("created_at", sa.Float(), nullable=False),
+        sa.Column("project_id", sa.String(), nullable=False),
+        sa.Column("previous_id", sa.String(), nullable=True),
+        sa.Column("input", sa.JSON(), nullable=False),
+        sa.Column("body", sa.JSON(), nullable=False),
+        sa.PrimaryKeyConstraint("id", name="pk_responses"),
+    )
+    op.create_index("ix_responses_project", "responses", ["project_id", "created_at"], unique=False)
+    op.create_table(
         "users",
         sa.Column("id", sa.String(), nullable=False),
         sa.Column("revision", sa.BigInteger(), nullable=False),

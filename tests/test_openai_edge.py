@@ -1,0 +1,468 @@
+"""OpenAI's API without an engine: what it writes for what a model says, read by OpenAI's own client in its strict mode."""
+
+from __future__ import annotations
+
+import base64
+import json
+import struct
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from modelworks.core.errors import InvalidInput, RateLimited, Unavailable
+from modelworks.core.generation import MAX_DEPTH
+from tests.api_house import House, house
+from tests.openai_house import TextRouter, furnish
+
+openai = pytest.importorskip("openai")
+LINK = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "http://localhost/x.png"}}]}]
+PARIS = [{"role": "user", "content": "What is the capital of France?"}]
+PARAMETERS = {"type": "object", "properties": {"city": {"$ref": "#/$defs/name"}}, "$defs": {"name": {"type": "string"}}}
+WEATHER = {"type": "function", "function": {"name": "weather", "description": "of a city", "parameters": PARAMETERS}}
+TIME = {"type": "function", "function": {"name": "time"}}
+
+
+@pytest.fixture(scope="module")
+def api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[House]:
+    with house(tmp_path_factory.mktemp("home")) as found:
+        furnish(found)
+        yield found
+
+
+@pytest.fixture
+def model(api: House) -> TextRouter:
+    router = api.router
+    assert isinstance(router, TextRouter)
+    router.says, router.reason = ["Hello"], "stop"
+    return router
+
+
+@pytest.fixture(scope="module")
+def client(api: House) -> Any:
+    return openai.OpenAI(
+        base_url=f"{api.url}/v1", api_key=api.keys["invoke-only"], max_retries=0, _strict_response_validation=True
+    )
+
+
+def chat(client: Any, messages: Any = PARIS, **more: Any) -> Any:
+    return client.chat.completions.create(model="chat", messages=messages, **more)
+
+
+def joined(chunks: list[Any]) -> str:
+    return "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
+
+
+# chat
+
+
+def test_n_choices_are_n_calls_with_seeds_of_their_own(client: Any, model: TextRouter) -> None:
+    model.says = lambda call: [f"seed {call.params['seed']}"]
+    whole = chat(client, n=3, seed=5)
+    assert [choice.message.content for choice in whole.choices] == ["seed 5", "seed 6", "seed 7"]
+    assert (whole.usage.prompt_tokens, whole.usage.completion_tokens) == (10, 3)  # the prompt once
+    assert whole.usage.prompt_tokens_details.cached_tokens == 4
+    chunks = list(chat(client, n=2, seed=5, stream=True, stream_options={"include_usage": True}))
+    for index, text in ((0, "seed 5"), (1, "seed 6")):
+        mine = [chunk for chunk in chunks if chunk.choices and chunk.choices[0].index == index]
+        assert joined(mine) == text
+        assert mine[-1].choices[0].finish_reason == "stop"
+    assert chunks[-1].usage.completion_tokens == 2
+
+
+def test_logprobs_are_beside_the_text_whole_and_streamed(client: Any, model: TextRouter) -> None:
+    model.says = ["He", "llo"]
+    whole = chat(client, logprobs=True, top_logprobs=2)
+    assert [one.logprob for one in whole.choices[0].logprobs.content] == [-0.5]
+    assert model.asked["logprobs"] == 2
+    chunks = list(chat(client, logprobs=True, stream=True))
+    told = [one.token for chunk in chunks if chunk.choices[0].logprobs for one in chunk.choices[0].logprobs.content]
+    assert "".join(told) == joined(chunks) == "Hello"
+    assert chat(client).choices[0].logprobs is None
+
+
+def test_formats_become_schemas(client: Any, model: TextRouter) -> None:
+    chat(client, response_format={"type": "json_object"})
+    assert model.asked["schema"] == {"type": "object"}
+    schema = {"type": "object", "properties": {"a": {"type": "integer"}}}
+    chat(
+        client, response_format={"type": "json_schema", "json_schema": {"name": "x", "schema": schema, "strict": True}}
+    )
+    assert model.asked["schema"] == schema
+    chat(client, response_format={"type": "text"})
+    assert "schema" not in model.asked
+
+
+@pytest.mark.parametrize(
+    "says",
+    [
+        ["Let me look.\n<tool", '_call>\n{"name": "weather", "arguments": {"city": "Paris"}}\n</tool_', "call>"],
+        ['Let me look.\n<tool_call>{"name": "weather", "arguments": {"city": "Paris"}}'],
+        ["Let me look.\n[TOOL_CALLS][", '{"name": "weather", "arguments": {"city": "Paris"}}]'],
+        ["Let me look.\n[TOOL_CALLS]weather[ARGS]", '{"city": "Paris"}'],
+        ['Let me look.\n<|python_tag|>{"name": "weather", "parameters": {"city": "Paris"}}'],
+        ['Let me look.\n<function=weather>{"city": "Paris"}</function>'],
+        [
+            "Let me look.\n<tool_call>\n<function=weather>\n<parameter=city>\nParis\n</parameter>\n</function>\n</tool_call>"
+        ],
+    ],
+)
+def test_calls_of_tools_are_read_of_every_family(client: Any, model: TextRouter, says: list[str]) -> None:
+    model.says = says
+    choice = chat(client, tools=[WEATHER]).choices[0]
+    assert (choice.message.content, choice.finish_reason) == ("Let me look.", "tool_calls")
+    (call,) = choice.message.tool_calls
+    assert (call.function.name, json.loads(call.function.arguments)) == ("weather", {"city": "Paris"})
+    chunks = list(chat(client, tools=[WEATHER], stream=True))
+    assert joined(chunks).strip() == "Let me look."
+    (told,) = [call for chunk in chunks for call in chunk.choices[0].delta.tool_calls or ()]
+    assert (told.index, told.function.name, json.loads(told.function.arguments)) == (0, "weather", {"city": "Paris"})
+    assert chunks[-1].choices[0].finish_reason == "tool_calls"
+    assert chat(client).choices[0].message.content == "".join(says)  # without tools it is text
+
+
+def test_bare_json_is_a_call_only_of_a_tool_that_there_is(client: Any, model: TextRouter) -> None:
+    model.says = ['{"name": "weather", ', '"parameters": {"city": "Paris"}}']
+    assert chat(client, tools=[WEATHER]).choices[0].message.tool_calls[0].function.name == "weather"
+    assert chat(client, tools=[TIME]).choices[0].message.content == "".join(model.says)
+    model.says = ["```json\n[1, 2]\n```"]
+    assert joined(list(chat(client, tools=[WEATHER], stream=True))) == "```json\n[1, 2]\n```"
+
+
+def test_several_calls_and_a_broken_one(client: Any, model: TextRouter) -> None:
+    one = '<tool_call>\n{"name": "weather", "arguments": {}}\n</tool_call>\n'
+    model.says = [one, one]
+    calls = chat(client, tools=[WEATHER]).choices[0].message.tool_calls
+    assert len({call.id for call in calls}) == 2
+    model.says, model.reason = ['<tool_call>\n{"name": "wea'], "length"
+    choice = chat(client, tools=[WEATHER]).choices[0]
+    assert (choice.message.content, choice.finish_reason) == ('<tool_call>\n{"name": "wea', "length")
+
+
+def test_a_choice_of_tools_is_enforced_by_a_schema(client: Any, model: TextRouter) -> None:
+    model.says = ['[{"name": "weather", "arguments": {"city": "Rome"}}, {"name": "time", "arguments": {}}]']
+    found = chat(client, tools=[WEATHER, TIME], tool_choice="required").choices[0]
+    assert [call.function.name for call in found.message.tool_calls] == ["weather", "time"]
+    schema = model.asked["schema"]
+    assert (schema["type"], schema["minItems"]) == ("array", 1)
+    city = schema["$defs"]["c0"]["properties"]["arguments"]["properties"]["city"]
+    assert city == {"$ref": "#/$defs/c0/properties/arguments/$defs/name"}
+    model.says = ['{"name": "time", "arguments": {}}']
+    named = {"type": "function", "function": {"name": "time"}}
+    found = chat(client, tools=[WEATHER, TIME], tool_choice=named).choices[0]
+    assert (found.message.content, found.message.tool_calls[0].function.name) == (None, "time")
+    assert list(model.asked["schema"]["$defs"]) == ["c0"]
+    chat(client, tools=[WEATHER], tool_choice="none")
+    assert not {"tools", "schema"} & model.asked.keys()
+    single = chat(client, tools=[WEATHER, TIME], tool_choice="required", parallel_tool_calls=False)
+    assert single.choices[0].message.tool_calls
+    assert "anyOf" in model.asked["schema"]
+
+
+def test_reasoning_is_separated(client: Any, model: TextRouter) -> None:
+    model.says = ["<thi", "nk>\nFrance", "...</th", "ink>\n\nPar", "is."]
+    message = chat(client).choices[0].message
+    assert (message.reasoning_content, message.content) == ("France...", "Paris.")
+    chunks = list(chat(client, stream=True))
+    assert joined(chunks) == "Paris."
+    deltas = [chunk.choices[0].delta for chunk in chunks]
+    assert "".join(getattr(delta, "reasoning_content", None) or "" for delta in deltas).strip() == "France..."
+
+
+def test_what_a_tool_answered_goes_back_to_the_model(client: Any, model: TextRouter) -> None:
+    call = {"id": "call_1", "type": "function", "function": {"name": "weather", "arguments": "{}"}}
+    messages = [
+        *PARIS,
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "call_1", "content": "rain"},
+    ]
+    chat(client, messages)
+    assert model.asked["messages"][1:] == [
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "content": "rain", "tool_call_id": "call_1"},
+    ]
+
+
+deep: Any = {}
+for _ in range(MAX_DEPTH):
+    deep = {"properties": {"a": deep}}
+
+
+@pytest.mark.parametrize(
+    ("more", "param"),
+    [
+        ({"messages": []}, "messages"),
+        ({"messages": [{"role": "wizard", "content": "x"}]}, "messages[0].role"),
+        ({"messages": [{"role": "assistant"}]}, "messages[0].content"),
+        ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].tool_call_id"),
+        ({"messages": LINK}, "messages[0].content[0]"),
+        ({"n": 0}, "n"),
+        ({"n": 129}, "n"),
+        ({"temperature": 3}, "temperature"),
+        ({"logit_bias": {"a": 1}}, "logit_bias"),
+        ({"logit_bias": {"1": 101}}, "logit_bias"),
+        ({"top_logprobs": 2}, "top_logprobs"),
+        ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
+        ({"response_format": {"type": "xml"}}, "response_format"),
+        ({"response_format": {"type": "json_schema", "json_schema": {"name": "x"}}}, "response_format"),
+        ({"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": deep}}}, "response_format"),
+        ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools[0]"),
+        ({"tools": [TIME, TIME]}, "tools"),
+        ({"tools": [TIME], "tool_choice": {"type": "function", "function": {"name": "x"}}}, "tool_choice"),
+        ({"tool_choice": "required"}, "tool_choice"),
+        ({"extra_body": {"functions": [{"name": "x"}]}}, "functions"),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"model": "embed"}, "model"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_a_400_that_names_it(client: Any, model: TextRouter, more: dict[str, Any], param: str) -> None:
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.chat.completions.create(**{"model": "chat", "messages": PARIS, **more})
+    assert (caught.value.param, caught.value.type) == (param, "invalid_request_error")
+
+
+def test_errors_of_the_engine_keep_their_status_also_in_a_stream(client: Any, model: TextRouter) -> None:
+    for error, raised in (
+        (InvalidInput("no", code="unsupported_parameter", param="logit_bias"), openai.BadRequestError),
+        (RateLimited("full", code="queue_full", retry_after=7), openai.RateLimitError),
+        (Unavailable("away", retry_after=2), openai.InternalServerError),
+    ):
+        model.says = error
+        for stream in (False, True):
+            with pytest.raises(raised) as caught:
+                chat(client, stream=stream)
+            assert caught.value.code == error.code
+            if error.retry_after:
+                assert caught.value.response.headers["retry-after"] == str(int(error.retry_after))
+
+
+# completions
+
+
+def test_completions_take_texts_and_token_ids_and_lists_of_both(client: Any, model: TextRouter) -> None:
+    model.says = lambda call: [f"<{call.inputs[0].shape[0]}>"]
+    for prompt, texts in (("a", 1), (["a", "b"], 2), ([1, 2, 3], 1), ([[1, 2], [3, 4, 5]], 2)):
+        found = client.completions.create(model="chat", prompt=prompt, n=2)
+        assert [choice.index for choice in found.choices] == list(range(2 * texts))
+        assert found.usage.prompt_tokens == 10 * texts
+    assert [choice.text for choice in found.choices] == ["<2>", "<2>", "<3>", "<3>"]
+    assert model.asked["tokens"] == [3, 4, 5]
+    assert model.asked["max_tokens"] == 16
+    chunks = list(client.completions.create(model="chat", prompt=["a", "b"], stream=True))
+    assert [(chunk.choices[0].index, chunk.choices[0].text) for chunk in chunks] == [(0, "<1>"), (1, "<1>")]
+
+
+def test_completions_have_logprobs_in_the_old_form(client: Any, model: TextRouter) -> None:
+    found = client.completions.create(model="chat", prompt="a", logprobs=1, echo=True, max_tokens=1).choices[0]
+    logprobs = found.logprobs
+    assert (logprobs.tokens, logprobs.token_logprobs, logprobs.text_offset) == (["Hello"], [-0.5], [0])
+    assert logprobs.top_logprobs == [{"Hello": -0.5}]
+    assert model.asked["echo"] is True
+
+
+@pytest.mark.parametrize(
+    ("more", "param"),
+    [
+        ({"prompt": []}, "prompt"),
+        ({"prompt": ""}, "prompt"),
+        ({"prompt": [1, "a"]}, "prompt"),
+        ({"prompt": [-1]}, "prompt[0]"),
+        ({"suffix": "x"}, "suffix"),
+        ({"best_of": 3}, "best_of"),
+        ({"prompt": ["a"] * 65, "n": 2}, "prompt"),
+        ({"logprobs": 99}, "logprobs"),
+        ({"max_tokens": 0}, "max_tokens"),
+    ],
+)
+def test_bad_completions_are_a_400_that_names_it(
+    client: Any, model: TextRouter, more: dict[str, Any], param: str
+) -> None:
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.completions.create(**{"model": "chat", "prompt": "a", **more})
+    assert caught.value.param == param
+
+
+# embeddings
+
+
+def test_embeddings_of_texts_and_ids_as_numbers_and_base64(client: Any, api: House, model: TextRouter) -> None:
+    whole = client.embeddings.create(model="embed", input=["abba", "cd d"], encoding_format="float")
+    assert [one.embedding for one in whole.data] == [[2, 2, 0, 0], [0, 0, 1, 2]]
+    assert (whole.usage.prompt_tokens, whole.usage.total_tokens) == (3, 3)
+    assert client.embeddings.create(model="embed", input="a", encoding_format="float").data[0].embedding == [1, 0, 0, 0]
+    ids = client.embeddings.create(model="embed", input=[[1, 2, 3], [4]], encoding_format="float")
+    assert [one.embedding for one in ids.data] == [[1, 2, 3, 0], [4, 0, 0, 0]]
+    assert ids.usage.prompt_tokens == 4
+    short = client.embeddings.create(model="embed", input="aaabbbbc", dimensions=2, encoding_format="float")
+    assert short.data[0].embedding == pytest.approx([0.6, 0.8])
+    with api.client() as http:
+        body = {"model": "embed", "input": "ab", "encoding_format": "base64"}
+        data = http.post("/v1/embeddings", json=body).json()["data"][0]["embedding"]
+    assert struct.unpack("<4f", base64.b64decode(data)) == (1, 1, 0, 0)
+    ordinary = openai.OpenAI(base_url=f"{api.url}/v1", api_key=api.keys["admin"])  # asks for base64 by itself
+    assert ordinary.embeddings.create(model="embed", input="ab").data[0].embedding == [1, 1, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("more", "param"),
+    [
+        ({"input": []}, "input"),
+        ({"input": ["a", ""]}, "input[1]"),
+        ({"input": [["a"]]}, "input"),
+        ({"dimensions": 5}, "dimensions"),
+        ({"model": "chat"}, "model"),
+    ],
+)
+def test_bad_embeddings_are_a_400_that_names_it(client: Any, more: dict[str, Any], param: str) -> None:
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.embeddings.create(**{"model": "embed", "input": "a", "encoding_format": "float", **more})
+    assert caught.value.param == param
+
+
+def test_documents_are_ranked_by_their_vectors(api: House, model: TextRouter) -> None:
+    body = {"model": "embed", "query": "ab", "documents": ["ccc", {"text": "ab"}, "a"], "top_n": 2}
+    with api.client() as http:
+        found = http.post("/v1/rerank", json={**body, "return_documents": True}).json()
+        assert [one["index"] for one in found["results"]] == [1, 2]
+        assert found["results"][0]["relevance_score"] == pytest.approx(1)
+        assert found["results"][0]["document"] == {"text": "ab"}
+        assert "document" not in http.post("/v1/rerank", json=body).json()["results"][0]
+        for more, param in (({"documents": []}, "documents"), ({"query": ""}, "query"), ({"top_n": 0}, "top_n")):
+            answer = http.post("/v1/rerank", json={**body, **more})
+            assert (answer.status_code, answer.json()["error"]["param"]) == (400, param)
+
+
+# responses
+
+
+def test_a_response_is_stored_gone_on_from_and_deleted(client: Any, api: House, model: TextRouter) -> None:
+    model.says = ["Paris", "."]
+    first = client.responses.create(
+        model="chat", input="The capital of France?", instructions="Be brief.", metadata={"a": "b"}
+    )
+    assert (first.output_text, first.status, first.usage.input_tokens) == ("Paris.", "completed", 10)
+    second = client.responses.create(
+        model="chat", input=[{"role": "user", "content": "And Italy?"}], previous_response_id=first.id
+    )
+    assert [(message["role"], message["content"]) for message in model.asked["messages"]] == [
+        ("user", "The capital of France?"),
+        ("assistant", "Paris."),
+        ("user", "And Italy?"),
+    ]
+    assert client.responses.retrieve(first.id).model_dump() == first.model_dump()
+    items = client.responses.input_items.list(second.id)
+    assert [item.content[0].text for item in items] == ["And Italy?"]
+    other = openai.OpenAI(base_url=f"{api.url}/v1", api_key=_stranger(api), max_retries=0)
+    with pytest.raises(openai.NotFoundError):
+        other.responses.retrieve(first.id)
+    with pytest.raises(openai.NotFoundError):
+        other.responses.create(model="chat", input="x", previous_response_id=first.id)
+    client.responses.delete(first.id)
+    for act in (
+        lambda: client.responses.retrieve(first.id),
+        lambda: client.responses.create(model="chat", input="x", previous_response_id=second.id),
+    ):
+        with pytest.raises(openai.NotFoundError) as caught:
+            act()
+        assert caught.value.code == "response_not_found"
+    unkept = client.responses.create(model="chat", input="x", store=False)
+    with pytest.raises(openai.NotFoundError):
+        client.responses.retrieve(unkept.id)
+
+
+def _stranger(api: House) -> str:
+    """A developer's key of another project."""
+    from modelworks.core.specs import KeySpec, ProjectSpec
+    from modelworks.core.types import Caller
+
+    project = api.services.access.create_project(api.caller(), ProjectSpec(name="elsewhere"))
+    admin = api.services.authenticator.authenticate(f"Bearer {api.keys['admin']}", project=project.name)
+    return api.services.access.create_key(Caller(admin), KeySpec(name="k", role="developer"))[1]
+
+
+def test_the_events_of_a_response_come_in_openais_order(client: Any, model: TextRouter) -> None:
+    model.says = ["Pa", "ris"]
+    events = list(client.responses.create(model="chat", input="x", stream=True))
+    assert [event.type.removeprefix("response.") for event in events] == [
+        "created", "in_progress", "output_item.added", "content_part.added", "output_text.delta", "output_text.done",
+        "content_part.done", "output_item.done", "completed",
+    ]  # fmt: skip
+    assert [event.sequence_number for event in events] == list(range(len(events)))
+    assert events[-1].response.output_text == "Paris"
+    assert client.responses.retrieve(events[-1].response.id).output_text == "Paris"
+
+
+def test_calls_and_reasoning_in_a_response(client: Any, model: TextRouter) -> None:
+    model.says = ["<think>hm</think>\n\n", '<tool_call>{"name": "weather", "arguments": {"city": "Rome"}}</tool_call>']
+    tool = {"type": "function", "name": "weather", "parameters": PARAMETERS, "strict": True}
+    events = list(client.responses.create(model="chat", input="x", tools=[tool], stream=True))
+    kinds = [event.type.removeprefix("response.") for event in events]
+    assert kinds[2:] == [
+        "output_item.added", "reasoning_text.delta", "reasoning_text.done", "output_item.done",
+        "output_item.added", "function_call_arguments.delta", "function_call_arguments.done", "output_item.done",
+        "completed",
+    ]  # fmt: skip
+    first = events[-1].response
+    call = first.output[1]
+    assert (call.name, json.loads(call.arguments)) == ("weather", {"city": "Rome"})
+    model.says = ["It rains."]
+    output = {"type": "function_call_output", "call_id": call.call_id, "output": "rain"}
+    client.responses.create(model="chat", input=[output], previous_response_id=first.id, tools=[tool])
+    roles = [message["role"] for message in model.asked["messages"]]
+    assert roles == ["user", "assistant", "tool"]
+
+
+def test_a_response_that_was_cut_and_one_that_failed(client: Any, model: TextRouter) -> None:
+    model.reason = "length"
+    cut = client.responses.create(model="chat", input="x", max_output_tokens=1)
+    assert (cut.status, cut.incomplete_details.reason) == ("incomplete", "max_output_tokens")
+    assert [event.type for event in client.responses.create(model="chat", input="x", stream=True)][
+        -1
+    ] == "response.incomplete"
+    format = {"format": {"type": "json_schema", "name": "x", "schema": {"type": "object"}}}
+    client.responses.create(model="chat", input="x", text=format)
+    assert model.asked["schema"] == {"type": "object"}
+
+
+@pytest.mark.parametrize(
+    ("more", "param"),
+    [
+        ({"input": []}, "input"),
+        ({"input": [{"type": "item_reference", "id": "x"}]}, "input[0]"),
+        ({"input": [{"role": "tool", "content": "x"}]}, "input[0].role"),
+        ({"tools": [{"type": "web_search"}]}, "tools[0]"),
+        ({"background": True}, "background"),
+        ({"truncation": "auto"}, "truncation"),
+        ({"max_output_tokens": 0}, "max_output_tokens"),
+        ({"text": {"format": {"type": "xml"}}}, "text.format"),
+    ],
+)
+def test_bad_responses_are_a_400_that_names_it(
+    client: Any, model: TextRouter, more: dict[str, Any], param: str
+) -> None:
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.responses.create(**{"model": "chat", "input": "x", **more})
+    assert caught.value.param == param
+
+
+# what is counted
+
+
+def test_tokens_are_counted_by_deployment_and_key(client: Any, api: House, model: TextRouter) -> None:
+    def counted() -> dict[str, float]:
+        with api.client() as http:
+            text = http.get("/metrics").text
+        lines = [
+            line
+            for line in text.splitlines()
+            if line.startswith("modelworks_tokens_total{") and 'deployment="chat"' in line
+        ]
+        return {line.partition('kind="')[2].partition('"')[0]: float(line.rpartition(" ")[2]) for line in lines}
+
+    model.says = ["a", "b", "c"]
+    chat(client)
+    before = counted()
+    chat(client)
+    list(chat(client, stream=True))
+    after = counted()
+    assert {kind: after[kind] - before[kind] for kind in after} == {"prompt": 20, "completion": 6, "cached": 8}
