@@ -38,7 +38,7 @@ def test_every_role_is_in_the_table():
 
 
 def test_what_changes_something_needs_a_scope_that_writes():
-    changing = ("create", "put", "delete", "rollback", "cancel", "pause", "resume", "set", "revoke", "disable")
+    changing = ("create", "edit", "put", "delete", "rollback", "cancel", "pause", "resume", "set", "revoke", "disable")
     for operation, scope in policy.OPERATIONS.items():
         verb = operation.partition(".")[2].partition("_")[0]
         if scope not in ("invoke", policy.ANY_KEY):

@@ -109,6 +109,88 @@ def show(session: Session, dataset: Annotated[str, typer.Argument(help="NAME or 
         session.note(f"warning: {warning}")
 
 
+@command(app, "diff")
+def diff(
+    session: Session,
+    before: Annotated[str, typer.Argument(help="NAME:VERSION, the older version.")],
+    after: Annotated[str, typer.Argument(help="NAME:VERSION or VERSION, the newer version.")],
+    key: Annotated[str | None, typer.Option(help="The column that tells rows apart; else whole rows are compared.")] = None,
+) -> None:
+    """What changed between two versions: rows, columns, and how values are distributed."""
+    from modelworks.core.errors import InvalidInput
+    from modelworks.core.specs import Ref
+
+    old = Ref.parse(before, "dataset")
+    new = Ref.parse(f"{old.name}:{after}" if after.isdigit() else after, "dataset")
+    if old.version is None or new.version is None or new.name != old.name:
+        raise InvalidInput("give two versions of one dataset, as in: modelworks data diff iris:1 2", param="after")
+    found = session.client.datasets.diff(old.name, old.version, new.version, key=key)
+    if session.json:
+        session.emit(found)
+        return
+    rows = found["rows"]
+    words = ("added", "removed", "changed", "unchanged")
+    counts = ", ".join(f"{number(rows[word])} {word}" for word in words if rows[word] is not None)
+    session.say(f"rows: {number(rows['from'])} to {number(rows['to'])}: {counts}")
+    for word in ("added", "removed"):
+        if names := ", ".join(plain(one["name"]) for one in found["columns"][word]):
+            session.say(f"columns {word}: {names}")
+    for one in found["columns"]["changed"]:
+        session.say(f"column {plain(one['name'])}: {one['from']} to {one['to']}")
+    session.table(
+        ("column", "type", "missing", "mean", "PSI", "KS", "moved"),
+        (
+            (
+                one["name"], one["type"], *(f"{number(pair['from'])} to {number(pair['to'])}" if (pair := one.get(word))
+                else "-" for word in ("missing", "mean")), number(one["psi"]), number(one["ks"]), "yes" if one["moved"] else "-",
+            )
+            for one in found["distributions"]
+        ),
+    )  # fmt: skip
+
+
+@command(app, "edit")
+def edit(
+    session: Session,
+    dataset: Annotated[str, typer.Argument(help="NAME or NAME:VERSION to start from.")],
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="--set 'label=cat' for the chosen rows; empty: missing. Repeatable.")
+    ] = None,
+    rows: Annotated[str | None, typer.Option(help="Row numbers from 1: --rows 3,17,20-25.")] = None,
+    where: Annotated[list[str] | None, typer.Option(help="Rows in which a column has a value: --where 'label=kat'.")] = None,
+    drop: Annotated[bool, typer.Option(help="Drop the chosen rows.")] = False,
+    rename: Annotated[list[str] | None, typer.Option(help="--rename 'old=new'. Repeatable.")] = None,
+    split: Annotated[str | None, typer.Option(help="Put rows into splits: --split train=0.8,test=0.2.")] = None,
+    stratify: Annotated[str | None, typer.Option(help="With --split: keep this column's shares.")] = None,
+    seed: Annotated[int, typer.Option(help="With --split.")] = 0,
+    file: Annotated[Path | None, typer.Option(help="A JSON file with a list of edits, in place of all others.")] = None,
+) -> None:
+    """Make a new version: set labels, drop rows, rename columns, draw splits. The old version stays as it is."""
+    from modelworks.cli import values
+
+    typed = values.edits(set_, rows, where, drop, rename, split, stratify, seed) if file is None else []
+    edits = typed or values.edits_in(Path(str(file)))
+    made = session.client.datasets.edit(dataset, edits)
+    if session.json:
+        session.emit(made)
+        return
+    session.say(f"{made.ref}: {counted(made.rows, 'row')}, {counted(len(made.columns), 'column')}{_older(session, made)}")
+
+
+@command(app, "delete")
+def delete(
+    session: Session,
+    dataset: Annotated[str, typer.Argument(help="NAME:VERSION, or NAME for all versions.")],
+    force: Annotated[bool, typer.Option(help="Also when a model was trained on it.")] = False,
+) -> None:
+    """Delete a version, or all; refused while something uses it."""
+    gone = session.client.datasets.delete(dataset, force=force)
+    if session.json:
+        session.emit({"deleted": True, "versions": list(gone)})
+        return
+    session.say(f"deleted {dataset.partition(':')[0]}: version{'s' if len(gone) > 1 else ''} {', '.join(map(str, gone))}")
+
+
 def profile_table(session: Session, dataset: Dataset, *, spread: bool = False) -> None:
     """The profile, one row a column; with `spread`, quantiles and histograms, too."""
     described = {str(one.get("name")): one for one in dataset.profile.get("columns", [])}

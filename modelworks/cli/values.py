@@ -92,6 +92,58 @@ def transforms(path: Path | None) -> list[Any] | None:
     return steps
 
 
+def edits(
+    set_: Sequence[str] | None,
+    rows: str | None,
+    where: Sequence[str] | None,
+    drop: bool,
+    rename: Sequence[str] | None,
+    split: str | None,
+    stratify: str | None,
+    seed: int,
+) -> list[dict[str, Any]]:
+    """The edits of a dataset from flags; the chosen rows go with each --set and with --drop."""
+    chosen: dict[str, Any] = {}
+    if rows is not None:
+        chosen["rows"] = _numbers(rows)
+    if where:
+        chosen["where"] = {name: value or None for name, value in pairs(where, "--where", "label=kat")}
+    found = [
+        {"op": "set", "column": name, "value": value or None, **chosen} for name, value in pairs(set_, "--set", "label=cat")
+    ]
+    if drop:
+        found.append({"op": "drop", **chosen})
+    found += [{"op": "rename", "column": old, "name": new} for old, new in pairs(rename, "--rename", "old=new")]
+    if split is not None:
+        shares = pairs(split.split(","), "--split", "train=0.8,test=0.2")
+        try:
+            parts = {name: float(share) for name, share in shares}
+        except ValueError:
+            raise InvalidInput("--split takes shares, as in --split train=0.8,test=0.2", param="--split") from None
+        found.append({"op": "split", "shares": parts, "seed": seed, **({"stratify": stratify} if stratify else {})})
+    if not found:
+        raise InvalidInput("give --set, --drop, --rename, --split or --file", param="--set")
+    return found
+
+
+def edits_in(file: Path) -> list[dict[str, Any]]:
+    found = _parsed(read_text(file, MAX_JSON_BYTES), str(file))
+    return list(_objects(found.get("edits", found) if isinstance(found, dict) else found, str(file)))
+
+
+def _numbers(text: str) -> list[int]:
+    """`3,17,20-25`"""
+    found: list[int] = []
+    for part in text.split(","):
+        first, _, last = part.strip().partition("-")
+        if not first.isdigit() or (last and not last.isdigit()) or len(first) > 12 or len(last) > 12:
+            raise InvalidInput(f"--rows takes numbers and ranges, as in --rows 3,17,20-25, not {part!r:.60}", param="--rows")
+        if int(last or first) - int(first) > 1_000_000:
+            raise InvalidInput("--rows: a range has at most 1,000,000 rows", param="--rows")
+        found += range(int(first), int(last or first) + 1)
+    return found
+
+
 def rows(inputs: Sequence[str] | None, file: Path | None) -> Iterator[dict[str, Any]]:
     """Rows from `--input` JSON texts (an object or a list of them), or from a CSV, TSV, JSONL or JSON file.
 

@@ -8,7 +8,7 @@ import os
 import re
 import tempfile
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -19,7 +19,7 @@ from modelworks.client.modes import Mode, Resource, call
 from modelworks.client.transport import Request, creation
 from modelworks.client.types import build
 from modelworks.core.errors import InvalidInput
-from modelworks.core.specs import Ref, TableSchema
+from modelworks.core.specs import DatasetEdit, DatasetEdits, Ref, TableSchema
 from modelworks.core.types import Dataset, Page
 
 if TYPE_CHECKING:
@@ -77,7 +77,9 @@ class Datasets(Resource[Mode]):
         )
 
     async def _create(self, form: dict[str, Any], key: str | None) -> Dataset:
-        response = await self._http.send(creation("/api/v1/datasets", key=key, form=form))
+        return await self._made(await self._http.send(creation("/api/v1/datasets", key=key, form=form)))
+
+    async def _made(self, response: Any) -> Dataset:
         if response.status_code != 202:
             return self._http.validate(Dataset, response.json())
         job = await wait(self._http, response.json()["id"], timeout=_WAIT)
@@ -97,6 +99,45 @@ class Datasets(Resource[Mode]):
     async def versions(self, name: str) -> tuple[int, ...]:
         """The numbers of all versions of the dataset `name`."""
         found = await self._http.json(Request("GET", path("/api/v1/datasets/{}", name)))
+        return tuple(int(number) for number in found["versions"])
+
+    @call
+    async def diff(self, name: str, before: int, after: int, *, key: str | None = None) -> dict[str, Any]:
+        """What changed between two versions: rows, columns, distributions. `key`: the column that tells rows apart."""
+        query = {"from": before, "to": after, "key": key}
+        response = await self._http.send(Request("GET", path("/api/v1/datasets/{}/diff", name), query=query))
+        if response.status_code != 202:
+            return dict(response.json())
+        job = await wait(self._http, response.json()["id"], timeout=_WAIT)
+        return dict(job.result)
+
+    @call
+    async def edit(
+        self,
+        name: str,
+        edits: Sequence[DatasetEdit | Mapping[str, Any]],
+        *,
+        idempotency_key: str | None = None,
+    ) -> Dataset:
+        """A new version of `name` (or `name:version`): labels set, rows dropped, columns renamed, splits drawn.
+
+        `edits=[{"op": "set", "column": "label", "value": "cat", "rows": [3, 17]}]`; see `DatasetEdit`.
+        """
+        ref = Ref.parse(name, "dataset")
+        given = {"version": ref.version, "edits": [
+            one.model_dump(mode="json", exclude_unset=True) if isinstance(one, DatasetEdit) else dict(one) for one in edits
+        ]}  # fmt: skip
+        spec = build(DatasetEdits, given, {}, "edits")
+        body = spec.model_dump(mode="json", exclude_unset=True)
+        where = path("/api/v1/datasets/{}/edits", ref.name)
+        return await self._made(await self._http.send(creation(where, key=idempotency_key, json=body)))
+
+    @call
+    async def delete(self, name: str, *, force: bool = False) -> tuple[int, ...]:
+        """Delete `name:version`, or with a bare name all versions; the numbers of those that are gone."""
+        ref = Ref.parse(name, "dataset")
+        where = path("/api/v1/datasets/{}", ref.name) + (f"/versions/{ref.version}" if ref.version else "")
+        found = await self._http.json(Request("DELETE", where, query={"force": "true"} if force else {}))
         return tuple(int(number) for number in found["versions"])
 
     async def _get(self, name: str, version: int | None = None) -> Dataset:

@@ -12,11 +12,11 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from modelworks.control import requests
+from modelworks.control import requests, versions
 from modelworks.control.idempotency import create_once
 from modelworks.control.references import dataset_versions, find_model, model_versions, resolve_dataset, resolve_model
 from modelworks.core.errors import InvalidInput, NotFound
-from modelworks.core.specs import EvaluationSpec, TableSchema, TrainingSpec
+from modelworks.core.specs import DatasetEdits, EvaluationSpec, TableSchema, TrainingSpec
 from modelworks.core.types import (
     FINAL_JOB_STATES,
     Alias,
@@ -42,6 +42,8 @@ __all__ = ["Library", "collect"]
 MAX_PAGE = 1000
 _CREATES = {
     "ingest": "datasets.create",
+    "edit": "datasets.edit",
+    "diff": "datasets.diff",
     "train": "training_jobs.create",
     "evaluate": "evaluations.create",
     "import": "models.create_version",
@@ -102,6 +104,30 @@ class Library:
         """All versions, oldest first; NotFound when there is none."""
         with self._catalog.read() as tx:
             return dataset_versions(tx, caller.project_id, name)
+
+    def edit_dataset(self, caller: Caller, name: str, spec: DatasetEdits) -> Job:
+        """A job that makes the next version of `name` from one that is there. Its result is that of an upload."""
+        with self._catalog.read() as tx:
+            base = versions.find_version(tx, caller.project_id, name, spec.version)
+        versions.check_edits(spec.edits, base)
+        edits = [one.model_dump(mode="json", exclude_unset=True) for one in spec.edits]
+        asked = {"name": name, "edits": edits, "dataset": base.ref, "dataset_id": base.id}
+        return self._create(caller, "edit", asked, name)
+
+    def diff_datasets(
+        self, caller: Caller, name: str, old: int | None, new: int | None, key: str | None = None
+    ) -> Job:
+        """A job whose result says what changed; one that was asked the same before answers again."""
+        with self._catalog.read() as tx:
+            spec = versions.comparison(tx, caller.project_id, name, old, new, key)
+            if known := versions.answered(tx, caller.project_id, spec):
+                return known
+        return self._create(caller, "diff", spec, name)
+
+    def delete_dataset(self, caller: Caller, name: str, version: int | None = None, *, force: bool = False) -> list[int]:
+        """Delete one version, or all; the numbers of those. Conflict names what uses one; `force` spares only jobs."""
+        with self._catalog.write() as tx:
+            return versions.delete(tx, caller, name, version, force=force)
 
     # jobs
 

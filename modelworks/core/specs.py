@@ -69,6 +69,53 @@ class TableSchema(Spec):
     )
 
 
+class DatasetEdit(Spec):
+    """One change to a dataset's rows. `rows` (numbers from 1, as in the version that is edited) and `where` choose them;
+    without both, all.
+
+    set: `column` to `value` (null: missing); with a `type`, a column that is not there is added.  drop: the rows.
+    rename: `column` to `name`.  split: the column `split` (or `column`) by `shares`, drawn with `seed`.
+    """
+
+    op: Literal["set", "drop", "rename", "split"]
+    column: str | None = Field(None, min_length=1, max_length=1000)
+    value: str | int | float | bool | None = None
+    type: ColumnType | None = Field(None, description="of a new column, which set then adds")
+    rows: list[Annotated[int, Field(ge=1)]] | None = Field(None, min_length=1, max_length=100_000)
+    where: dict[str, Any] | None = Field(
+        None, min_length=1, max_length=20, description="column -> its value, or a list of values; null is missing"
+    )
+    name: str | None = Field(None, min_length=1, max_length=1000, description="of rename")
+    shares: dict[str, float] | None = Field(
+        None, min_length=1, max_length=20, examples=[{"train": 0.8, "test": 0.2}], description="of split; they sum to 1"
+    )
+    stratify: str | None = Field(None, max_length=1000, description="of split: keep this column's shares in each part")
+    seed: int = Field(0, ge=0, lt=2**32)
+
+    @model_validator(mode="after")
+    def _complete(self) -> DatasetEdit:
+        needs = {"set": ["column"], "drop": [], "rename": ["column", "name"], "split": ["shares"]}[self.op]
+        for field in needs:
+            if getattr(self, field) is None:
+                raise ValueError(f"{self.op} needs {field}")
+        if self.op == "set" and "value" not in self.model_fields_set:
+            raise ValueError("set needs value; null makes it missing")
+        if self.op == "drop" and self.rows is None and self.where is None:
+            raise ValueError("drop needs rows or where")
+        if self.type in ("image", "audio"):
+            raise ValueError("a column of files cannot be added by an edit")
+        if self.shares is not None and (abs(sum(self.shares.values()) - 1) > 1e-6 or min(self.shares.values()) <= 0):
+            raise ValueError("shares must be above 0 and sum to 1")
+        return self
+
+
+class DatasetEdits(Spec):
+    """A new version of a dataset, made from one that is there."""
+
+    version: int | None = Field(None, ge=1, description="the version to start from; by default the newest")
+    edits: list[DatasetEdit] = Field(min_length=1, max_length=1000)
+
+
 def _transform(value: Any) -> Any:
     return {"op": value} if isinstance(value, str) else value
 

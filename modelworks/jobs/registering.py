@@ -113,7 +113,22 @@ def alias(tx: Tx, job: Job, version: ModelVersion, name: str) -> None:
 def _next_version(tx: Tx, noun: type[Dataset] | type[ModelVersion], project_id: str, name: str) -> int:
     table = tx.table(noun)
     newest = sa.select(sa.func.max(table.c.version)).where(table.c.project_id == project_id, table.c.name == name)
-    return int(tx.execute(newest).scalar() or 0) + 1
+    return max(int(tx.execute(newest).scalar() or 0), _deleted(tx, noun, project_id, name)) + 1
+
+
+def _deleted(tx: Tx, noun: type[Dataset] | type[ModelVersion], project_id: str, name: str) -> int:
+    """The highest version that was deleted: a number is never given twice, as reports and lineages name it."""
+    if noun is not Dataset:
+        return 0
+    audit = tx.table(AuditRecord)
+    rows = tx.execute(
+        sa.select(audit.c.object).where(
+            audit.c.project_id == project_id,
+            audit.c.action == "datasets.delete",
+            audit.c.object.startswith(f"{name}:", autoescape=True),
+        )
+    )
+    return max((int(ref.rpartition(":")[2]) for (ref,) in rows), default=0)
 
 
 def _audit(tx: Tx, job: Job, action: str, object: str, **detail: Any) -> None:

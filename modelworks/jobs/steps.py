@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import modelworks
 from modelworks.core.errors import InvalidInput
-from modelworks.core.specs import EvaluationSpec, TableSchema, TrainingSpec
+from modelworks.core.specs import DatasetEdit, EvaluationSpec, TableSchema, TrainingSpec
 from modelworks.core.types import Dataset, Job, ModelVersion
 from modelworks.jobs import registering
 from modelworks.jobs.context import Context, patiently
@@ -23,6 +23,8 @@ from modelworks.store.catalog import Catalog, Tx
 
 if TYPE_CHECKING:
     import pyarrow as pa
+
+    from modelworks.ml.data.ingest import Ingested
 
 # what the library resolved, beside the spec that was asked for
 _RESOLVED = frozenset({"dataset_id", "test_dataset_id", "model_version_id", "compare_version_id"})
@@ -38,6 +40,7 @@ class Step:
     blobs: Blobs
     context: Context
     offline: bool = False
+    memory_mb: int | None = None
 
     def dataset(self, key: str) -> Dataset:
         return self._kept(Dataset, key)
@@ -77,7 +80,6 @@ class Step:
 def ingest(step: Step) -> None:
     """A file or source becomes the next version of a dataset, or the version that has its content already."""
     from modelworks.ml.data.ingest import ingest as read_table
-    from modelworks.ml.data.profile import profile
 
     spec, context = step.job.spec, step.context
     path, filename = _input(step)
@@ -88,6 +90,44 @@ def ingest(step: Step) -> None:
         context.progress(0.1 + 0.6 * part, stage)
 
     found = read_table(path, filename=filename, schema=schema, out=out, progress=reading)
+    _keep_dataset(step, out, found, spec["source"] or spec["filename"])
+
+
+def edit(step: Step) -> None:
+    """A version of a dataset, with some of its values, rows and columns changed, becomes the next version."""
+    from modelworks.ml.data.edit import edit as change
+
+    context, base = step.context, step.dataset("dataset_id")
+    out = context.workdir / "canonical.parquet"
+    edits = [DatasetEdit.model_validate(one) for one in step.job.spec["edits"]]
+
+    def editing(part: float, stage: str) -> None:
+        context.progress(0.7 * part, stage)
+
+    found = change(step.blobs.path(base.blob), base.columns, edits, out, editing)
+    _keep_dataset(step, out, found, f"edit of {base.ref}")
+
+
+def diff(step: Step) -> None:
+    """What changed between two versions of a dataset, as the job's result."""
+    from modelworks.ml.data.diff import diff as compare
+
+    before, after = step.dataset("from_id"), step.dataset("to_id")
+    old, new = (step.blobs.path(one.blob) for one in (before, after))
+    found = compare(old, new, before.columns, after.columns, step.job.spec["key"])
+    found = {"name": before.name, "from": before.version, "to": after.version, **found}
+
+    def write(tx: Tx, job: Job) -> None:
+        step.queue.finish(tx, job, result=found)
+
+    step.commit(write)
+
+
+def _keep_dataset(step: Step, out: Path, found: Ingested, source: str) -> None:
+    """Profile what was written and commit it as the next version, or as the one that has its content."""
+    from modelworks.ml.data.profile import profile
+
+    spec, context = step.job.spec, step.context
     context.progress(0.7, "profiling")
     described, warnings = profile(out, found.columns)
     context.progress(0.95, "storing")
@@ -104,7 +144,7 @@ def ingest(step: Step) -> None:
         columns=found.columns,
         profile=described,
         warnings=found.notes + warnings,
-        source=spec["source"] or spec["filename"],
+        source=source,
         created_by=step.job.created_by,
     )
 
@@ -133,6 +173,7 @@ def _input(step: Step, *, folders: bool = False) -> tuple[Path, str]:
 def train(step: Step) -> None:
     """A dataset becomes a model version; when a gate fails, only the report is kept."""
     from modelworks.ml.data.findings import of_target
+    from modelworks.ml.train.memory import budget, open_table
     from modelworks.ml.train.train import train as fit
 
     dataset = step.dataset("dataset_id")
@@ -145,7 +186,9 @@ def train(step: Step) -> None:
         step.context.event("warning", suspicion)
     try:
         trained = fit(
-            step.table(dataset),
+            open_table(
+                step.blobs.path(dataset.blob), dataset.columns, dataset.profile, spec, budget(step.memory_mb)
+            ),
             dataset.columns,
             spec,
             step.context,
@@ -282,6 +325,8 @@ def _refuse(step: Step, error: InvalidInput, model: str, dataset: Dataset) -> No
 
 STEPS: dict[str, Callable[[Step], None]] = {
     "ingest": ingest,
+    "edit": edit,
+    "diff": diff,
     "train": train,
     "evaluate": evaluate,
     "import": import_version,

@@ -36,7 +36,7 @@ GRACE = 3.0  # seconds between SIGTERM and SIGKILL
 COLLECT_EVERY = 3600.0
 CRASHES = 2  # attempts after which a job is given up whose own code ends its process: it would end each one
 _FAULTS = frozenset({signal.SIGSEGV, signal.SIGABRT, signal.SIGILL, signal.SIGFPE, signal.SIGBUS, signal.SIGSYS})
-_MEMORY_MB = {"ingest": 8192, "import": 8192}  # kinds that decode what comes from outside
+_MEMORY_MB = {"ingest": 8192, "import": 8192, "edit": 8192, "diff": 8192}  # kinds that decode what comes from outside
 
 
 @dataclass

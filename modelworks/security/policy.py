@@ -36,6 +36,9 @@ OPERATIONS: dict[str, str] = {
     "datasets.create": "data:write",
     "datasets.list": "data:read",
     "datasets.get": "data:read",
+    "datasets.diff": "data:read",
+    "datasets.edit": "data:write",
+    "datasets.delete": "data:write",
     # jobs and what they can be asked for
     "training_jobs.create": "jobs:write",
     "training_jobs.list": "jobs:read",

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Any
+from typing import Annotated, Any
 
 import anyio
+from fastapi import Query
 from pydantic import ValidationError
 from starlette.requests import Request
 from starlette.responses import Response
@@ -17,7 +18,7 @@ from modelworks.api.routes import After, Limit, NamePath, Routes, Use, VersionPa
 from modelworks.api.services import Services
 from modelworks.api.uploads import receive_form
 from modelworks.core.errors import InvalidInput
-from modelworks.core.specs import TableSchema
+from modelworks.core.specs import DatasetEdits, TableSchema
 from modelworks.core.types import FINAL_JOB_STATES, Caller, Job
 
 WAIT_SECONDS = 60.0  # how long an upload waits for its ingest before it answers 202
@@ -33,7 +34,8 @@ FORM: dict[str, Any] = {
         "file": {
             "type": "string",
             "contentMediaType": "application/octet-stream",
-            "description": "CSV, TSV, Parquet, JSONL or Arrow",
+            "description": "CSV, TSV, Parquet, JSONL or Arrow; or a zip or tar of images (PNG, JPEG, WebP, BMP), sounds "
+            "(WAV, FLAC, MP3, Ogg) or texts in one folder a class",
         },
         "source": {
             "type": "string",
@@ -46,6 +48,84 @@ FORM: dict[str, Any] = {
         },
     },
 }
+
+
+FromVersion = Annotated[
+    int | None, Query(alias="from", ge=1, lt=10**9, description="by default the version before `to`", examples=[1])
+]
+ToVersion = Annotated[int | None, Query(ge=1, lt=10**9, description="by default the newest version", examples=[2])]
+Key = Annotated[str | None, Query(max_length=1000, description="the column that tells rows apart")]
+Force = Annotated[bool, Query(description="delete it although a model was trained on it")]
+DELETED = schemas.plain(
+    {
+        "type": "object",
+        "required": ["deleted", "name", "versions"],
+        "properties": {
+            "deleted": {"type": "boolean"},
+            "name": {"type": "string"},
+            "versions": {"type": "array", "items": {"type": "integer"}},
+        },
+    },
+    {"deleted": True, "name": "iris", "versions": [1]},
+)
+_PAIR = {"type": "object", "properties": {"from": {}, "to": {}}}
+_ROWS = {"type": "array", "items": {"type": "object"}, "description": "at most 20, with their row numbers; files by digest"}
+DIFF = schemas.plain(
+    {
+        "type": "object",
+        "required": ["name", "from", "to", "key", "rows", "columns", "distributions", "samples"],
+        "properties": {
+            "name": {"type": "string"},
+            "from": {"type": "integer"},
+            "to": {"type": "integer"},
+            "key": {"type": ["string", "null"]},
+            "rows": {
+                "type": "object",
+                "description": "counts: from, to, added, removed, changed (null without a key), unchanged",
+                "additionalProperties": {"type": ["integer", "null"]},
+            },
+            "columns": {
+                "type": "object",
+                "properties": {
+                    "added": {"type": "array", "items": {"type": "object"}},
+                    "removed": {"type": "array", "items": {"type": "object"}},
+                    "changed": {"type": "array", "items": {"type": "object"}, "description": "name, and type from and to"},
+                },
+            },
+            "changed_values": {"type": "object", "description": "with a key: by column, how many rows changed in it"},
+            "distributions": {
+                "type": "array",
+                "description": "of each column that both versions have",
+                "items": {
+                    "type": "object",
+                    "properties": {
+                        "name": {"type": "string"},
+                        "type": {"type": "string"},
+                        "psi": {"type": ["number", "null"], "description": "population stability index"},
+                        "ks": {"type": ["number", "null"], "description": "Kolmogorov-Smirnov statistic"},
+                        "moved": {"type": "boolean"},
+                        "missing": _PAIR,
+                        "mean": _PAIR,
+                        "range": _PAIR,
+                    },
+                },
+            },
+            "samples": {"type": "object", "properties": {"added": _ROWS, "removed": _ROWS, "changed": _ROWS}},
+        },
+    },
+    {
+        "name": "iris",
+        "from": 1,
+        "to": 2,
+        "key": None,
+        "rows": {"from": 150, "to": 149, "added": 2, "removed": 3, "changed": None, "unchanged": 147},
+        "columns": {"added": [], "removed": [], "changed": []},
+        "distributions": [
+            {"name": "species", "type": "category", "missing": {"from": 0, "to": 0}, "psi": 0.0009, "ks": None, "moved": False}
+        ],
+        "samples": {"added": [], "removed": [{"row": 7, "values": {"species": "setosa"}}]},
+    },
+)
 
 
 @routes.post(
@@ -68,6 +148,10 @@ FORM: dict[str, Any] = {
 async def create_dataset(request: Request, services: Use, caller: Who) -> Response:
     """Ingest a table: its types are inferred, it is profiled, and kept as the next version of `name`.
 
+    An archive of files in one folder a class becomes the columns `image` (`audio`, `text`) and `label`; a table in the
+    archive may name its files instead. A file that cannot be decoded is an error, or with `on_corrupt: "skip"` in the
+    schema left out and counted.
+
     The same content again answers the version that holds it. Waits for the ingest; when that takes more than a minute,
     it answers 202 with the job, whose `result` names the dataset when it has succeeded.
     """
@@ -82,6 +166,11 @@ async def create_dataset(request: Request, services: Use, caller: Who) -> Respon
                 caller, name=name, path=form.path, source=source, filename=form.filename, schema=schema
             )
         )
+    return await _made(request, services, caller, job)
+
+
+async def _made(request: Request, services: Services, caller: Caller, job: Job) -> Response:
+    """The dataset version that the job makes, once it has; after a minute the job."""
     job = await finished(request, services, caller, job)
     if job.status not in FINAL_JOB_STATES:
         return accepted(job.public(), f"/api/v1/jobs/{job.id}")
@@ -114,6 +203,81 @@ def get_dataset(services: Use, caller: Who, name: NamePath) -> Response:
 def get_dataset_version(services: Use, caller: Who, name: NamePath, version: VersionPath) -> Response:
     """One version with its columns, its profile and its warnings."""
     return answer(services.library.dataset(caller, f"{name}:{version}").public())
+
+
+@routes.get(
+    "/api/v1/datasets/{name}/diff",
+    "datasets.diff",
+    "Compare two versions",
+    answer=DIFF,
+    also={202: schemas.noun("Job")},
+    errors=(404, 422),
+)
+async def diff_dataset(
+    request: Request,
+    services: Use,
+    caller: Who,
+    name: NamePath,
+    from_: FromVersion = None,
+    to: ToVersion = None,
+    key: Key = None,
+) -> Response:
+    """Which rows and columns changed between two versions, and how the values' distributions moved.
+
+    Rows are compared by their whole content, or by the column `key`, whose values are then all different. Waits for the
+    comparison; when that takes more than a minute, it answers 202 with the job, and the same call again goes on waiting.
+    """
+    job = await anyio.to_thread.run_sync(lambda: services.library.diff_datasets(caller, name, from_, to, key))
+    job = await finished(request, services, caller, job)
+    if job.status not in FINAL_JOB_STATES:
+        return accepted(job.public(), f"/api/v1/jobs/{job.id}")
+    if job.status != "succeeded":
+        raise errors.from_job(job.error)
+    return answer(job.result)
+
+
+@routes.post(
+    "/api/v1/datasets/{name}/edits",
+    "datasets.edit",
+    "Edit a dataset",
+    status=201,
+    answer=schemas.noun("Dataset"),
+    also={202: schemas.noun("Job")},
+    errors=(404, 422, 504),
+    body="json",
+    request={
+        "edits": [
+            {"op": "set", "column": "species", "value": "setosa", "rows": [3, 17]},
+            {"op": "split", "shares": {"train": 0.8, "test": 0.2}, "stratify": "species"},
+        ]
+    },
+    creates=True,
+)
+async def edit_dataset(request: Request, services: Use, caller: Who, name: NamePath, body: DatasetEdits) -> Response:
+    """Correct labels, drop rows, rename columns, or put rows into splits: a new version, the old one stays as it is.
+
+    Edits run in order, all or none. An edit that matches no row is an error.
+    """
+    job = await anyio.to_thread.run_sync(lambda: services.library.edit_dataset(caller, name, body))
+    return await _made(request, services, caller, job)
+
+
+@routes.delete("/api/v1/datasets/{name}", "datasets.delete", "Delete a dataset", answer=DELETED, errors=(409,))
+def delete_dataset(services: Use, caller: Who, name: NamePath, force: Force = False) -> Response:
+    """All its versions. 409 when a job works on one, or, without `force`, when a model was trained on one."""
+    gone = services.library.delete_dataset(caller, name, force=force)
+    return answer({"deleted": True, "name": name, "versions": gone})
+
+
+@routes.delete(
+    "/api/v1/datasets/{name}/versions/{version}", "datasets.delete", "Delete a version", answer=DELETED, errors=(409,)
+)
+def delete_dataset_version(
+    services: Use, caller: Who, name: NamePath, version: VersionPath, force: Force = False
+) -> Response:
+    """One version; its number is never given again. 409 as for all versions."""
+    gone = services.library.delete_dataset(caller, name, version, force=force)
+    return answer({"deleted": True, "name": name, "versions": gone})
 
 
 def _schema(text: str | None) -> TableSchema:

@@ -21,6 +21,7 @@ from modelworks.ml.evaluate.metrics import Predictions
 from modelworks.ml.evaluate.splits import Plan
 from modelworks.ml.train.fit import Span, fit
 from modelworks.ml.train.problem import Problem, class_text
+from modelworks.ml.train.streaming import predict_stored
 
 _QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
 
@@ -72,6 +73,8 @@ def predict_folds(
 
 def _predict(problem: Problem, train: np.ndarray, test: np.ndarray, ctx: Span) -> Predictions:
     model = fit(problem, train, ctx)
+    if problem.stored is not None:
+        return Predictions(test, problem.target[test], predict_stored(problem, model, test))
     batch = problem.part(test)
     keep = model.preparation.rows(batch, problem.target[test])
     test = test[keep]

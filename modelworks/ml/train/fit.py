@@ -92,6 +92,10 @@ class Model:
 
 def fit(problem: Problem, rows: np.ndarray, ctx: JobContext) -> Model:
     """Fit preparation and estimator on `rows` alone."""
+    if problem.stored is not None:
+        from modelworks.ml.train.streaming import fit_stored
+
+        return fit_stored(problem, rows, ctx)
     trainer: Any = TRAINERS.get(problem.spec.algorithm)()
     batch = problem.part(rows)
     ctx.progress(0.0, "preparing")
@@ -119,8 +123,16 @@ def fit(problem: Problem, rows: np.ndarray, ctx: JobContext) -> Model:
     params = trainer.Params.model_validate(problem.spec.hyperparameters)
     ctx.progress(0.1, "fitting")
     if hasattr(trainer, "learn"):
-        examples = MemoryExamples(features, target, classes=len(seen) if problem.classes is not None else None)
+        examples = MemoryExamples(
+            features,
+            target,
+            blocks=tuple(preparation.blocks),
+            classes=len(seen) if problem.classes is not None else None,
+            augment=preparation.augment if preparation.augments else None,
+        )
         fitted = trainer.learn(examples, params, ctx, problem.spec.stopping)
     else:
+        if preparation.augments:
+            ctx.event("warning", f"{problem.spec.algorithm} learns from the rows as they are: augment changes nothing")
         fitted = trainer.train(features, target, params, ctx)
     return Model(preparation, fitted, trainer.accepts_missing, len(problem.classes or ()), seen)

@@ -7,13 +7,14 @@ from __future__ import annotations
 import hashlib
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from modelworks.core.errors import ModelworksError
 from modelworks.core.specs import TrainingSpec
 from modelworks.core.types import Signature, TensorSpec
+from modelworks.ml.data.transforms.media_fit import spread
 from modelworks.ml.data.transforms.rows import missing_mask
 from modelworks.ml.data.types import batch_to_rows, signature_inputs
 from modelworks.ml.evaluate.metrics import labels
@@ -25,9 +26,13 @@ from modelworks.ml.train.fit import Model
 from modelworks.ml.train.fitted import with_label
 from modelworks.ml.train.problem import Problem, class_text
 
+if TYPE_CHECKING:
+    from modelworks.ml.base import Batch
+
 SAMPLES = 32
 SAMPLE_BYTES = 1 << 20  # of images and sounds among them
 _CHUNK = 8192
+_SAMPLED_FROM = 512  # rows of data that is not in memory
 _LIBRARIES = ("numpy", "scikit-learn", "lightgbm", "onnx", "onnxruntime", "modelworks")
 
 
@@ -90,9 +95,9 @@ def package(
     return manifest, {MODEL_FILE: graph}
 
 
-def training_side(problem: Problem, model: Model, rows: np.ndarray) -> dict[str, np.ndarray]:
-    """What training says about `rows`, as outputs by name, rounded to float32 once."""
-    answer = model.predict(problem.part(rows))
+def training_side(problem: Problem, model: Model, part: Batch) -> dict[str, np.ndarray]:
+    """What training says about rows, as outputs by name, rounded to float32 once."""
+    answer = model.predict(part)
     if problem.classes is None:
         return {"value": answer.astype(np.float32)}
     names = np.array([class_text(name) for name in problem.classes], dtype=object)
@@ -101,15 +106,13 @@ def training_side(problem: Problem, model: Model, rows: np.ndarray) -> dict[str,
 
 def check_every_row(problem: Problem, model: Model, runtime: OnnxRuntime, manifest: Manifest) -> None:
     rows = problem.rows
-    for start in range(0, len(rows), _CHUNK):
-        chunk = rows[start : start + _CHUNK]
-        part = problem.part(chunk)
+    for chunk, part in problem.portions(rows, _CHUNK):
         got = runtime.predict({spec.name: part[spec.name] for spec in manifest.signature.inputs})
-        found = difference(training_side(problem, model, chunk), got, manifest.parity.tolerance)
+        found = difference(training_side(problem, model, part), got, manifest.parity.tolerance)
         if found:
             raise ModelworksError(
-                f"the packaged graph does not answer as training did ({found}, counted from row {start} of those "
-                "trained on); "
+                f"the packaged graph does not answer as training did ({found}, counted from row {chunk[0] + 1} of the "
+                "data); "
                 "please report this with the algorithm and the transforms",
                 code="parity_mismatch",
             )
@@ -117,7 +120,8 @@ def check_every_row(problem: Problem, model: Model, runtime: OnnxRuntime, manife
 
 def parity_samples(problem: Problem, model: Model, manifest: Manifest) -> ParitySamples:
     """Rows spread over the data, among them one with a missing value where there is one."""
-    rows = problem.rows[: _within(problem)]
+    rows = problem.rows if problem.stored is None else spread(problem.rows, _SAMPLED_FROM)
+    rows = rows[: _within(problem, rows)]
     chosen = np.unique(np.linspace(0, len(rows) - 1, min(SAMPLES, len(rows))).round().astype(np.int64))
     batch = problem.part(rows)
     gaps = np.zeros(len(rows), dtype=bool)
@@ -126,24 +130,25 @@ def parity_samples(problem: Problem, model: Model, manifest: Manifest) -> Parity
     if gaps.any() and not gaps[chosen].any():
         chosen[-1] = int(gaps.argmax())
         chosen = np.unique(chosen)
-    picked = rows[chosen]
-    outputs = training_side(problem, model, picked)
+    part = problem.part(rows[chosen])
+    outputs = training_side(problem, model, part)
     return ParitySamples(
-        inputs=batch_to_rows(problem.part(picked), manifest.signature.inputs),
+        inputs=batch_to_rows(part, manifest.signature.inputs),
         outputs={name: values.tolist() for name, values in outputs.items()},
     )
 
 
-def _within(problem: Problem) -> int:
-    """How many of the first rows may be chosen among, so that SAMPLES of their files stay within SAMPLE_BYTES."""
-    files = [problem.batch[column.name] for column in problem.columns if column.type in ("image", "audio")]
-    if not files:
-        return len(problem.rows)
-    sizes = np.zeros(len(problem.rows), dtype=np.int64)
-    for column in files:
-        sizes += np.array([len(data) for data in column[problem.rows]], dtype=np.int64)
+def _within(problem: Problem, rows: np.ndarray) -> int:
+    """How many of the first `rows` may be chosen among, so that SAMPLES of their files stay within SAMPLE_BYTES."""
+    names = [column.name for column in problem.columns if column.type in ("image", "audio")]
+    if not names:
+        return len(rows)
+    part = problem.part(rows)
+    sizes = np.zeros(len(rows), dtype=np.int64)
+    for name in names:
+        sizes += np.array([len(data) for data in part[name]], dtype=np.int64)
     if SAMPLES * int(sizes.max()) <= SAMPLE_BYTES:
-        return len(problem.rows)
+        return len(rows)
     return max(1, int(np.searchsorted(sizes.cumsum(), SAMPLE_BYTES, side="right")))
 
 

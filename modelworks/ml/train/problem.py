@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +11,7 @@ import numpy as np
 from modelworks.core.errors import InvalidInput
 from modelworks.core.specs import Method, TrainingSpec, TransformSpec
 from modelworks.core.types import Column
+from modelworks.ml.data.stored import StoredTable
 from modelworks.ml.data.transforms.rows import missing_mask
 from modelworks.ml.data.types import to_batch
 from modelworks.ml.evaluate.inputs import coerce
@@ -43,10 +44,28 @@ class Problem:
     target: np.ndarray
     classes: list[Any] | None
     transforms: list[TransformSpec] | None
+    stored: StoredTable | None = None
+    """The rows, where they are not in memory; `batch` is then empty."""
 
     def part(self, rows: np.ndarray) -> Batch:
         """The features of `rows`."""
+        if self.stored is not None:
+            return self.stored.batch(self.columns, rows)
         return {column.name: self.batch[column.name][rows] for column in self.columns}
+
+
+    def portions(self, rows: np.ndarray, size: int) -> Iterator[tuple[np.ndarray, Batch]]:
+        """(some of `rows`, their features) until all were there; of stored data in the order in which they lie."""
+        if self.stored is None:
+            for start in range(0, len(rows), size):
+                yield rows[start : start + size], self.part(rows[start : start + size])
+            return
+        wanted = np.zeros(self.stored.num_rows, dtype=bool)
+        wanted[rows] = True
+        for numbers, batch in self.stored.chunks(self.columns):
+            mask = wanted[numbers]
+            if mask.any():
+                yield numbers[mask], {name: values[mask] for name, values in batch.items()}
 
 
 def class_text(value: Any) -> str:
@@ -54,12 +73,14 @@ def class_text(value: Any) -> str:
     return str(value)
 
 
-def pose(table: pa.Table, columns: Sequence[Column], spec: TrainingSpec) -> Problem:
-    """The problem that `spec` poses over `table` (canonical).
+def pose(table: pa.Table | StoredTable, columns: Sequence[Column], spec: TrainingSpec) -> Problem:
+    """The problem that `spec` poses over `table` (canonical), in memory or not.
 
     InvalidInput for what cannot be learned, before any fit.
     """
     spec = check_training(spec, columns)
+    if isinstance(table, StoredTable):
+        return _pose_stored(table, columns, spec)
     target = find(columns, spec.target, "target")
     features = feature_columns(spec, columns)
     leading, rest = split_leading(spec.transforms)
@@ -82,6 +103,41 @@ def pose(table: pa.Table, columns: Sequence[Column], spec: TrainingSpec) -> Prob
         classes, encoded = None, raw[target.name].astype(np.float64)
     batch = to_batch(table, features)
     return Problem(spec, task, features, batch, rows, encoded, classes, rest)
+
+
+def _pose_stored(table: StoredTable, columns: Sequence[Column], spec: TrainingSpec) -> Problem:
+    """As `pose`; only the target is held. What needs all rows at once is refused."""
+    import pyarrow as pa
+
+    target = find(columns, spec.target, "target")
+    features = feature_columns(spec, columns)
+    leading, rest = split_leading(spec.transforms)
+    column = table.column(target.name)
+    if pa.types.is_string(column.type):  # each class once: a million texts take a hundred megabytes
+        coded = column.fill_null("").combine_chunks().dictionary_encode()
+        values = np.array(coded.dictionary.to_pylist(), dtype=object)[coded.indices.to_numpy()]
+    else:
+        values = _target_values(pa.table({target.name: column}), target)
+    keep = np.ones(table.num_rows, dtype=bool)
+    if any(op.op != "drop-missing" for op in leading):
+        raise InvalidInput(
+            "the data is larger than the memory for it, and drop-duplicates needs all rows at once; drop them before the "
+            "upload, or raise resources.memory_mb",
+            code="too_large",
+            param="transforms",
+        )
+    if leading:
+        for numbers, batch in table.chunks(features):
+            keep[numbers] = kept_rows(leading, batch | {target.name: values[numbers]}, features, target)
+    rows = np.flatnonzero(keep)
+    if not len(rows):
+        raise InvalidInput(
+            "no row is left after the row ops; fill missing values instead of dropping rows", param="transforms"
+        )
+    _check_target(values, rows, target.name)
+    task = task_of(spec, target) or _task_of_integers(values[rows])
+    classes, encoded = encode(values, rows, target) if task == CLASSIFICATION else (None, values.astype(np.float64))
+    return Problem(spec, task, features, {}, rows, encoded, classes, rest, table)
 
 
 def _target_values(table: pa.Table, target: Column) -> np.ndarray:
@@ -235,7 +291,7 @@ def _encode_as(classes: list[Any] | None, values: np.ndarray, rows: np.ndarray) 
     return encoded
 
 
-def split_values(table: pa.Table, columns: Sequence[Column], method: Method, target: str) -> np.ndarray | None:
+def split_values(table: pa.Table | StoredTable, columns: Sequence[Column], method: Method, target: str) -> np.ndarray | None:
     """[n]: the group of each row, or its time as a sortable number; None when the method has neither.
 
     Missing ones are refused.

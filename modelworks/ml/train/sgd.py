@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from modelworks.core.errors import InvalidInput
-from modelworks.ml.base import JobContext
+from modelworks.ml.base import Examples, JobContext
 from modelworks.ml.train import params as p
 from modelworks.ml.train.algorithms import CLASSIFICATION, REGRESSION
 
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
 
     from modelworks.ml.train.fitted import LinearFitted
 
+_BATCH = 512  # rows of a step when the data is streamed
 _OWN = ("class_weight", "tol", "n_iter_no_change", "penalty", "max_iter")  # handled here, not passed on as they are
 
 
@@ -44,9 +46,31 @@ class SgdClassifier:
             signs = np.where(target[:, None] == (np.arange(classes) if classes > 2 else 1), 1.0, -1.0)
             return float(np.average(_margin_loss(scores * signs, params.loss).sum(axis=1), weights=weights))
 
-        _descend(
-            estimator, features, params, ctx, epoch, loss, np.inf
-        )  # a margin's loss may be large and its labels right
+        # a margin's loss may be large and its labels right
+        _descend(estimator, _whole(features, epoch, loss), params, ctx, np.inf)
+        return _fitted(estimator, "sigmoid" if classes == 2 else "softmax")
+
+    def stream(self, examples: Examples, params: Any, ctx: JobContext, stopping: Any = None) -> LinearFitted:
+        """As `train`, on rows that come in batches; the loss of an epoch is that of each batch before its step."""
+        import numpy as np
+        from sklearn.linear_model import SGDClassifier
+
+        classes = int(examples.classes or 2)
+        estimator = SGDClassifier(**_arguments(params, ctx.seed))
+        share = np.ones(classes)
+        if params.class_weight:
+            counts = sum((np.bincount(part, minlength=classes) for part in examples.targets()), np.zeros(classes))
+            share = counts.sum() / (classes * np.maximum(counts, 1))
+
+        def step(rows: np.ndarray, target: np.ndarray) -> None:
+            estimator.partial_fit(rows, target, classes=np.arange(classes), sample_weight=share[target])
+
+        def loss(rows: np.ndarray, target: np.ndarray) -> float:
+            scores = estimator.decision_function(rows).reshape(len(rows), -1)
+            signs = np.where(target[:, None] == (np.arange(classes) if classes > 2 else 1), 1.0, -1.0)
+            return float((_margin_loss(scores * signs, params.loss).sum(axis=1) * share[target]).sum())
+
+        _descend(estimator, _streamed(examples, ctx.seed, estimator, step, loss), params, ctx, np.inf)
         return _fitted(estimator, "sigmoid" if classes == 2 else "softmax")
 
 
@@ -69,7 +93,22 @@ class SgdRegressor:
         def loss(rows: np.ndarray) -> float:
             return float(np.mean(_residual_loss(estimator.predict(rows) - target, params)))
 
-        _descend(estimator, features, params, ctx, epoch, loss, float(np.mean(_residual_loss(target, params))))
+        idle = float(np.mean(_residual_loss(target, params)))
+        _descend(estimator, _whole(features, epoch, loss), params, ctx, idle)
+        return _fitted(estimator, "identity")
+
+    def stream(self, examples: Examples, params: Any, ctx: JobContext, stopping: Any = None) -> LinearFitted:
+        """As `train`, on rows that come in batches; the loss of an epoch is that of each batch before its step."""
+        from sklearn.linear_model import SGDRegressor
+
+        estimator = SGDRegressor(**_arguments(params, ctx.seed))
+
+        def loss(rows: np.ndarray, target: np.ndarray) -> float:
+            return float(_residual_loss(estimator.predict(rows) - target, params).sum())
+
+        idle = sum(float(_residual_loss(part, params).sum()) for part in examples.targets()) / max(1, len(examples))
+        run = _streamed(examples, ctx.seed, estimator, lambda rows, target: estimator.partial_fit(rows, target), loss)
+        _descend(estimator, run, params, ctx, idle)
         return _fitted(estimator, "identity")
 
 
@@ -82,9 +121,39 @@ def _arguments(params: Any, seed: int) -> dict[str, Any]:
     return given | {"penalty": penalty, "random_state": np.random.RandomState(seed)}
 
 
-def _descend(
-    estimator: Any, features: np.ndarray, params: Any, ctx: JobContext, epoch: Any, loss: Any, idle: float
-) -> None:
+def _whole(features: np.ndarray, epoch: Any, loss: Any) -> Callable[[], float]:
+    """An epoch over rows in memory, and the loss after it."""
+    import numpy as np
+
+    rows = features.astype(np.float64)
+    return lambda: _epoch(rows, epoch, loss)
+
+
+def _streamed(examples: Examples, seed: int, estimator: Any, step: Any, loss: Any) -> Callable[[], float]:
+    """An epoch over batches, shuffled otherwise each time, and the mean loss on the way."""
+    import numpy as np
+
+    done = 0
+
+    def run() -> float:
+        nonlocal done
+        done += 1
+        total, count = 0.0, 0
+        try:
+            for features, target in examples.batches(_BATCH, seed=(seed, done)):
+                rows = features.reshape(len(features), -1).astype(np.float64)
+                if hasattr(estimator, "coef_"):
+                    total += loss(rows, target)
+                    count += len(rows)
+                step(rows, target)
+        except ValueError:  # coefficients overflowed
+            return float("inf")
+        return total / count if count else 0.0
+
+    return run
+
+
+def _descend(estimator: Any, run: Callable[[], float], params: Any, ctx: JobContext, idle: float) -> None:
     """Epochs until the loss stands still; `adaptive` first divides the rate by 5, down to 1e-6, as scikit-learn does.
 
     `idle`: the loss of a model that says nothing; one that ends far above it has diverged, which is refused.
@@ -92,13 +161,12 @@ def _descend(
     import numpy as np
     from threadpoolctl import threadpool_limits
 
-    rows = features.astype(np.float64)
     curve: list[float] = []
     best, still, stalled = np.inf, 0, False
     with threadpool_limits(ctx.threads), warnings.catch_warnings(), np.errstate(all="ignore"):
         warnings.simplefilter("ignore")
         while len(curve) < params.max_iter and not stalled:
-            curve.append(_epoch(rows, epoch, loss))
+            curve.append(run())
             if not np.isfinite(curve[-1]):
                 break
             ctx.progress(len(curve) / params.max_iter, "fitting", epoch=len(curve), loss=curve[-1])

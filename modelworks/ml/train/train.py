@@ -23,6 +23,8 @@ from modelworks.ml.train.rows import split_leading
 if TYPE_CHECKING:
     import pyarrow as pa
 
+    from modelworks.ml.data.stored import StoredTable
+
 DEFAULT_METHOD = Method(holdout=0.2)
 
 
@@ -37,7 +39,7 @@ class Trained:
 
 
 def train(
-    table: pa.Table,
+    table: pa.Table | StoredTable,
     columns: Sequence[Column],
     spec: TrainingSpec,
     ctx: JobContext,
@@ -47,7 +49,8 @@ def train(
     dataset_digest: str,
     code_version: str,
 ) -> Trained:
-    """Train `spec` on `table` (canonical). `test_table`: the rows of `spec.validation.test`, when that is the method.
+    """Train `spec` on `table` (canonical; a stored one is streamed, see `memory.open_table`). `test_table`: the rows of
+    `spec.validation.test`, when that is the method.
 
     InvalidInput for what cannot be learned; with code gate_failed when a gate fails: its detail has gate, value and
     report.
@@ -78,7 +81,7 @@ def _validate(
     problem: Problem,
     method: Method,
     wanted: list[str],
-    table: pa.Table,
+    table: pa.Table | StoredTable,
     columns: Sequence[Column],
     test_table: pa.Table | None,
     ctx: JobContext,

@@ -15,6 +15,7 @@ import numpy as np
 from modelworks.core.tensors import INT64_MISSING
 from modelworks.core.types import Column, ColumnType
 from modelworks.ml import graph as onnx_graph
+from modelworks.ml.base import Block
 from modelworks.ml.data.transforms import blocks, host, labels, numeric
 from modelworks.ml.graph import BOOL, FLOAT, INT64, ML, STRING, UINT8, Graph
 
@@ -46,21 +47,6 @@ class Current:
     complete: bool = False
     host_prior: tuple[dict[str, Any], ...] | None = ()
     shape: tuple[int, ...] | None = None
-    about: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Block:
-    """A part of the features: `start` to `stop` of the flattened ones, in `shape`. kind: table, image, audio or tokens.
-
-    `about`: of tokens {"vocabulary", "pad"}; of sounds {"rate"}.
-    """
-
-    name: str
-    kind: str
-    shape: tuple[int, ...]
-    start: int
-    stop: int
     about: dict[str, Any] = field(default_factory=dict)
 
 

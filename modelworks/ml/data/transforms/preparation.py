@@ -118,6 +118,11 @@ class Preparation:
         return run(self._session, self.host, batch)[0]
 
     @property
+    def drops_rows(self) -> bool:
+        """Whether there are row ops in it."""
+        return bool(self._filters)
+
+    @property
     def augments(self) -> bool:
         return bool(self._augmented)
 
