@@ -445,6 +445,38 @@ def test_bad_responses_are_a_400_that_names_it(
     assert caught.value.param == param
 
 
+# the SDK and the command line
+
+
+def test_the_sdk_chats_and_embeds(api: House, model: TextRouter) -> None:
+    from modelworks import Client
+
+    with Client(url=api.url, api_key=api.keys["admin"], max_retries=0) as sdk:
+        model.says = ["Hel", "lo"]
+        assert sdk.chat("chat", "Hi", max_tokens=4)["choices"][0]["message"]["content"] == "Hello"
+        assert (model.asked["messages"], model.asked["max_tokens"]) == ([{"role": "user", "content": "Hi"}], 4)
+        assert "".join(sdk.chat_stream("chat", [{"role": "user", "content": "Hi"}])) == "Hello"
+        assert sdk.embeddings("embed", ["ab", "d"]) == [[1, 1, 0, 0], [0, 0, 0, 1]]
+        with pytest.raises(InvalidInput):
+            list(sdk.chat_stream("chat", "Hi", temperature=9))
+
+
+def test_a_conversation_on_the_command_line(api: House, model: TextRouter, monkeypatch: pytest.MonkeyPatch) -> None:
+    from typer.testing import CliRunner
+
+    from modelworks.cli.app import app
+
+    monkeypatch.setenv("MODELWORKS_URL", api.url)
+    monkeypatch.setenv("MODELWORKS_API_KEY", api.keys["admin"])
+    model.says = ["Hel", "lo\x1b[2J"]
+    one = CliRunner().invoke(app, ["chat", "chat", "Hi", "--system", "Be kind."])
+    assert (one.exit_code, one.stdout) == (0, "Hello\\x1b[2J\n"), one.output
+    assert [message["role"] for message in model.asked["messages"]] == ["system", "user"]
+    two = CliRunner().invoke(app, ["chat", "chat"], input="Hi\n\nAgain\n")
+    assert two.exit_code == 0
+    assert [message["role"] for message in model.asked["messages"]] == ["user", "assistant", "user"]
+
+
 # what is counted
 
 

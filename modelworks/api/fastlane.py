@@ -26,6 +26,7 @@ from modelworks.core.specs import NAME_PATTERN
 from modelworks.core.telemetry import logger
 from modelworks.core.types import Answer, Principal
 from modelworks.security.policy import OPERATIONS
+from modelworks.serve.detours import Errand
 from modelworks.serve.observe import CANCELLED, rows_of
 from modelworks.serve.router import Pending
 from modelworks.serve.tracing import RequestSpan
@@ -136,7 +137,7 @@ class Exchange:
         self.keep_alive = True
         self._protocol = protocol
         self._allowance = allowance
-        self._pending: Pending | None = None
+        self._pending: Pending | Errand | None = None
         self._outputs: list[Any] = []
         self._reply: Callable[[Answer], Reply] | None = None
 

@@ -18,6 +18,7 @@ from modelworks.core.errors import InvalidInput, ModelworksError, NotFound
 from modelworks.core.telemetry import logger
 from modelworks.core.tensors import Tensor
 from modelworks.core.types import Call, Caller
+from modelworks.serve.detours import Errand
 from modelworks.serve.hints import PRIORITY_HEADER, STICKY_HEADER, hint
 from modelworks.serve.router import Pending
 from modelworks.serve.routes import Route
@@ -26,7 +27,8 @@ TASK = "text-generation"
 SECONDS = 600.0  # deadline of a generation
 STALLED = 60.0  # seconds for which a client may take nothing of what was sent to it
 MAX_CHOICES = 128  # of all prompts of one request
-QUEUE_HEADER = "x-queue-position"
+QUEUE_HEADER = "x-queue-position"  # calls that waited for the deployment when this one came
+CACHE_HEADER = "x-cache"
 _PREFIX = 1024  # bytes of a prompt by which it is sent to the replica that may have them in its cache
 _SHORTEST = 256  # what a prompt must have for that
 
@@ -59,7 +61,7 @@ class Exchange:
         self.route = text_route(services, caller, asked.model)
         self.news = asyncio.Event()
         self.choices = [Generated(index, self.news) for index in range(len(asked.prompts) * asked.n)]
-        self.pending: list[Pending] = []
+        self.pending: list[Pending | Errand] = []
         self.created = int(time.time())
         self.begun = time.monotonic()
         self.first: float | None = None
@@ -105,6 +107,8 @@ class Exchange:
             state = self.request.scope["state"]
             state["model_version"] = self.version
             headers = {QUEUE_HEADER: str(self.queued)}
+            if any(isinstance(pending, Errand) and pending.cached for pending in self.pending):
+                headers[CACHE_HEADER] = "hit"
             if self.asked.stream:
                 response = Events(self, headers)
                 return response

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from modelworks.cli import access, data, deploy, evaluate, jobs, models, recipes, serve, train
+from modelworks.cli import access, chat, data, deploy, evaluate, jobs, models, recipes, serve, train
 
 app = typer.Typer(
     name="modelworks",
@@ -42,6 +42,7 @@ train.register(app)
 evaluate.register(app)
 app.add_typer(models.app, name="models")
 deploy.register(app)
+chat.register(app)
 app.add_typer(deploy.app, name="deployments")
 app.add_typer(jobs.app, name="jobs")
 access.register(app)

@@ -306,7 +306,7 @@ def _converse(client: Client, name: str, chat: dict[str, Any], teller: Teller, o
     from modelworks.cli.curl import chat_line
 
     messages, params = chat["messages"], {key: value for key, value in chat.items() if key != "messages"}
-    outcome.prediction = client.deployments.chat(name, messages, **params)
+    outcome.prediction = client.chat(name, messages, **params)
     outcome.curl = chat_line(client.connection, name, chat)
     teller.chatted(chat, str(outcome.prediction["choices"][0]["message"]["content"]), outcome.curl)
 

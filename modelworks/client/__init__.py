@@ -24,7 +24,8 @@ from modelworks.client.data import Datasets
 from modelworks.client.deployments import Deployments
 from modelworks.client.jobs import Evaluations, Jobs, Reports, TrainingJobs, error_of_job
 from modelworks.client.models import Models
-from modelworks.client.modes import Async, Mode, Resource, Sync, call
+from modelworks.client.modes import Async, Mode, Sync, call
+from modelworks.client.texts import Texts
 from modelworks.client.transport import RETRIES, AsyncCarrier, Carrier, Request, SyncCarrier, Transport
 from modelworks.client.types import Algorithm, Model, NewKey, Output, Prediction, WhoAmI, parse
 
@@ -44,7 +45,7 @@ __all__ = [
 ]
 
 
-class _Face(Resource[Mode]):
+class _Face(Texts[Mode]):
     """What both clients are: the parts of the API by name, over one transport."""
 
     def __init__(self, carrier: Carrier, connection: Connection, project: str | None, retries: int) -> None:

@@ -110,13 +110,6 @@ class Deployments(Resource[Mode]):
             Request("POST", _path(name, "/predict"), json={"inputs": rows}, timeout=timeout), Prediction
         )
 
-    @call
-    async def chat(self, name: str, messages: Sequence[Row], **params: Any) -> dict[str, Any]:
-        """One chat completion, whole, as OpenAI's API answers it; for streams use OpenAI's client at `URL/v1`."""
-        body = {"model": name, "messages": [dict(one) for one in messages], **params, "stream": False}
-        found: dict[str, Any] = await self._http.json(Request("POST", "/v1/chat/completions", json=body))
-        return found
-
     async def _get(self, name: str) -> Deployment:
         return await self._http.model(Request("GET", _path(name)), Deployment)
 

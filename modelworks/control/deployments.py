@@ -36,6 +36,7 @@ class Deployments:
     def _write(self, tx: Tx, caller: Caller, name: str, spec: DeploymentSpec, status: str = "updating") -> Deployment:
         model = resolve_model(tx, caller.project_id, spec.model)
         known = tx.find(Deployment, project_id=caller.project_id, name=name)
+        _check_routes(tx, caller, name, spec, model.task)
         resolved: dict[str, Any] = {
             "spec": spec.model_dump(mode="json"),
             "model_version": model.ref,
@@ -140,6 +141,20 @@ class Deployments:
                 param="name",
             )
         return found
+
+
+def _check_routes(tx: Tx, caller: Caller, name: str, spec: DeploymentSpec, task: str) -> None:
+    """InvalidInput unless every rule names another deployment of the same task that there is."""
+    for index, rule in enumerate(spec.routes):
+        other = tx.find(Deployment, project_id=caller.project_id, name=rule.to)
+        if rule.to == name or other is None or other.task != task:
+            reason = (
+                "there is none" if other is None else "it is this one" if rule.to == name else f"it serves {other.task}"
+            )
+            raise InvalidInput(
+                f"routes[{index}].to must name another deployment of task {task}, and of {rule.to!r}: {reason}",
+                param=f"routes.{index}.to",
+            )
 
 
 def _check_name(name: str) -> None:

@@ -14,7 +14,7 @@ from modelworks.core.specs import DeploymentSpec
 from modelworks.core.types import Deployment, ModelVersion, Replica
 from modelworks.security.identity import Authenticator
 from modelworks.serve.router import Router
-from modelworks.serve.routes import Key, Limits, Route, Snapshot, Target
+from modelworks.serve.routes import Detour, Key, Limits, Route, Snapshot, Target
 from modelworks.store.catalog import Catalog, Tx
 
 log = telemetry.logger("follower")
@@ -44,6 +44,8 @@ def snapshot(tx: Tx, number: int, limits: Limits) -> Snapshot:
             classes=model.classes,
             replicas=tuple(Target(replica.id, replica.endpoint) for replica in chosen),
             limits=limits_of(deployment, limits),
+            detours=detours_of(deployment),
+            cache=_cache_of(deployment),
             failed="" if chosen else _failure(deployment),
         )
     return Snapshot(number, routes)
@@ -66,6 +68,16 @@ def limits_of(deployment: Deployment, usual: Limits) -> Limits:
         wait_seconds=spec.batching.wait_ms / 1000,
         hedge_seconds=spec.hedge_ms / 1000 if spec.hedge_ms else None,
     )
+
+
+def detours_of(deployment: Deployment) -> tuple[Detour, ...]:
+    spec = DeploymentSpec.model_validate(deployment.spec)
+    return tuple(Detour(rule.to, frozenset(rule.on), rule.longer_than) for rule in spec.routes)
+
+
+def _cache_of(deployment: Deployment) -> tuple[float, int] | None:
+    cache = DeploymentSpec.model_validate(deployment.spec).cache
+    return None if cache is None else (cache.seconds, cache.megabytes * 1024 * 1024)
 
 
 class Follower:

@@ -303,6 +303,36 @@ class CallLimits(Spec):
     )
 
 
+Failure = Literal["error", "overload", "context", "unsupported"]
+
+
+class Detour(Spec):
+    """A rule by which calls are answered by another deployment of the same task: exactly one of `longer_than` and `on`."""
+
+    to: Name
+    longer_than: int | None = Field(
+        None, ge=1, le=2**31, description="calls with more bytes of input than this are sent there at once"
+    )
+    on: list[Failure] = Field(
+        [],
+        description="calls that failed before anything of their answer came: error (500 and above), overload (its queue "
+        "is full), context (the prompt is too long), unsupported (the engine lacks a parameter)",
+    )
+
+    @model_validator(mode="after")
+    def _one(self) -> Detour:
+        if (self.longer_than is None) == (not self.on):
+            raise ValueError("give exactly one of longer_than and on")
+        return self
+
+
+class AnswerCache(Spec):
+    """Whole answers are kept, by each gateway, and given to the same call again: the same input and parameters."""
+
+    seconds: float = Field(300.0, gt=0, le=86_400, description="how long an answer is kept")
+    megabytes: int = Field(16, ge=1, le=1024, description="memory for it in each gateway")
+
+
 class DeploymentSpec(Spec):
     """What should be serving under a name. The model reference is resolved once, when the spec is written."""
 
@@ -315,6 +345,8 @@ class DeploymentSpec(Spec):
         description="a call without an answer after so long is sent to a second replica too; at most 5 in 100 are",
     )  # fmt: skip
     resources: Resources = Resources()
+    routes: list[Detour] = Field([], max_length=8, description="when calls go to other deployments; the first that fits")
+    cache: AnswerCache | None = Field(None, description="keep whole answers and give them again; {} for the defaults")
 
 
 class KeySpec(Spec):

@@ -7,9 +7,12 @@ import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
-from modelworks.core.errors import Forbidden, ModelworksError, NotFound
+import msgspec
+
+from modelworks.core.errors import Forbidden, ModelworksError, NotFound, Unavailable
 from modelworks.core.types import Answer, Call, Principal
 from modelworks.serve.channel import Deliver
+from modelworks.serve.detours import Caches, Errand
 from modelworks.serve.observe import Observer, Watch
 from modelworks.serve.router import Pending, Router
 from modelworks.serve.routes import Route
@@ -44,6 +47,7 @@ class Gateway:
         self._may_call = may_call
         self._checks = tuple(checks)
         self._timeout = timeout
+        self._caches = Caches()
 
     def deadline(self, seconds: float | None = None) -> float:
         """The deadline of a call that begins now: `seconds` from now, or the default."""
@@ -78,13 +82,35 @@ class Gateway:
         mine = [route for route in self.router.routes() if route.project_id == principal.project_id]
         return sorted((route for route in mine if self._may_call(principal, route.name)), key=lambda route: route.name)
 
-    def submit(self, principal: Principal, call: Call, deliver: Deliver, *, manual: bool = False) -> Pending:
+    def submit(self, principal: Principal, call: Call, deliver: Deliver, *, manual: bool = False) -> Pending | Errand:
         """Start a call; its parts or one error come to `deliver`. For dialects without tasks; `abort` ends it.
 
         `manual`: the caller tells by `took` how many parts it has passed on, and the replica waits for a slow reader.
         """
         route = self.route(principal, call.deployment, call.version)
         call.key_id = principal.key_id
+        if route.detours or route.cache is not None:
+            return self._send_out(principal, route, call, deliver, manual)
+        return self._submit(principal, route, call, deliver, manual)
+
+    def _send_out(
+        self, principal: Principal, route: Route, call: Call, deliver: Deliver, manual: bool
+    ) -> Pending | Errand:
+        """By the deployment's rules, which its owner set: another one that they name needs no grant of its own."""
+
+        def submit(name: str, call: Call, deliver: Deliver) -> Pending:
+            there = self.router.route((route.project_id, name))
+            if there is None:
+                raise Unavailable(f"the deployment {name!r} that the rules of {route.name!r} name is gone")
+            return self._submit(
+                principal, there, msgspec.structs.replace(call, deployment=name, version=None), deliver, manual
+            )
+
+        errand = Errand(route, call, deliver, self._caches.of(route), submit, lambda it: Watch(self.observer, route, it))
+        errand.start()
+        return errand
+
+    def _submit(self, principal: Principal, route: Route, call: Call, deliver: Deliver, manual: bool) -> Pending:
         watch = Watch(self.observer, route, deliver)
         try:
             for check in self._checks:
@@ -94,12 +120,21 @@ class Gateway:
             watch.refused(error)
             raise
 
-    def took(self, pending: Pending, parts: int = 1) -> None:
+    def took(self, pending: Pending | Errand, parts: int = 1) -> None:
         """So many more parts of a `manual` call were passed on."""
+        if isinstance(pending, Errand):
+            if pending.pending is None:
+                return
+            pending = pending.pending
         self.router.took(pending, parts)
 
-    def abort(self, pending: Pending) -> None:
+    def abort(self, pending: Pending | Errand) -> None:
         """Nobody waits for the answer any more. After its end this does nothing."""
+        if isinstance(pending, Errand):
+            pending.done = True
+            if pending.pending is None:
+                return
+            pending = pending.pending
         if not pending.done:
             if isinstance(pending.deliver, Watch):
                 pending.deliver.cancelled()
@@ -138,6 +173,6 @@ class Gateway:
                 yield item
                 if item.done:
                     return
-                self.router.took(pending)
+                self.took(pending)
         finally:
             self.abort(pending)

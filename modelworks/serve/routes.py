@@ -40,6 +40,16 @@ class Limits:
 
 
 @dataclass(frozen=True)
+class Detour:
+    """A rule by which calls go to the deployment `to` of the same project: those with more than `longer_than` bytes of
+    input, or those that failed by one of `on`."""
+
+    to: str
+    on: frozenset[str] = frozenset()
+    longer_than: int | None = None
+
+
+@dataclass(frozen=True)
 class Route:
     """A deployment as gateways see it: the model version that answers, how to speak to it, and where."""
 
@@ -51,6 +61,8 @@ class Route:
     classes: list[Any] | None = None
     replicas: tuple[Target, ...] = ()
     limits: Limits = field(default_factory=Limits)
+    detours: tuple[Detour, ...] = ()
+    cache: tuple[float, int] | None = None  # whole answers are kept: seconds, bytes
     failed: str = ""  # why there is no replica and none is to be expected: calls are refused at once
 
     @property
