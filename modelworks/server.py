@@ -430,6 +430,9 @@ async def _gateway(config: dict[str, Any], settings: Settings) -> None:
         )
     )
     grpc = start_grpc(services, tuple(config["grpc"]), server)
+    # uvicorn raises the signal that stopped it once more: by default that would end us before the last lines are written
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: None)
     await server.serve(sockets=[socket.socket(fileno=config["listener"])])
     await grpc.close()
     await follower.stop()
