@@ -1,19 +1,23 @@
-"""A process's memory limit (RLIMIT_DATA): what it is, and telling from an error or a log that a process ran into it."""
+"""A process's memory limit (RLIMIT_DATA): what it is, and telling from an error, a log or its use that it was reached."""
 
 from __future__ import annotations
 
 import errno
 import re
 import resource
+from pathlib import Path
 
 from modelworks.core.settings import MIB
 
 # how Python, C++, OpenBLAS, the loader, onnxruntime and duckdb say that there was no memory
 _MARKS = re.compile(
     r"\bMemoryError\b|bad[_ ]alloc|memory allocation (still )?failed|cannot allocate memory|failed to allocate"
-    r"|out of memory|failed to map segment|can't start new thread|insufficient memory",
+    r"|out of memory|failed to map segment|can't start new thread|insufficient memory|failed to launch worker thread"
+    r"|libgcc_s\.so\S* must be installed",
     re.IGNORECASE,
 )
+NEAR = 2 / 3  # of the limit: who dies above it died of it, since what broke it was one allocation more
+STILL = 30.0  # seconds without any CPU time after which a process so near its limit is taken to hang for lack of memory
 _PATH = re.compile(r"(?:/[^\s/'\":,()]+)+/(?=[^\s/'\":,()]*)")
 _STAMP = re.compile(r"^\d{4}-\d\d-\d\dT[\d:.]+Z?\s+")
 
@@ -27,6 +31,40 @@ def limited_to() -> int | None:
     """This process's limit in MiB; None without one."""
     soft, _ = resource.getrlimit(resource.RLIMIT_DATA)
     return None if soft == resource.RLIM_INFINITY else soft // MIB
+
+
+class Gauge:
+    """What a process with a limit was seen to take, for when it dies or stands still without a word of it."""
+
+    def __init__(self, pid: int, megabytes: int) -> None:
+        self._proc = Path(f"/proc/{pid}")
+        self._near = megabytes * 1024 * NEAR
+        self._peak = self._last = 0  # KiB
+        self._ticks = -1
+        self._moved = 0.0
+
+    def look(self, now: float) -> None:
+        """Look again; a process that has ended leaves the gauge as it was."""
+        try:
+            found = re.search(r"^VmData:\s+(\d+)", (self._proc / "status").read_text(), re.MULTILINE)
+            ticks = sum(map(int, (self._proc / "stat").read_text().rpartition(")")[2].split()[11:13]))
+        except OSError:
+            return
+        if found:
+            self._last = int(found[1])
+            self._peak = max(self._peak, self._last)
+        if ticks != self._ticks:
+            self._ticks, self._moved = ticks, now
+
+    @property
+    def near(self) -> bool:
+        """Whether it ever came near its limit."""
+        return self._peak >= self._near
+
+    def stuck(self, now: float) -> bool:
+        """Whether it is near its limit now and has not used the CPU for long: a library's thread ended for lack of memory
+        and the others wait for it."""
+        return self._last >= self._near and self._ticks >= 0 and now - self._moved >= STILL
 
 
 def starved(error: BaseException | None) -> bool:

@@ -22,7 +22,7 @@ from modelworks.core import telemetry
 from modelworks.core.errors import CatalogUnavailable, LeaseLost
 from modelworks.core.settings import Settings
 from modelworks.core.types import Job, new_id
-from modelworks.engines.memory import last_words, tells_of_starving
+from modelworks.engines.memory import Gauge, last_words, tells_of_starving
 from modelworks.engines.process import Child, attach, spawn, tail_log, trim_log
 from modelworks.jobs.child import starvation
 from modelworks.jobs.collection import collect
@@ -47,6 +47,7 @@ class Running:
     child: Child
     workdir: Path
     logged: int = 0  # bytes of its log that earlier attempts wrote
+    gauge: Gauge | None = None  # of its memory, where that is limited
     stopping: bool = False
 
 
@@ -134,13 +135,21 @@ class Worker:
             self._queue.ended(job.id, job.token, f"it could not be started ({error.strerror})")
             return
         log.info("a job started", job=job.id, kind=job.kind, attempt=job.attempt, pid=child.pid)
-        self._running.append(Running(job, child, workdir, logged))
+        memory_mb = _memory_mb(job)
+        gauge = Gauge(child.pid, memory_mb) if memory_mb else None
+        self._running.append(Running(job, child, workdir, logged, gauge))
 
     def _log(self, job: Job) -> Path:
         return self._home / "logs" / "jobs" / f"{job.id}.log"
 
     def _reap(self) -> None:
+        now = time.monotonic()
         for running in list(self._running):
+            if running.gauge:
+                running.gauge.look(now)
+                if not running.stopping and running.gauge.stuck(now):
+                    log.warning("a job hangs at its memory limit and is ended", job=running.job.id)
+                    running.child.signal(signal.SIGABRT)
             code = running.child.poll()
             if code is None:
                 continue
@@ -155,7 +164,7 @@ class Worker:
         """Settle what the process left open: what would only happen again is not tried again."""
         job, wrote = running.job, tail_log(self._log(running.job), since=running.logged)
         memory_mb = _memory_mb(job)
-        if code and memory_mb and tells_of_starving(wrote):
+        if code and memory_mb and (tells_of_starving(wrote) or _broke_near_its_limit(running, code)):
             with contextlib.suppress(LeaseLost):
                 return self._queue.fail(job.id, job.token, starvation(job, memory_mb))
             return None
@@ -195,6 +204,11 @@ class Worker:
             log.warning("unused blobs were not collected", reason=str(error))
             return
         log.info("unused blobs were collected", removed=removed)
+
+
+def _broke_near_its_limit(running: Running, code: int) -> bool:
+    """It ended by itself, without a word of memory: libraries that get none also crash in silence."""
+    return bool(running.gauge and running.gauge.near) and (code > 0 or -code in _FAULTS)
 
 
 def _memory_mb(job: Job) -> int | None:
