@@ -43,24 +43,28 @@ def test_logs() -> None:
 
 
 def test_a_gauge_sees_who_is_near_the_limit_and_who_stands_still_there() -> None:
-    hold = "data = bytearray(b'x') * (40 << 20); print(flush=True); input(); sum(range(5_000_000)); print(flush=True); input()"
+    hold = (
+        "data = bytearray(b'x') * (60 << 20); print(flush=True); input()\n"
+        "any(i < 0 for i in range(30_000_000)); print(flush=True); input()"
+    )
     with subprocess.Popen([sys.executable, "-c", hold], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
-        assert process.stdin and process.stdout
+        assert process.stdin
+        assert process.stdout
         process.stdout.readline()
         roomy, tight = Gauge(process.pid, 4096), Gauge(process.pid, 50)
-        for gauge in (roomy, tight):
-            gauge.look(0.0)
-            gauge.look(STILL - 1)
-        assert (roomy.near, tight.near) == (False, True)
-        assert not tight.stuck(STILL - 1)
-        assert tight.stuck(STILL)
-        assert not roomy.stuck(STILL)
+        for now in (0.0, STILL - 1):
+            roomy.look(now)
+            tight.look(now)
+        assert (roomy.near, tight.near, tight.stuck) == (False, True, False)
         process.stdin.write(b"\n")
         process.stdin.flush()
         process.stdout.readline()
-        tight.look(STILL + 1)  # it used the CPU since
-        assert not tight.stuck(STILL + 2)
+        tight.look(STILL)  # it did something of its own since
+        assert not tight.stuck
+        for gauge in (roomy, tight):
+            gauge.look(2 * STILL)
+        assert (roomy.stuck, tight.stuck) == (False, True)
         process.kill()
         process.wait()
-        tight.look(STILL + 2)
+        tight.look(3 * STILL)
         assert tight.near

@@ -22,6 +22,8 @@ from __future__ import annotations
 
 from typing import Any
 
+SHOWN = 80  # characters of a value that an error quotes
+
 
 class ModelworksError(Exception):
     """Base of all. `message` is for people, `code` for programs, `param` names the offending field if one does."""
@@ -146,3 +148,20 @@ def from_dict(data: dict[str, Any]) -> ModelworksError:
         retry_after=data.get("retry_after"),
         detail=data.get("detail"),
     )
+
+
+def shown(value: Any) -> str:
+    """A short, bounded picture of a value for an error: `the text 'abc'`, `true`, `a list`."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, str):
+        return f"the text {value[:SHOWN]!r}" + ("..." if len(value) > SHOWN else "")
+    if isinstance(value, int):  # str() of a huge int is slow and refused beyond 4300 digits
+        return f"the number {value}" if value.bit_length() <= 128 else f"an integer of {value.bit_length()} bits"
+    if isinstance(value, float):
+        return f"the number {value!r}"
+    if isinstance(value, list):
+        return "a list"
+    return "an object" if isinstance(value, dict) else f"a {type(value).__name__}"

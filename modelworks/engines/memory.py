@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import re
 import resource
 from pathlib import Path
@@ -17,7 +18,10 @@ _MARKS = re.compile(
     re.IGNORECASE,
 )
 NEAR = 2 / 3  # of the limit: who dies above it died of it, since what broke it was one allocation more
-STILL = 30.0  # seconds without any CPU time after which a process so near its limit is taken to hang for lack of memory
+BRIM = 0.95  # of the limit: who hangs above it, hangs for lack of memory
+STILL = 10.0  # seconds of hanging
+IDLE = 0.1  # of them, at most, in the program's own code: allocators that get nothing sleep, or spin in the kernel
+_HZ = os.sysconf("SC_CLK_TCK")
 _PATH = re.compile(r"(?:/[^\s/'\":,()]+)+/(?=[^\s/'\":,()]*)")
 _STAMP = re.compile(r"^\d{4}-\d\d-\d\dT[\d:.]+Z?\s+")
 
@@ -34,37 +38,38 @@ def limited_to() -> int | None:
 
 
 class Gauge:
-    """What a process with a limit was seen to take, for when it dies or stands still without a word of it."""
+    """What a process with a limit was seen to take, for when it dies or hangs without a word of it."""
 
     def __init__(self, pid: int, megabytes: int) -> None:
         self._proc = Path(f"/proc/{pid}")
-        self._near = megabytes * 1024 * NEAR
-        self._peak = self._last = 0  # KiB
-        self._ticks = -1
-        self._moved = 0.0
+        self._limit = megabytes * 1024
+        self._peak = 0  # KiB
+        self._since: float | None = None  # when it was found at the brim, doing nothing of its own
+        self._used = 0.0  # seconds in its own code until then
+        self.stuck = False
 
     def look(self, now: float) -> None:
         """Look again; a process that has ended leaves the gauge as it was."""
         try:
             found = re.search(r"^VmData:\s+(\d+)", (self._proc / "status").read_text(), re.MULTILINE)
-            ticks = sum(map(int, (self._proc / "stat").read_text().rpartition(")")[2].split()[11:13]))
+            used = int((self._proc / "stat").read_text().rpartition(")")[2].split()[11]) / _HZ
         except OSError:
             return
-        if found:
-            self._last = int(found[1])
-            self._peak = max(self._peak, self._last)
-        if ticks != self._ticks:
-            self._ticks, self._moved = ticks, now
+        if not found:
+            return
+        taken = int(found[1])
+        self._peak = max(self._peak, taken)
+        if taken < self._limit * BRIM:
+            self._since = None
+        elif self._since is None or used - self._used > STILL * IDLE:
+            self._since, self._used = now, used
+        else:
+            self.stuck = now - self._since >= STILL
 
     @property
     def near(self) -> bool:
         """Whether it ever came near its limit."""
-        return self._peak >= self._near
-
-    def stuck(self, now: float) -> bool:
-        """Whether it is near its limit now and has not used the CPU for long: a library's thread ended for lack of memory
-        and the others wait for it."""
-        return self._last >= self._near and self._ticks >= 0 and now - self._moved >= STILL
+        return self._peak >= self._limit * NEAR
 
 
 def starved(error: BaseException | None) -> bool:

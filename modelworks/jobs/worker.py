@@ -147,7 +147,7 @@ class Worker:
         for running in list(self._running):
             if running.gauge:
                 running.gauge.look(now)
-                if not running.stopping and running.gauge.stuck(now):
+                if running.gauge.stuck and not running.stopping:
                     log.warning("a job hangs at its memory limit and is ended", job=running.job.id)
                     running.child.signal(signal.SIGABRT)
             code = running.child.poll()

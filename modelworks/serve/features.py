@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from modelworks.core.errors import InvalidInput, ModelworksError
+from modelworks.core.errors import SHOWN, InvalidInput, ModelworksError, shown
 from modelworks.core.tensors import BOOL_MISSING, DATATYPES, INT64_MISSING, Tensor, decode_base64, unpack
 from modelworks.core.types import Answer, TensorSpec
 
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 
 MAX_TEXT = 1024 * 1024  # bytes of one text
 MAX_ROWS = 65_536
-_SHOWN = 80  # characters of a value that an error quotes
 _FLOATS = {
     "FP16": 65504.0,
     "BF16": 3.3895313892515355e38,
@@ -134,7 +133,7 @@ def _encode_one(field: Field, value: Any) -> Tensor:
     if field.single and (kind is field.first or kind is field.second):
         try:
             if kind is str:
-                if value and field.kind != "time" and len(value) < _SHOWN:
+                if value and field.kind != "time" and len(value) < SHOWN:
                     raw = value.encode()
                     return Tensor(field.name, "BYTES", field.one, len(raw).to_bytes(4, "little") + raw)
             elif field.pack_one is not None and value - value == 0 and value != INT64_MISSING:
@@ -335,7 +334,7 @@ def _refuse_rows(rows: Any) -> NoReturn:
         raise InvalidInput(
             f"inputs has {len(rows)} rows; send at most {MAX_ROWS} at once", code="too_many_rows", param="inputs"
         )
-    came = "an empty one" if rows == [] else _shown(rows)
+    came = "an empty one" if rows == [] else shown(rows)
     raise InvalidInput(
         f"inputs must be a list with at least one object of feature names and values, not {came}",
         code="bad_inputs",
@@ -350,11 +349,11 @@ def _refuse(plan: list[Field], rows: list[Any]) -> NoReturn:
     for index, row in enumerate(rows):
         if type(row) is not dict:
             raise InvalidInput(
-                f"inputs[{index}] must be an object of feature names and values, not {_shown(row)}",
+                f"inputs[{index}] must be an object of feature names and values, not {shown(row)}",
                 code="bad_row",
                 param=f"inputs[{index}]",
             )
-        unknown = [str(name)[:_SHOWN] for name in row if name not in known]
+        unknown = [str(name)[:SHOWN] for name in row if name not in known]
         missing = [name for name in names if name not in row]
         if missing:
             near = difflib.get_close_matches(missing[0], unknown[:50], 1, 0.6)
@@ -394,28 +393,11 @@ def _missing(field: Field, row: int) -> None:
 
 def _mistyped(field: Field, value: Any, row: int, expected: str) -> NoReturn:
     raise InvalidInput(
-        f"inputs[{row}]: the feature {field.name!r} expects {expected}, not {_shown(value)}",
+        f"inputs[{row}]: the feature {field.name!r} expects {expected}, not {shown(value)}",
         code="bad_value",
         param=field.name,
-        detail={"row": row, "feature": field.name, "expected": expected, "got": _shown(value)},
+        detail={"row": row, "feature": field.name, "expected": expected, "got": shown(value)},
     )
-
-
-def _shown(value: Any) -> str:
-    """A short, bounded picture of a value for an error: `the text 'abc'`, `true`, `a list`."""
-    if value is None:
-        return "null"
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, str):
-        return f"the text {value[:_SHOWN]!r}" + ("..." if len(value) > _SHOWN else "")
-    if isinstance(value, int):  # str() of a huge int is slow and refused beyond 4300 digits
-        return f"the number {value}" if value.bit_length() <= 128 else f"an integer of {value.bit_length()} bits"
-    if isinstance(value, float):
-        return f"the number {value!r}"
-    if isinstance(value, list):
-        return "a list"
-    return "an object" if isinstance(value, dict) else f"a {type(value).__name__}"
 
 
 # answers

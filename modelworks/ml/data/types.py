@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from modelworks.core.errors import InvalidInput
+from modelworks.core.errors import SHOWN, InvalidInput, shown
 from modelworks.core.tensors import BOOL_MISSING, INT64_MISSING, decode_base64
 from modelworks.core.types import Column, TensorSpec
 
@@ -43,7 +43,6 @@ _FLOATS: dict[str, np.dtype[Any]] = {
 }
 _DTYPES: dict[str, np.dtype[Any]] = {**_INTEGERS, **_FLOATS}
 MEDIA = ("image", "audio")
-_SHOWN = 80  # characters of a value that an error quotes
 
 
 def signature_inputs(columns: Sequence[Column]) -> list[TensorSpec]:
@@ -51,7 +50,9 @@ def signature_inputs(columns: Sequence[Column]) -> list[TensorSpec]:
     return [
         TensorSpec(
             name=column.name,
-            datatype=("FP32" if column.nullable else "INT64") if column.type == "integer" else _OIP.get(column.type, "BYTES"),
+            datatype=("FP32" if column.nullable else "INT64")
+            if column.type == "integer"
+            else _OIP.get(column.type, "BYTES"),
             shape=[-1, 1],
             column=column.type,
             nullable=column.nullable,
@@ -140,7 +141,7 @@ def rows_to_batch(rows: Sequence[dict[str, Any]], inputs: Sequence[TensorSpec]) 
     for index, row in enumerate(rows):
         if not isinstance(row, dict):
             raise InvalidInput(
-                f"inputs[{index}] must be an object of feature names and values, not {_shown(row)}",
+                f"inputs[{index}] must be an object of feature names and values, not {shown(row)}",
                 code="bad_row",
                 param=f"inputs[{index}]",
             )
@@ -162,11 +163,11 @@ def _refuse_names(index: int, row: dict[str, Any], names: list[str]) -> None:
     name = next(name for name in row if name not in set(names))
     known = ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")
     raise InvalidInput(
-        f"inputs[{index}] has the feature {str(name)[:_SHOWN]!r}, which the model does not know; "
+        f"inputs[{index}] has the feature {str(name)[:SHOWN]!r}, which the model does not know; "
         f"its features are {known}",
         code="unknown_feature",
-        param=str(name)[:_SHOWN],
-        detail={"row": index, "feature": str(name)[:_SHOWN]},
+        param=str(name)[:SHOWN],
+        detail={"row": index, "feature": str(name)[:SHOWN]},
     )
 
 
@@ -368,29 +369,11 @@ def _missing(row: int, spec: TensorSpec, kind: str) -> None:
 
 def _mistyped(value: Any, row: int, spec: TensorSpec, expected: str) -> InvalidInput:
     return InvalidInput(
-        f"inputs[{row}]: the feature {spec.name!r} expects {expected}, not {_shown(value)}",
+        f"inputs[{row}]: the feature {spec.name!r} expects {expected}, not {shown(value)}",
         code="bad_value",
         param=spec.name,
-        detail={"row": row, "feature": spec.name, "expected": expected, "got": _shown(value)},
+        detail={"row": row, "feature": spec.name, "expected": expected, "got": shown(value)},
     )
-
-
-def _shown(value: Any) -> str:
-    """A short, bounded picture of a value for an error: `the text 'abc'`, `true`, `a list`."""
-    if value is None:
-        return "null"
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, str):
-        return f"the text {value[:_SHOWN]!r}" + ("..." if len(value) > _SHOWN else "")
-    if isinstance(value, int):
-        # str() of a huge int is slow and refused beyond 4300 digits
-        return f"the number {value}" if value.bit_length() <= 128 else f"an integer of {value.bit_length()} bits"
-    if isinstance(value, float):
-        return f"the number {value!r}"
-    if isinstance(value, list):
-        return "a list"
-    return "an object" if isinstance(value, dict) else f"a {type(value).__name__}"
 
 
 # batches -> JSON rows
