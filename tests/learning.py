@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,14 @@ class Context:
     """A JobContext in memory. `fail_after`: raise Crash once this many checkpoints were kept."""
 
     seed, threads = 0, 1
+    only: str | None = None
 
     def __init__(self, workdir: Path, kept: dict[str, bytes] | None = None, fail_after: int | None = None) -> None:
         self.workdir = workdir
         self.kept = {} if kept is None else kept
         self.fail_after = fail_after
         self.events: list[tuple[str, str, dict[str, Any]]] = []
+        self.points: list[tuple[str, str, int, dict[str, float]]] = []
         self.reports: list[tuple[float, str, dict[str, Any]]] = []
 
     def progress(self, fraction: float, stage: str, **metrics: Any) -> None:
@@ -31,6 +34,12 @@ class Context:
 
     def event(self, kind: str, message: str, **data: Any) -> None:
         self.events.append((kind, message, data))
+
+    def metric(self, step: int, values: Mapping[str, float], *, unit: str = "epoch", part: str = "") -> None:
+        self.points.append((part, unit, step, dict(values)))
+
+    def spread(self, names: Sequence[str], parallel: int | None, seconds: float) -> None:
+        pass
 
     def checkpoint(self, name: str, data: bytes) -> None:
         self.kept[name] = data

@@ -12,8 +12,8 @@ import pytest
 from modelworks.core.errors import CatalogUnavailable, InvalidInput, LeaseLost, MissingExtra, Unavailable
 from modelworks.core.types import Job, JobEvent
 from modelworks.jobs import child, context, steps
-from modelworks.jobs.context import Context, patiently
-from modelworks.jobs.queue import Queue
+from modelworks.jobs.context import Context
+from modelworks.jobs.queue import Queue, patiently
 from modelworks.ml.base import Cancelled
 from tests.jobhome import Home
 

@@ -33,10 +33,18 @@ class Jobs(Resource[Mode]):
 
     @call
     async def list(
-        self, *, kind: str | None = None, status: str | None = None, limit: int = 20, after: str | None = None
+        self,
+        *,
+        kind: str | None = None,
+        status: str | None = None,
+        parent: Job | str | None = None,
+        limit: int = 20,
+        after: str | None = None,
     ) -> Page[Job]:
-        """Newest first. `kind` and `status` narrow the list."""
-        return await page(self._http, self._PATH, Job, limit=limit, after=after, query={"kind": kind, "status": status})
+        """Newest first. `kind` and `status` narrow the list; `parent`: the parts of that job (trials, folds)."""
+        query = {"kind": kind, "status": status, "parent": None if parent is None else _id(parent)}
+        where = self._PATH if parent is None else Jobs._PATH
+        return await page(self._http, where, Job, limit=limit, after=after, query=query)
 
     @call
     async def get(self, job: Job | str) -> Job:

@@ -29,6 +29,7 @@ from modelworks.core.types import (
     ModelVersion,
     Page,
     Report,
+    Slot,
 )
 from modelworks.engines.process import tail_log
 from modelworks.jobs.collection import collect
@@ -147,13 +148,18 @@ class Library:
         kind: JobKind | Sequence[JobKind] | None = None,
         status: str | Sequence[str] | None = None,
         *,
+        parent: str | None = None,
         limit: int = 20,
         after: str | None = None,
     ) -> Page[Job]:
-        """Newest first; `kind` and `status` are one or several."""
+        """Newest first; `kind` and `status` are one or several. The parts of the job `parent`; else no parts, unless
+        their kind is asked for.
+        """
         chosen = {name: value for name, value in (("kind", kind), ("status", status)) if value is not None}
         with self._catalog.read() as tx:
-            return tx.page(Job, limit=_bounded(limit), after=after, project_id=caller.project_id, **chosen)
+            whole = tx.table(Job).c.parent_id.is_(None) if kind is None else sa.true()
+            whose = tx.table(Job).c.parent_id == parent if parent is not None else whole
+            return tx.page(Job, whose, limit=_bounded(limit), after=after, project_id=caller.project_id, **chosen)
 
     def job(self, caller: Caller, job_id: str) -> Job:
         with self._catalog.read() as tx:
@@ -313,9 +319,9 @@ class Library:
         operation = _CREATES[kind]
 
         def make() -> Job:
-            job = self._queue.enqueue(
-                tx, Job(project_id=caller.project_id, kind=kind, spec=spec, created_by=caller.principal.key_id)
-            )
+            slot: Slot = "later" if requests.has_parts(spec) else "taken"
+            whose = {"project_id": caller.project_id, "created_by": caller.principal.key_id}
+            job = self._queue.enqueue(tx, Job(kind=kind, spec=spec, slot=slot, **whose))
             if upload:
                 digest = spec["upload"]
                 tx.add(Artifact(project_id=caller.project_id, digest=digest, kind=UPLOAD, size=size, owner_id=job.id))

@@ -13,7 +13,8 @@ from modelworks.core.errors import InvalidInput
 from modelworks.core.specs import ALIAS_PATTERN, NAME_PATTERN, EvaluationSpec, Method, TrainingSpec
 from modelworks.core.types import Dataset, ModelVersion
 from modelworks.ml.evaluate.catalogue import check_metrics
-from modelworks.ml.train.checks import check_method, check_training, find
+from modelworks.ml.search.space import check_search
+from modelworks.ml.train.checks import check_method, check_training, find, task_of
 from modelworks.store.catalog import Tx
 
 _CODE = str(Path(modelworks.__file__).parent.parent)
@@ -27,13 +28,23 @@ def training(tx: Tx, project_id: str, spec: TrainingSpec) -> dict[str, Any]:
     """The job's spec: `spec` with defaults filled in and each dataset by its version, beside their ids."""
     dataset = resolve_dataset(tx, project_id, spec.dataset)
     checked = check_training(spec, dataset.columns)
-    resolved = checked.model_copy(update={"dataset": dataset.ref}).model_dump(mode="json") | {"dataset_id": dataset.id}
+    search = check_search(checked, task_of(checked, find(dataset.columns, spec.target, "target")))
+    if search and search.validation:
+        check_method(search.validation, dataset.columns, spec.target)
+    checked = checked.model_copy(update={"dataset": dataset.ref, "search": search})
+    resolved = checked.model_dump(mode="json") | {"dataset_id": dataset.id}
     if spec.validation and spec.validation.test:
         test = resolve_dataset(tx, project_id, spec.validation.test, "validation.test")
         find(test.columns, spec.target, "validation.test")
         resolved["validation"]["test"] = test.ref
         resolved["test_dataset_id"] = test.id
     return resolved
+
+
+def has_parts(spec: dict[str, Any]) -> bool:
+    """Whether a job of this spec will wait for others that are parts of it."""
+    method = spec.get("validation") or spec.get("method") or {}
+    return bool(spec.get("search")) or (method.get("kfold") is not None and (method.get("parallel") or 1) > 1)
 
 
 def evaluation(tx: Tx, project_id: str, spec: EvaluationSpec) -> dict[str, Any]:

@@ -152,6 +152,11 @@ class Method(Spec):
     group: str | None = Field(None, description="rows that share this column's value stay together")
     time: str | None = Field(None, description="split along this column: train on the past, test on what follows")
     shuffle: bool = True
+    parallel: int | None = Field(
+        None, ge=1, le=64,
+        description="with kfold: how many folds at a time, as jobs of their own, as slots and cores allow; the results are "
+        "the same. By default as many as there are free slots when a fold takes long",
+    )  # fmt: skip
 
     @model_validator(mode="after")
     def _one(self) -> Method:
@@ -212,13 +217,81 @@ class Stopping(Spec):
     max_seconds: float | None = Field(None, gt=0, le=30 * 86400, description="seconds of one fit's training at most")
 
 
+class Range(Spec):
+    """Numbers from `low` to `high`; of an integer hyperparameter, integers. `log`: spread evenly over magnitudes."""
+
+    low: float
+    high: float
+    log: bool = False
+    step: float | None = Field(None, gt=0)
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Range:
+        if not self.low < self.high:
+            raise ValueError("low must be below high")
+        if self.log and (self.low <= 0 or self.step is not None):
+            raise ValueError("log needs a low above 0, and no step")
+        return self
+
+
+class Choices(Spec):
+    """One of the values given, which have no order."""
+
+    choices: list[Any] = Field(min_length=1, max_length=1000)
+
+
+class SearchSpec(Spec):
+    """A search for hyperparameters: trials chosen by what the earlier ones gave (TPE), each a job of its own.
+
+    The rows that choose are not those that the report is about: with `validation` holdout or test, trials are scored by
+    folds within the training rows. With kfold the report says that its figures are those that chose, unless `nested`.
+    """
+
+    trials: int = Field(20, ge=1, le=1000, description="hyperparameters tried at most; the first are those given")
+    metric: str | None = Field(
+        None, description="what to improve, of `GET /api/v1/metrics`; by default the task's first"
+    )
+    space: dict[str, Range | Choices] | None = Field(
+        None,
+        description="what to try for each hyperparameter; by default what the algorithm suggests. For algorithm auto only "
+        "`algorithm`, with the choices among which to choose",
+        examples=[{"C": {"low": 0.001, "high": 100, "log": True}, "penalty": {"choices": ["l1", "l2"]}}],
+    )
+    parallel: int = Field(
+        2, ge=1, le=64,
+        description="trials at a time, as slots and cores allow. What is tried depends on this and the seed, not on timing",
+    )  # fmt: skip
+    sampler: Literal["tpe", "random"] = "tpe"
+    pruner: Literal["median", "hyperband", "none"] = Field(
+        "median", description="gives a trial up that falls behind after a fold or, where the trainer tells, an epoch"
+    )
+    timeout_s: float | None = Field(
+        None, gt=0, le=30 * 86400, description="no trial begins after so many seconds, and those that run are stopped"
+    )
+    validation: Method | None = Field(
+        None, description="how a trial is scored within the rows that may choose: kfold (by default 3) or holdout"
+    )
+    nested: bool = Field(
+        False, description="with validation kfold: a search of its own for each fold, so that the report is honest"
+    )
+
+    @model_validator(mode="after")
+    def _inner(self) -> SearchSpec:
+        if self.validation and self.validation.test:
+            raise ValueError("validation of a search is kfold or holdout: it divides the training rows")
+        return self
+
+
 class TrainingSpec(Spec):
     """A training job: data, target, algorithm, preparation, evaluation, and when to refuse the result."""
 
     model: Name
     dataset: RefText
     target: str = Field(min_length=1, max_length=1000, description="the column to predict")
-    algorithm: str = Field(description="one of `GET /api/v1/algorithms`", examples=["logistic-regression"])
+    algorithm: str = Field(
+        description="one of `GET /api/v1/algorithms`, or `auto`: the best of those that fit",
+        examples=["logistic-regression"],
+    )
     task: Literal["tabular-classification", "tabular-regression"] | None = Field(
         None, description="by default told from the algorithm and the target's type"
     )
@@ -238,6 +311,7 @@ class TrainingSpec(Spec):
     alias: Annotated[str, StringConstraints(pattern=ALIAS_PATTERN)] | None = Field(
         None, description="an alias to move to the new version when it is registered"
     )
+    search: SearchSpec | None = Field(None, description="search for the best hyperparameters before the final training")
     resources: JobResources = JobResources()
     seed: int = Field(0, ge=0, lt=2**32)
 

@@ -22,7 +22,8 @@ Role = Literal["admin", "developer", "viewer", "invoke-only"]
 JobStatus = Literal[
     "queued", "validating", "running", "paused", "succeeded", "failed", "refused", "cancelling", "cancelled"
 ]
-JobKind = Literal["ingest", "train", "evaluate", "import", "edit", "diff"]
+JobKind = Literal["ingest", "train", "evaluate", "import", "edit", "diff", "trial", "fold"]
+Slot = Literal["taken", "later", "free", "wanted"]
 DeploymentStatus = Literal["creating", "updating", "ready", "degraded", "rolling_back", "failed", "deleting"]
 ReplicaStatus = Literal["starting", "ready", "draining", "failed", "stopped"]
 
@@ -204,11 +205,16 @@ class Dataset(Noun):
 
 
 class Job(Noun):
-    """A unit of long work. `lease_*` and `token` belong to the worker that holds it; a write with an older token is void."""
+    """A unit of long work. `lease_*` and `token` belong to the worker that holds it; a write with an older token is void.
+
+    `parent_id`: the job that this one is a part of (a trial of its search, a fold of its validation).
+    `slot`: whether it takes one of its worker's slots while it runs. A job that waits for its parts lets it go (`free`)
+    and takes it again (`wanted`, then `taken`); `later` takes one and is known to let it go.
+    """
 
     PREFIX: ClassVar[str] = "job"
     HIDDEN: ClassVar[frozenset[str]] = frozenset(
-        {"token", "lease_owner", "lease_expires_at", "available_at", "idle_deaths"}
+        {"token", "lease_owner", "lease_expires_at", "available_at", "idle_deaths", "slot"}
     )
     project_id: str
     kind: JobKind
@@ -229,10 +235,15 @@ class Job(Noun):
     started_at: float | None = None
     finished_at: float | None = None
     created_by: str = ""
+    parent_id: str | None = None
+    slot: Slot = "taken"
 
 
 class JobEvent(Noun):
-    """`seq` counts from 1 within a job. `kind`: status, log, progress, fold, warning, error."""
+    """`seq` counts from 1 within a job. `kind`: status, log, progress, metric, fold, trial, resource, warning, error.
+
+    A `metric` is a point of the job's curves: {"step", "unit", "part", "values": {name: number or null}, "seconds"}.
+    """
 
     PREFIX: ClassVar[str] = "ev"
     job_id: str

@@ -26,8 +26,8 @@ from modelworks.core.errors import (
 from modelworks.core.types import Job
 from modelworks.engines.memory import limited_to, starved
 from modelworks.engines.process import attach
-from modelworks.jobs.context import Context, patiently
-from modelworks.jobs.queue import Queue, held
+from modelworks.jobs.context import Context
+from modelworks.jobs.queue import Queue, held, patiently
 from modelworks.ml.base import Cancelled
 from modelworks.store.blobs import Blobs
 from modelworks.store.catalog import Catalog
@@ -54,7 +54,8 @@ def main() -> int:
         return 0
     _limit(job, config)
     threads = min(int(job.spec.get("resources", {}).get("threads", 1)), os.cpu_count() or 1)
-    context = Context(queue, blobs, job, workdir=workdir, threads=threads)
+    slots = int(config.get("slots", 1))
+    context = Context(queue, blobs, job, workdir=workdir, threads=threads, slots=slots)
     return run(job, queue, catalog, blobs, context, config)
 
 
@@ -73,6 +74,8 @@ def run(job: Job, queue: Queue, catalog: Catalog, blobs: Blobs, context: Context
     except Exception as error:
         with _trace(Path(config["home"]), job.id) as file:
             traceback.print_exc(file=file)
+        with contextlib.suppress(LeaseLost):
+            context.flush()
         settle = partial(_settle, queue, job, error)
         with contextlib.suppress(LeaseLost):
             patiently(settle)

@@ -6,24 +6,29 @@ was given. A write with an older token, or on a job that is no longer held, rais
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, Literal
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any, Literal, TypeVar
 
 import sqlalchemy as sa
 
-from modelworks.core.errors import Conflict, LeaseLost
-from modelworks.core.types import FINAL_JOB_STATES, Artifact, Checkpoint, Job, JobEvent, JobStatus
+from modelworks.core.errors import CatalogUnavailable, Conflict, LeaseLost
+from modelworks.core.types import FINAL_JOB_STATES, Artifact, Checkpoint, Job, JobEvent, JobKind, JobStatus
 from modelworks.ml.base import Cancelled
 from modelworks.store.catalog import Catalog, Tx
 
 STRIKES = 5  # fruitless attempts in a row until a job is given up
 MAX_ATTEMPTS = 1000  # guard against a job that takes its worker down each time
 MAX_EVENTS = 10_000
+MIN_WAITING = 2  # jobs that may wait for their parts at the same time, however few slots a worker has
 MAX_TEXT = 2_000
 HELD = ("running", "cancelling")
 UPLOAD = "upload"  # kind of the artifact that keeps an uploaded file while its job is not done
 _PROGRESSED = -1  # in `idle_deaths`: something was finished, so that the next death is not counted
 
+_PATIENCE = 60.0  # seconds that a write which matters waits for a catalog that is away
+
+T = TypeVar("T")
 Stop = Literal["cancelling", "paused", "lost"]
 Held = Mapping[str, int]  # job id -> token
 
@@ -31,6 +36,18 @@ Held = Mapping[str, int]  # job id -> token
 def backoff(strikes: int) -> float:
     """Seconds until a job is tried again after `strikes` fruitless attempts in a row."""
     return float(min(0.5 * 2 ** max(strikes - 1, 0), 60.0)) if strikes > 0 else 0.1
+
+
+def patiently(write: Callable[[], T], patience: float = _PATIENCE) -> T:
+    """`write()`, again and again while the catalog is away; after `patience` seconds its CatalogUnavailable goes up."""
+    until = time.monotonic() + patience
+    while True:
+        try:
+            return write()
+        except CatalogUnavailable as error:
+            if time.monotonic() > until:
+                raise
+            time.sleep(min(error.retry_after or 0.5, 0.5))
 
 
 class Queue:
@@ -53,26 +70,47 @@ class Queue:
             return job
         if job.status in ("queued", "paused"):
             return _close(tx, job, "cancelled")
+        for part in _open_parts(tx, job):
+            self.cancel(tx, part)
         return _move(tx, job, "cancelling")
 
     def pause(self, tx: Tx, job: Job) -> Job:
-        """No longer held: its process stops, and what it has checkpointed stays. Conflict when the job has ended."""
-        return job if job.status == "paused" else _move(tx, job, "paused", **_UNHELD)
+        """No longer held: its process stops, and what it has checkpointed stays. Conflict when the job has ended.
+
+        The parts that it is waiting for pause and resume with it.
+        """
+        if job.status == "paused":
+            return job
+        for part in _open_parts(tx, job):
+            if part.status in ("queued", "running"):
+                self.pause(tx, part)
+        return _move(tx, job, "paused", **_UNHELD)
 
     def resume(self, tx: Tx, job: Job) -> Job:
         if job.status in ("queued", "running"):
             return job
         if job.status != "paused":
             raise Conflict(f"a job that is {job.status} cannot be resumed", code="illegal_state")
+        for part in _open_parts(tx, job):
+            if part.status == "paused":
+                self.resume(tx, part)
         return _move(tx, job, "queued", available_at=tx.now(), idle_deaths=0)
 
     # the worker
 
-    def claim(self, owner: str, lease_seconds: float) -> Job | None:
-        """Hold the oldest job that may run, of the project with the fewest running; None when there is none."""
+    def claim(
+        self, owner: str, lease_seconds: float, *, slots: int | None = None, lingering: Collection[str] = ()
+    ) -> Job | None:
+        """Hold the oldest job that may run, of the project with the fewest running; None when there is none.
+
+        Also None when the jobs that `owner` holds, and those whose processes are `lingering`, fill its `slots`.
+        """
         with self._catalog.write() as tx:
             now = tx.now()
-            job_id = _next(tx, now)
+            mine = _slots(tx, owner)
+            if slots is not None and _filled(mine) + len(set(lingering) - set(mine)) >= slots:
+                return None
+            job_id = _next(tx, now, _waiting(mine) < max(slots or MIN_WAITING, MIN_WAITING))
             if job_id is None:
                 return None
             job = tx.get(Job, job_id)
@@ -88,6 +126,7 @@ class Queue:
                     lease_expires_at=now + lease_seconds,
                     started_at=job.started_at or now,
                     stage="starting",
+                    slot="taken" if job.slot == "taken" else "later",
                 )
             except Conflict:  # another worker was faster
                 return None
@@ -180,9 +219,14 @@ class Queue:
                 add_event(tx, job_id, "progress", stage, {"progress": round(fraction, 4), **(metrics or {})})
 
     def event(self, job_id: str, token: int, kind: str, message: str, data: dict[str, Any]) -> None:
+        self.events(job_id, token, [(kind, message, data)])
+
+    def events(self, job_id: str, token: int, events: Sequence[tuple[str, str, dict[str, Any]]]) -> None:
+        """Several at once, each (kind, message, data)."""
         with self._catalog.write(durable=False) as tx:
             held(tx, job_id, token)
-            add_event(tx, job_id, kind, message, data)
+            for kind, message, data in events:
+                add_event(tx, job_id, kind, message, data)
 
     def checkpoint(self, job_id: str, token: int, name: str, blob: str) -> None:
         """Keep `blob` as the finished part `name` of the job; a part that is there already is replaced."""
@@ -194,6 +238,61 @@ class Queue:
             else:
                 tx.add(Checkpoint(job_id=job_id, name=name, blob=blob))
             tx.update(job, idle_deaths=_PROGRESSED)
+
+    def parts(self, job_id: str, kind: JobKind | None = None) -> list[Job]:
+        """The jobs that are parts of this one, oldest first."""
+        with self._catalog.read() as tx:
+            chosen = sa.true() if kind is None else tx.table(Job).c.kind == kind
+            return tx.list(Job, chosen, parent_id=job_id)
+
+    def add_parts(self, job_id: str, token: int, parts: Sequence[Job]) -> list[Job]:
+        """Queue `parts` of the job, which the same user asked for; raises Cancelled or LeaseLost as `progress` does."""
+        with self._catalog.write() as tx:
+            job = still_running(tx, job_id, token)
+            whose = {"project_id": job.project_id, "created_by": job.created_by, "parent_id": job.id}
+            return [self.enqueue(tx, part.model_copy(update=whose)) for part in parts]
+
+    def stop_part(self, job_id: str, token: int, part_id: str) -> None:
+        with self._catalog.write() as tx:
+            still_running(tx, job_id, token)
+            self.cancel(tx, tx.get(Job, part_id))
+
+    def let_go(self, job_id: str, token: int, slots: int) -> bool:
+        """Leave the slot to the job's parts while it waits for them. False when too many wait already."""
+        with self._catalog.write() as tx:
+            job = still_running(tx, job_id, token)
+            if job.slot == "taken" and _waiting(_slots(tx, job.lease_owner)) >= max(slots, MIN_WAITING):
+                return False
+            tx.update(job, slot="free")
+        return True
+
+    def take(self, job_id: str, token: int, slots: int) -> bool:
+        """Have a slot again, before anything is computed; False while others fill them: ask again."""
+        with self._catalog.write() as tx:
+            job = still_running(tx, job_id, token)
+            others = {other: slot for other, slot in _slots(tx, job.lease_owner).items() if other != job.id}
+            taken = sum(slot in ("taken", "later") for slot in others.values()) < slots
+            tx.update(job, slot="taken" if taken else "wanted")
+        return taken
+
+    def idle(self, owner: str | None, slots: int) -> int:
+        """How many of the owner's slots are neither taken nor waited for."""
+        with self._catalog.read() as tx:
+            jobs = tx.table(Job)
+            waits = tx.find(Job, _claimable(jobs, tx.now())) is not None
+            return 0 if waits else max(0, slots - _filled(_slots(tx, owner)))
+
+    def deliver(self, tx: Tx, job: Job, name: str, blob: str) -> None:
+        """A part's result becomes the checkpoint `name` of the job that it is a part of, which has got on by it."""
+        parent = tx.find(Job, id=job.parent_id)
+        if parent is None or parent.status in FINAL_JOB_STATES:
+            return
+        known = tx.find(Checkpoint, job_id=parent.id, name=name)
+        if known:
+            tx.update(known, blob=blob)
+        else:
+            tx.add(Checkpoint(job_id=parent.id, name=name, blob=blob))
+        tx.update(parent, idle_deaths=_PROGRESSED)
 
     def restore(self, job_id: str, name: str) -> str | None:
         """The digest of the blob kept under `name`."""
@@ -255,11 +354,30 @@ def _claimable(jobs: Any, now: float) -> Any:
     return sa.and_(jobs.c.status == "queued", jobs.c.available_at <= now)
 
 
-def _next(tx: Tx, now: float) -> str | None:
+def _slots(tx: Tx, owner: str | None) -> dict[str, str]:
+    """Of each job that `owner` holds: its slot."""
+    jobs = tx.table(Job)
+    rows = tx.execute(sa.select(jobs.c.id, jobs.c.slot).where(jobs.c.lease_owner == owner, jobs.c.status.in_(HELD)))
+    return {row.id: row.slot for row in rows}
+
+
+def _filled(slots: Mapping[str, str]) -> int:
+    return sum(slot != "free" for slot in slots.values())
+
+
+def _waiting(slots: Mapping[str, str]) -> int:
+    """How many have parts: they hold a process each, also while they hold no slot."""
+    return sum(slot != "taken" for slot in slots.values())
+
+
+def _next(tx: Tx, now: float, with_parts: bool) -> str | None:
+    """`with_parts`: whether it may be one that will wait for parts."""
     jobs = tx.table(Job)
     project = jobs.c.project_id
-    oldest = sa.select(project, sa.func.min(jobs.c.id)).where(_claimable(jobs, now)).group_by(project)
-    active = sa.select(project, sa.func.count()).where(jobs.c.status.in_(HELD)).group_by(project)
+    may = _claimable(jobs, now) if with_parts else sa.and_(_claimable(jobs, now), jobs.c.slot == "taken")
+    oldest = sa.select(project, sa.func.min(jobs.c.id)).where(may).group_by(project)
+    busy = sa.and_(jobs.c.status.in_(HELD), jobs.c.slot != "free")
+    active = sa.select(project, sa.func.count()).where(busy).group_by(project)
     running = dict(tuple(row) for row in tx.execute(active))
     first = min(tx.execute(oldest), key=lambda row: (running.get(row[0], 0), row[1]), default=None)
     return first[1] if first else None
@@ -275,11 +393,20 @@ def _close(tx: Tx, job: Job, status: JobStatus, **changes: Any) -> Job:
     """The job's last change; what was kept only for it goes."""
     if error := changes.get("error"):
         add_event(tx, job.id, "error", str(error["message"]), {"code": error["code"]})
+    for part in _open_parts(tx, job):
+        if part.status in ("queued", "paused"):
+            _close(tx, part, "cancelled")
+        elif part.status != "cancelling":
+            _move(tx, part, "cancelling")
     job = _move(tx, job, status, finished_at=tx.now(), **_UNHELD, **changes)
     tx.delete_where(Checkpoint, tx.table(Checkpoint).c.job_id == job.id)
     artifacts = tx.table(Artifact)
     tx.delete_where(Artifact, artifacts.c.owner_id == job.id, artifacts.c.kind == UPLOAD)
     return job
+
+
+def _open_parts(tx: Tx, job: Job) -> list[Job]:
+    return tx.list(Job, tx.table(Job).c.status.not_in(FINAL_JOB_STATES), parent_id=job.id)
 
 
 def _give_up_hold(tx: Tx, job: Job, reason: str, *, strike: bool, tries: int = STRIKES) -> Job:

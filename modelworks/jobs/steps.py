@@ -15,8 +15,10 @@ from modelworks.core.errors import InvalidInput
 from modelworks.core.specs import DatasetEdit, EvaluationSpec, TableSchema, TrainingSpec
 from modelworks.core.types import Dataset, Job, ModelVersion
 from modelworks.jobs import registering
-from modelworks.jobs.context import Context, patiently
-from modelworks.jobs.queue import Queue, still_running
+from modelworks.jobs.context import Context
+from modelworks.jobs.parts import Delivered
+from modelworks.jobs.queue import Queue, patiently, still_running
+from modelworks.jobs.search import choose, trial
 from modelworks.ml.package import Manifest, Package
 from modelworks.store.blobs import Blobs
 from modelworks.store.catalog import Catalog, Tx
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
 
 # what the library resolved, beside the spec that was asked for
 _RESOLVED = frozenset({"dataset_id", "test_dataset_id", "model_version_id", "compare_version_id"})
+_OF_PARTS = frozenset({"part", "of", "trial", "scope", "params", "history"})
 
 
 @dataclass(frozen=True)
@@ -58,10 +61,12 @@ class Step:
 
     def spec(self) -> dict[str, Any]:
         """The spec as it was asked for, with references resolved."""
-        return {name: value for name, value in self.job.spec.items() if name not in _RESOLVED}
+        return {name: value for name, value in self.job.spec.items() if name not in _RESOLVED | _OF_PARTS}
 
     def commit(self, write: Callable[[Tx, Job], None]) -> None:
         """All that `write` does, if the lease still holds and nobody cancelled; else nothing."""
+
+        self.context.flush()
 
         def attempt() -> None:
             with self.catalog.write() as tx:
@@ -184,6 +189,7 @@ def train(step: Step) -> None:
         suspicions.append("the test dataset is the training dataset: its rows are trained on; expect worse on new ones")
     for suspicion in suspicions:
         step.context.event("warning", suspicion)
+    spec, searched = choose(step, spec, dataset)
     try:
         trained = fit(
             open_table(
@@ -196,6 +202,7 @@ def train(step: Step) -> None:
             dataset_ref=dataset.ref,
             dataset_digest=dataset.digest,
             code_version=modelworks.__version__,
+            searched=searched,
         )
     except InvalidInput as error:
         if error.code != "gate_failed":
@@ -219,7 +226,8 @@ def train(step: Step) -> None:
             report = tx.update(report, model_version=model.ref)
         if spec.alias:
             registering.alias(tx, job, model, spec.alias)
-        _finish_model(step, tx, job, model, metrics=report.metrics, report_id=report.id)
+        found = {"leaderboard": searched["leaderboard"], "search": _summary(searched)} if searched else {}
+        _finish_model(step, tx, job, model, metrics=report.metrics, report_id=report.id, **found)
 
     step.commit(write)
 
@@ -286,6 +294,23 @@ def import_version(step: Step) -> None:
     step.commit(write)
 
 
+def fold(step: Step) -> None:
+    """One part of a validation: the predictions become a checkpoint of the job that they are a part of."""
+    part = str(step.job.spec["part"])
+    try:
+        STEPS[step.job.spec["of"]](step)
+    except Delivered as done:
+        blob = done.blob
+    else:
+        raise InvalidInput(f"the job has no part {part!r}", code="part_missing")
+
+    def write(tx: Tx, job: Job) -> None:
+        step.queue.deliver(tx, job, part, blob)
+        step.queue.finish(tx, job, result={"part": part})
+
+    step.commit(write)
+
+
 def _refuse_classes(spec: dict[str, Any]) -> None:
     if spec["classes"] is not None:
         raise InvalidInput("a language model or text encoder has no classes; leave them out", param="classes")
@@ -299,10 +324,22 @@ def _refuse_options(spec: dict[str, Any]) -> None:
             )
 
 
+def _summary(searched: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in searched.items() if name != "leaderboard"}
+
+
 def _finish_model(
-    step: Step, tx: Tx, job: Job, model: ModelVersion, *, metrics: dict[str, Any], report_id: str | None = None
+    step: Step,
+    tx: Tx,
+    job: Job,
+    model: ModelVersion,
+    *,
+    metrics: dict[str, Any],
+    report_id: str | None = None,
+    **more: Any,
 ) -> None:
     result = {"model_version": model.ref, "model_version_id": model.id, "digest": model.digest, "report_id": report_id}
+    result |= more
     step.queue.finish(tx, job, metrics=metrics, model_version=model.ref, result=result)
 
 
@@ -330,4 +367,6 @@ STEPS: dict[str, Callable[[Step], None]] = {
     "train": train,
     "evaluate": evaluate,
     "import": import_version,
+    "fold": fold,
+    "trial": trial,
 }

@@ -52,7 +52,7 @@ class Running:
 
 
 class Worker:
-    """`slots` jobs at a time of the catalog in `home`. `turn` is one pass of the loop."""
+    """`workers` jobs at a time of the catalog in `home`, beside those that only wait for their parts. `turn` is one pass of the loop."""
 
     def __init__(self, home: Path, settings: Settings, catalog: Catalog) -> None:
         self._home = home
@@ -83,8 +83,11 @@ class Worker:
         self._obey()
         if self._queue.waiting():
             self._queue.reclaim()
-            while len(self._running) < self._settings.workers and (
-                job := self._queue.claim(self._owner, self._settings.lease_seconds)
+            while job := self._queue.claim(
+                self._owner,
+                self._settings.lease_seconds,
+                slots=self._settings.workers,
+                lingering=[running.job.id for running in self._running],
             ):
                 self._start(job)
         if time.monotonic() - self._collected > COLLECT_EVERY:
@@ -124,6 +127,7 @@ class Worker:
                     "workdir": str(workdir),
                     "offline": self._settings.offline,
                     "max_file": self._settings.max_upload,
+                    "slots": self._settings.workers,
                 },
                 title=f"modelworks job {job.id} --home {self._home}",
                 log=log_file,

@@ -9,7 +9,7 @@ The same arrays enter training, evaluation and the replica, so there is one impl
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
@@ -34,12 +34,25 @@ class JobContext(Protocol):
     seed: int
     threads: int
     workdir: Path
+    only: str | None
+    """The one part (`fold-3`) that this process is to compute; None: the whole job."""
 
     def progress(self, fraction: float, stage: str, **metrics: Any) -> None:
         """Report `fraction` (0 to 1) of the whole job; raises Cancelled when the job was cancelled."""
 
     def event(self, kind: str, message: str, **data: Any) -> None:
-        """Add a row to the job's events: kind is "log", "warning", "fold" or "progress"."""
+        """Add a row to the job's events: kind is "log", "warning", "fold", "trial" or "progress"."""
+
+    def metric(self, step: int, values: Mapping[str, float], *, unit: str = "epoch", part: str = "") -> None:
+        """A point of the job's curves: what `values` (loss, val_loss, val_accuracy, lr, grad_norm, rows_per_s...) were
+        after `step` units. Cheap to call often: points are written in batches, and thinned out when there are many.
+        """
+
+    def spread(self, names: Sequence[str], parallel: int | None, seconds: float) -> None:
+        """The parts `names` are still to be computed: have them done as jobs of their own, and return once `restore`
+        finds them; or return at once, when doing them here is as good. `parallel`: how many at a time, as the user
+        asked; None: where slots are free and one part takes long (`seconds` is what the last one took).
+        """
 
     def checkpoint(self, name: str, data: bytes) -> None:
         """Keep `data` under `name`: after a crash the retried job finds it with `restore`."""

@@ -64,7 +64,11 @@ TABLES: dict[type[Noun], sa.Table] = {
     Key: _table(Key, "keys", sa.UniqueConstraint("digest")),
     Dataset: _table(Dataset, "datasets", sa.UniqueConstraint("project_id", "name", "version")),
     Job: _table(
-        Job, "jobs", sa.Index("ix_jobs_queue", "status", "available_at"), sa.Index("ix_jobs_project", "project_id")
+        Job,
+        "jobs",
+        sa.Index("ix_jobs_queue", "status", "available_at"),
+        sa.Index("ix_jobs_project", "project_id"),
+        sa.Index("ix_jobs_parent", "parent_id"),
     ),
     JobEvent: _table(JobEvent, "job_events", sa.UniqueConstraint("job_id", "seq")),
     Checkpoint: _table(Checkpoint, "checkpoints", sa.UniqueConstraint("job_id", "name")),

@@ -22,6 +22,10 @@ jobs = Routes("Jobs")
 
 Status = Annotated[JobStatus | None, Query(description="only those in this state")]
 Kind = Annotated[JobKind | None, Query(description="only those of this kind")]
+Parent = Annotated[
+    str | None,
+    Query(pattern=r"^[A-Za-z0-9_-]{1,64}$", description="only the parts of this job: trials of its search, folds"),
+]
 AfterSeq = Annotated[int, Query(ge=0, le=2**53, description="only events with a greater number")]
 EventLimit = Annotated[int, Query(ge=1, le=1000, description="how many at most")]
 LastEventId = Annotated[
@@ -85,10 +89,16 @@ def list_training_jobs(
 
 @jobs.get(JOBS, "training_jobs.list", "List jobs", answer=schemas.page("Job"))
 def list_jobs(
-    services: Use, caller: Who, kind: Kind = None, status: Status = None, limit: Limit = 20, after: After = None
+    services: Use,
+    caller: Who,
+    kind: Kind = None,
+    status: Status = None,
+    parent: Parent = None,
+    limit: Limit = 20,
+    after: After = None,
 ) -> Response:
-    """Jobs of all kinds, newest first."""
-    found = services.library.jobs(caller, kind=kind, status=status, limit=limit, after=after)
+    """Jobs of all kinds, newest first. The parts of a job (trials of its search, folds) are listed by `parent`."""
+    found = services.library.jobs(caller, kind=kind, status=status, parent=parent, limit=limit, after=after)
     return listing([item.public() for item in found.items], found.has_more)
 
 

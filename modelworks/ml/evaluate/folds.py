@@ -6,6 +6,7 @@ Each finished fold is a checkpoint, so a job that was killed goes on after it.
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -40,17 +41,24 @@ def predict_folds(
     start, end = span
     count = len(plan.parts)
     done: list[Predictions] = []
+    names = [f"{prefix}-{number}" for number in range(1, count + 1)]
+    if plan.parallel and count > 1:
+        ctx.spread([name for name in names if not ctx.restore(name)], plan.parallel, 0.0)
     for index, (train, test) in enumerate(plan.parts):
-        number = index + 1
+        number, name = index + 1, names[index]
+        if ctx.only not in (None, name):
+            continue
         left, right = start + (end - start) * (index / count), start + (end - start) * (number / count)
-        name = f"{prefix}-{number}"
         kept = ctx.restore(name)
         found = _read(kept) if kept else None
         if found is None:
             label = f"fold {number} of {count}" if count > 1 else "hold-out"
-            part = Span(ctx, left, right, problem.spec.seed, label)
+            part, began = Span(ctx, left, right, problem.spec.seed, label), time.monotonic()
             found = _predict(problem, train[np.isin(train, problem.rows)], test[np.isin(test, problem.rows)], part)
             ctx.checkpoint(name, _write(found))
+            if plan.parallel is None:
+                rest = [name for name in names[number:] if not ctx.restore(name)]
+                ctx.spread(rest, None, time.monotonic() - began)
         scores = m.score(problem.task, found, wanted)
         first = next(iter(wanted))
         shown = "undefined" if scores[first] is None else f"{scores[first]:.4f}"
@@ -64,6 +72,7 @@ def predict_folds(
             test_rows=len(found.rows),
             resumed=kept is not None,
         )
+        ctx.metric(number, {key: value for key, value in scores.items() if value is not None}, unit=prefix)
         ctx.progress(
             right, f"fold {number} of {count}", **{name: value for name, value in scores.items() if value is not None}
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -18,17 +18,18 @@ from modelworks.ml.evaluate.catalogue import CLASSIFICATION
 class Plan:
     """`parts`: (training rows, test rows) as numbers of the table's rows.
 
-    `splitter`: what made them, for the report.
+    `splitter`: what made them, for the report. `parallel`: how many parts at a time, as jobs; None: as is best.
     """
 
     parts: list[tuple[np.ndarray, np.ndarray]]
     splitter: dict[str, Any]
     notes: list[str] = field(default_factory=list)
+    parallel: int | None = None
 
 
 def describe_method(method: Method) -> dict[str, Any]:
     """The method as a report shows it: what was given, without the defaults."""
-    return method.model_dump(mode="json", exclude_none=True, exclude_defaults=True)
+    return method.model_dump(mode="json", exclude_none=True, exclude_defaults=True, exclude={"parallel"})
 
 
 def plan(method: Method, task: str, rows: np.ndarray, target: np.ndarray, along: np.ndarray | None, seed: int) -> Plan:
@@ -51,7 +52,7 @@ def plan(method: Method, task: str, rows: np.ndarray, target: np.ndarray, along:
                     code="too_few_rows",
                     param="validation",
                 )
-    return made
+    return replace(made, parallel=method.parallel)
 
 
 def _folds(

@@ -14,6 +14,7 @@ from modelworks.core.registry import Registry
 from modelworks.ml.base import Trainer
 
 CLASSIFICATION, REGRESSION = "tabular-classification", "tabular-regression"
+AUTO = "auto"  # in place of an algorithm: the best of those that fit the task
 
 TRAINERS: Registry[type[Trainer]] = Registry(
     "modelworks.trainers",

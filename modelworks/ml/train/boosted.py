@@ -42,6 +42,7 @@ class GradientBoostedTrees:
         def report(env: Any) -> None:
             losses = {name: value for _, name, value, _ in env.evaluation_result_list}
             curve.extend(losses.values())
+            ctx.metric(env.iteration + 1, {"loss": next(iter(losses.values()))}, unit="round")
             ctx.progress((env.iteration + 1) / params.n_estimators, "boosting", round=env.iteration + 1, **losses)
 
         booster = lightgbm.train(

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from modelworks.core.errors import InvalidInput
 from modelworks.core.specs import Method, TrainingSpec
 from modelworks.core.types import Column
 from modelworks.ml.data.transforms.catalogue import check_transforms
 from modelworks.ml.evaluate.catalogue import check_metrics
-from modelworks.ml.train.algorithms import CLASSIFICATION, REGRESSION, TRAINERS, check_hyperparameters
+from modelworks.ml.train.algorithms import AUTO, CLASSIFICATION, REGRESSION, TRAINERS, check_hyperparameters
 
 _TASK_OF_TYPE = {"category": CLASSIFICATION, "boolean": CLASSIFICATION, "text": CLASSIFICATION, "number": REGRESSION}
 _SHOWN = 30
@@ -35,7 +36,7 @@ def check_training(spec: TrainingSpec, columns: Sequence[Column]) -> TrainingSpe
     return spec.model_copy(
         update={
             "features": [column.name for column in features],
-            "hyperparameters": check_hyperparameters(spec.algorithm, spec.hyperparameters),
+            "hyperparameters": _hyperparameters(spec),
             "transforms": None if spec.transforms is None else check_transforms(spec.transforms),
         }
     )
@@ -44,12 +45,26 @@ def check_training(spec: TrainingSpec, columns: Sequence[Column]) -> TrainingSpe
 def _check_stopping(spec: TrainingSpec, task: str | None) -> None:
     if spec.stopping is None:
         return
+    if spec.algorithm == AUTO:
+        if spec.stopping.model_fields_set - {"max_seconds"}:
+            raise InvalidInput("with algorithm auto, stopping takes max_seconds alone: the budget of the whole search", param="stopping")
+        return
     if not hasattr(TRAINERS.get(spec.algorithm), "learn"):
         raise InvalidInput(
             f"{spec.algorithm} does not stop early; leave stopping out, or choose a net such as mlp", param="stopping"
         )
     if task and spec.stopping.metric != "loss":
         check_metrics(task, [spec.stopping.metric])
+
+
+def _hyperparameters(spec: TrainingSpec) -> dict[str, Any]:
+    if spec.algorithm != AUTO:
+        return check_hyperparameters(spec.algorithm, spec.hyperparameters)
+    if spec.hyperparameters:
+        raise InvalidInput(
+            "algorithm auto chooses the hyperparameters; name an algorithm, or leave them out", param="hyperparameters"
+        )
+    return {}
 
 
 def find(columns: Sequence[Column], name: str, param: str) -> Column:
@@ -88,7 +103,7 @@ def task_of(spec: TrainingSpec, target: Column) -> str | None:
 
     InvalidInput when algorithm and target do not fit.
     """
-    tasks = TRAINERS.get(spec.algorithm).tasks
+    tasks = (CLASSIFICATION, REGRESSION) if spec.algorithm == AUTO else TRAINERS.get(spec.algorithm).tasks
     if spec.task and spec.task not in tasks:
         raise InvalidInput(
             f"{spec.algorithm} does {' and '.join(tasks)}, not {spec.task}; choose another algorithm", param="task"

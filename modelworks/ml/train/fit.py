@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,10 +34,11 @@ class Span:
     label: str = ""
     threads: int = field(init=False)
     workdir: Path = field(init=False)
+    only: str | None = field(init=False, default=None)
     _last: float = field(init=False, default=0.0)
 
     def __post_init__(self) -> None:
-        self.threads, self.workdir = self.ctx.threads, self.ctx.workdir
+        self.threads, self.workdir, self.only = self.ctx.threads, self.ctx.workdir, self.ctx.only
 
     def progress(self, fraction: float, stage: str, **metrics: Any) -> None:
         now = time.monotonic()
@@ -50,6 +52,12 @@ class Span:
 
     def event(self, kind: str, message: str, **data: Any) -> None:
         self.ctx.event(kind, f"{self.label}: {message}" if self.label else message, **data)
+
+    def metric(self, step: int, values: Mapping[str, float], *, unit: str = "epoch", part: str = "") -> None:
+        self.ctx.metric(step, values, unit=unit, part=part or self.label)
+
+    def spread(self, names: Sequence[str], parallel: int | None, seconds: float) -> None:
+        self.ctx.spread(names, parallel, seconds)
 
     def checkpoint(self, name: str, data: bytes) -> None:
         self.ctx.checkpoint(name, data)

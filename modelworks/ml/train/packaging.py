@@ -152,12 +152,20 @@ def _within(problem: Problem, rows: np.ndarray) -> int:
     return max(1, int(np.searchsorted(sizes.cumsum(), SAMPLE_BYTES, side="right")))
 
 
+def _lasting(spec: TrainingSpec) -> dict[str, Any]:
+    """The spec without what has no influence on the result."""
+    kept = spec.model_dump(mode="json", exclude={"search": True})
+    if kept["validation"]:
+        kept["validation"].pop("parallel", None)
+    return kept
+
+
 def lineage_of(spec: TrainingSpec, dataset: str, dataset_digest: str, code_version: str) -> dict[str, Any]:
     """Where a model comes from: nothing in it depends on the clock."""
     return {
         "dataset": dataset,
         "dataset_digest": dataset_digest,
-        "spec": spec.model_dump(mode="json"),
+        "spec": _lasting(spec),
         "seeds": {"split": spec.seed, "training": spec.seed},
         "code_version": code_version,
         "libraries": {name: version(name) for name in _LIBRARIES},

@@ -169,6 +169,7 @@ def _descend(estimator: Any, run: Callable[[], float], params: Any, ctx: JobCont
             curve.append(run())
             if not np.isfinite(curve[-1]):
                 break
+            ctx.metric(len(curve), {"loss": curve[-1]})
             ctx.progress(len(curve) / params.max_iter, "fitting", epoch=len(curve), loss=curve[-1])
             still = 0 if params.tol is None or curve[-1] < best - params.tol else still + 1
             best = min(best, curve[-1])

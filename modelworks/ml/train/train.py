@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -48,9 +48,10 @@ def train(
     dataset_ref: str = "",
     dataset_digest: str,
     code_version: str,
+    searched: dict[str, Any] | None = None,
 ) -> Trained:
     """Train `spec` on `table` (canonical; a stored one is streamed, see `memory.open_table`). `test_table`: the rows of
-    `spec.validation.test`, when that is the method.
+    `spec.validation.test`, when that is the method. `searched`: what the search for the hyperparameters found.
 
     InvalidInput for what cannot be learned; with code gate_failed when a gate fails: its detail has gate, value and
     report.
@@ -62,6 +63,8 @@ def train(
     wanted = check_metrics(problem.task, spec.metrics, spec.gates)
     method = spec.validation or DEFAULT_METHOD
     report = _validate(problem, method, wanted, table, columns, test_table, listening)
+    if searched:
+        report["details"] |= {"search": searched, "notes": [searched["note"], *report["details"]["notes"]]}
     check_gates(spec.gates, report)
     model = fit(problem, problem.rows, Span(listening, 0.8, 0.95, spec.seed, "final fit"))
     if problem.classes is not None and len(model.seen) < len(problem.classes):
@@ -72,6 +75,10 @@ def train(
         )
     ctx.progress(0.95, "packaging")
     lineage = lineage_of(spec, dataset_ref, dataset_digest, code_version)
+    if searched:
+        lineage["search"] = {
+            name: searched[name] for name in ("metric", "trials", "parallel", "space", "best", "reported")
+        }
     manifest, files = package(problem, model, report["metrics"], lineage, ctx.workdir, ctx.threads)
     ctx.progress(1.0, "packaged")
     return Trained(manifest, files, report, list(listening.warnings))
@@ -141,7 +148,7 @@ class _Listening:
 
     def __init__(self, ctx: JobContext) -> None:
         self._ctx = ctx
-        self.seed, self.threads, self.workdir = ctx.seed, ctx.threads, ctx.workdir
+        self.seed, self.threads, self.workdir, self.only = ctx.seed, ctx.threads, ctx.workdir, ctx.only
         self.warnings: dict[str, None] = {}
 
     def progress(self, fraction: float, stage: str, **metrics: Any) -> None:
@@ -151,6 +158,12 @@ class _Listening:
         if kind == "warning":
             self.warnings[message] = None
         self._ctx.event(kind, message, **data)
+
+    def metric(self, step: int, values: Mapping[str, float], *, unit: str = "epoch", part: str = "") -> None:
+        self._ctx.metric(step, values, unit=unit, part=part)
+
+    def spread(self, names: Sequence[str], parallel: int | None, seconds: float) -> None:
+        self._ctx.spread(names, parallel, seconds)
 
     def checkpoint(self, name: str, data: bytes) -> None:
         self._ctx.checkpoint(name, data)

@@ -175,8 +175,11 @@ def upgrade() -> None:
         sa.Column("started_at", sa.Float(), nullable=True),
         sa.Column("finished_at", sa.Float(), nullable=True),
         sa.Column("created_by", sa.String(), nullable=False),
+        sa.Column("parent_id", sa.String(), nullable=True),
+        sa.Column("slot", sa.String(), nullable=False),
         sa.PrimaryKeyConstraint("id", name="pk_jobs"),
     )
+    op.create_index("ix_jobs_parent", "jobs", ["parent_id"], unique=False)
     op.create_index("ix_jobs_project", "jobs", ["project_id"], unique=False)
     op.create_index("ix_jobs_queue", "jobs", ["status", "available_at"], unique=False)
     op.create_table(
