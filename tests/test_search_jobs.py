@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -110,7 +109,9 @@ def test_auto_ranks_the_families_within_its_time(home: Home) -> None:
     job = home.succeeded(home.library.train(WHO, training("auto", algorithm="auto", search=search)))
     lines = sorted(job.result["leaderboard"], key=lambda line: line["trial"])
     assert [line["algorithm"] for line in lines[:2]] == ["logistic-regression", "sgd-classifier"]
-    assert home.library.model_version(WHO, str(job.model_version)).algorithm == job.result["leaderboard"][0]["algorithm"]
+    assert (
+        home.library.model_version(WHO, str(job.model_version)).algorithm == job.result["leaderboard"][0]["algorithm"]
+    )
 
 
 def test_no_trial_begins_after_the_timeout(home: Home) -> None:

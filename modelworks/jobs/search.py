@@ -66,10 +66,7 @@ def choose(step: Step, spec: TrainingSpec, dataset: Dataset) -> tuple[TrainingSp
             step.context.checkpoint(_KEPT, kept)
     found = json.loads(kept)
     best = found["best"]
-    chosen = spec.model_copy(
-        update={"algorithm": best["algorithm"], "hyperparameters": best["hyperparameters"], "search": None}
-    )
-    return chosen, found
+    return spec.model_copy(update={**_settings(spec, best), "search": None}), found
 
 
 def _task(step: Step, spec: TrainingSpec, dataset: Dataset) -> str:
@@ -87,7 +84,7 @@ def _search_all(step: Step, spec: TrainingSpec, search: SearchSpec, dataset: Dat
         for number in range(1, folds + 1):
             share = (number - 1) / (folds + 1) * _SHARE, number / (folds + 1) * _SHARE
             winners.append(_Campaign(step, spec, search, f"part-{number}", share).run())
-        _outer_folds(step, winners)
+        _outer_folds(step, spec, winners)
         found = _Campaign(step, spec, search, "whole", (folds / (folds + 1) * _SHARE, _SHARE)).run()
         found["folds"] = [winner["best"] for winner in winners]
         return found | _honesty(UNSEEN, "each fold was tested by the winner of a search within its training rows")
@@ -107,13 +104,13 @@ def _honesty(reported: str, note: str) -> dict[str, str]:
     return {"reported": reported, "note": note}
 
 
-def _outer_folds(step: Step, winners: list[dict[str, Any]]) -> None:
+def _outer_folds(step: Step, spec: TrainingSpec, winners: list[dict[str, Any]]) -> None:
     """Each outer fold with the hyperparameters that its own search chose, as the checkpoints that training will find."""
     context, queue, job = step.context, step.queue, step.job
     specs = {
         f"fold-{number}": {
             **job.spec,
-            **_settings(winner["best"]),
+            **_settings(spec, winner["best"]),
             "search": None,
             "part": f"fold-{number}",
             "of": "train",
@@ -136,8 +133,10 @@ def _outer_folds(step: Step, winners: list[dict[str, Any]]) -> None:
         time.sleep(POLL)
 
 
-def _settings(best: dict[str, Any]) -> dict[str, Any]:
-    return {"algorithm": best["algorithm"], "hyperparameters": best["hyperparameters"]}
+def _settings(spec: TrainingSpec, best: dict[str, Any]) -> dict[str, Any]:
+    """What a training with the `best` settings has in place of what was asked for. Of auto, `stopping` is the budget."""
+    found = {"algorithm": best["algorithm"], "hyperparameters": best["hyperparameters"]}
+    return found | ({"stopping": None} if spec.algorithm == "auto" else {})
 
 
 @dataclass
@@ -316,8 +315,7 @@ class _Campaign:
         history = [] if self.search.pruner == "none" else [one.as_dict() for one in self.told[:base]]
         spec = {
             **self.step.job.spec,
-            "algorithm": algorithm,
-            "hyperparameters": hyperparameters,
+            **_settings(self.spec, {"algorithm": algorithm, "hyperparameters": hyperparameters}),
             "search": self.search.model_dump(mode="json"),
             "trial": number,
             "scope": self.scope,
