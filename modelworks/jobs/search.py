@@ -33,13 +33,15 @@ def trial(step: Step) -> None:
     """Score one set of hyperparameters; the search that asked for it reads the result."""
     from modelworks.ml.search.sampler import Tried
     from modelworks.ml.search.trial import score
+    from modelworks.ml.train.memory import budget, open_table
 
     dataset, given = step.dataset("dataset_id"), step.job.spec
     spec = TrainingSpec.model_validate(step.spec())
     assert spec.search is not None
     history = [Tried.read(one) for one in given.get("history", [])]
     began = time.monotonic()
-    found = score(step.table(dataset), dataset.columns, spec, spec.search, str(given["scope"]), history, step.context)
+    table = open_table(step.blobs.path(dataset.blob), dataset.columns, dataset.profile, spec, budget(step.memory_mb))
+    found = score(table, dataset.columns, spec, spec.search, str(given["scope"]), history, step.context)
     result = {**found, "seconds": round(time.monotonic() - began, 2)}
     metrics = {str(spec.search.metric): {"mean": found["value"], "std": found["std"], "folds": found["folds"]}}
 
