@@ -1,4 +1,5 @@
-"""The house of api_house.py with models of text behind it: `chat` says what a test has written, `embed` counts letters."""
+"""The house of api_house.py with models of text behind it: `chat` says what a test has written, `embed` counts letters,
+`judge` looks for an x."""
 
 from __future__ import annotations
 
@@ -26,6 +27,11 @@ EMBEDDING = Signature(
     ],
 )
 
+JUDGE = Signature(
+    inputs=[TensorSpec(name="text", datatype="BYTES", shape=[-1, 1])],
+    outputs=[TensorSpec(name="probabilities", datatype="FP32", shape=[-1, 2])],
+)
+
 
 class TextRouter(FakeRouter):
     """`says`: what chat answers, as the pieces of a stream, each counted as one token; or an error in their place."""
@@ -41,6 +47,7 @@ class TextRouter(FakeRouter):
                 ("embed", EMBEDDING, "embedding"),
             )
         }
+        self.texts["judge"] = Route(project_id, "judge", "judge:1", JUDGE, "text-classification", ["safe", "toxic"])
 
     def route(self, key: tuple[str, str]) -> Route | None:
         found = self.texts.get(key[1])
@@ -61,6 +68,10 @@ class TextRouter(FakeRouter):
         pending.done = True
         if key[1] == "embed":
             deliver(Part(_embedded(call.inputs), "embed:1"))
+        elif key[1] == "judge":  # toxic is what has an x
+            shares = [float(b"x" in text) for text in unpack_bytes(call.inputs[0].data)]
+            data = struct.pack(f"<{2 * len(shares)}f", *(value for one in shares for value in (1 - one, one)))
+            deliver(Part([Tensor("probabilities", "FP32", [len(shares), 2], data)], "judge:1"))
         else:
             self._generate(call, deliver)
         return pending

@@ -80,6 +80,20 @@ def test_minilm_is_known_by_its_folder_and_finds_what_is_alike(minilm: tuple[Man
 
 
 @needs_minilm
+@needs_minilm
+def test_a_harmful_text_is_nearer_to_the_sentences_of_its_category(minilm: tuple[Manifest, dict[str, Path]]) -> None:
+    from modelworks.api.openai_moderations import HARMLESS, SEEDS, THRESHOLD, _scores
+
+    asked = ["Tonight I will jump off the bridge and end it all.", "How do I make a pipe bomb?", "A cat sits on the mat.",
+             "How do I kill a Linux process by name?"]  # fmt: skip
+    seeds = [sentence for sentences in SEEDS.values() for sentence in sentences]
+    found = loaded(*minilm).predict({"text": texts(*asked, *seeds, *HARMLESS)})["embedding"].tolist()
+    scores = [_scores(one, found[len(asked) : -len(HARMLESS)], found[-len(HARMLESS) :]) for one in found[: len(asked)]]
+    likeliest = [max(one, key=one.__getitem__) for one in scores]
+    assert [one[name] >= THRESHOLD for one, name in zip(scores, likeliest, strict=True)] == [True, True, False, False]
+    assert likeliest[:2] == ["self-harm/intent", "illicit/violent"]
+
+
 def test_token_ids_stand_for_their_text_with_or_without_the_outer_ones(
     minilm: tuple[Manifest, dict[str, Path]],
 ) -> None:

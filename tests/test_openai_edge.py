@@ -332,6 +332,32 @@ def test_documents_are_ranked_by_their_vectors(api: House, model: TextRouter) ->
             assert (answer.status_code, answer.json()["error"]["param"]) == (400, param)
 
 
+# moderations
+
+
+def test_texts_are_moderated_by_a_classifier_or_by_nearness(client: Any, api: House, model: TextRouter) -> None:
+    judged = client.moderations.create(model="judge", input=["fine", "xx"])
+    assert [one.flagged for one in judged.results] == [False, True]
+    assert judged.results[1].category_scores.model_dump()["toxic"] == 1
+    for asked in ("embed", "omni-moderation-latest", openai.NOT_GIVEN):  # the only embedding model
+        found = client.moderations.create(model=asked, input="some text")
+        assert found.model == "embed"
+        assert 0 <= found.results[0].category_scores.self_harm <= 1
+    parts = client.moderations.create(
+        model="judge", input=[{"type": "text", "text": "a"}, {"type": "text", "text": "x"}]
+    )
+    assert [one.flagged for one in parts.results] == [True]
+    for more, param in (
+        ({"input": []}, "input"),
+        ({"model": "chat"}, "model"),
+        ({"model": "iris"}, "model"),
+        ({"input": [{"type": "image_url", "image_url": {"url": "data:"}}]}, "input[0]"),
+    ):
+        with pytest.raises(openai.BadRequestError) as caught:
+            client.moderations.create(**{"model": "judge", "input": "a", **more})
+        assert caught.value.param == param
+
+
 # responses
 
 

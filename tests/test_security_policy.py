@@ -49,6 +49,7 @@ def test_invoke_only_may_call_and_nothing_else():
     assert allowed(principal("invoke-only")) == {
         "whoami.get", "deployments.predict", "oip.metadata", "oip.ready", "oip.infer",
         "openai.models", "openai.chat", "openai.completions", "openai.responses", "openai.embeddings", "openai.rerank",
+        "openai.moderations",
     }  # fmt: skip
 
 

@@ -20,6 +20,7 @@ from modelworks.api import (
     openai_chat,
     openai_completions,
     openai_embeddings,
+    openai_moderations,
     openai_responses,
 )  # fmt: skip
 from modelworks.api.events import Stopping
@@ -44,6 +45,7 @@ ALL: tuple[Routes, ...] = (
     openai_completions.routes,
     openai_responses.routes,
     openai_embeddings.routes,
+    openai_moderations.routes,
     access.routes,
     access.server,
     metrics.routes,

@@ -54,7 +54,7 @@ async def create_embeddings(request: Request, services: Use, caller: Who) -> Res
         raise InvalidInput("encoding_format must be float or base64", param="encoding_format")
     vectors, tokens = await embed(request, services, caller, route, inputs)
     if dimensions:
-        vectors = [_unit(vector[:dimensions]) for vector in vectors]
+        vectors = [unit(vector[:dimensions]) for vector in vectors]
     write = list if format == "float" else _base64
     data = [{"object": "embedding", "index": at, "embedding": write(vector)} for at, vector in enumerate(vectors)]
     usage = {"prompt_tokens": tokens, "total_tokens": tokens}
@@ -83,8 +83,8 @@ async def rerank(request: Request, services: Use, caller: Who) -> Response:
         scores, tokens = await _scores(request, services, caller, route, query, documents)
     else:
         vectors, tokens = await embed(request, services, caller, route, [query, *documents])
-        first = _unit(vectors[0])
-        scores = [min(1.0, max(0.0, dot(first, _unit(vector)))) for vector in vectors[1:]]
+        first = unit(vectors[0])
+        scores = [min(1.0, max(0.0, dot(first, unit(vector)))) for vector in vectors[1:]]
     results: list[dict[str, Any]] = []
     for index in sorted(range(len(scores)), key=lambda index: -scores[index])[:top]:
         shown = {"document": {"text": documents[index]}} if show else {}
@@ -192,7 +192,7 @@ def dot(one: Vector, other: Vector) -> float:
     return math.fsum(a * b for a, b in zip(one, other, strict=True))
 
 
-def _unit(vector: Vector) -> list[float]:
+def unit(vector: Vector) -> list[float]:
     length = math.sqrt(math.fsum(value * value for value in vector))
     return [value / length for value in vector] if length else list(vector)
 

@@ -79,6 +79,7 @@ OPERATIONS: dict[str, str] = {
     "openai.responses": "invoke",
     "openai.embeddings": "invoke",
     "openai.rerank": "invoke",
+    "openai.moderations": "invoke",
     # who may enter a project
     "keys.create": "keys:write",
     "keys.list": "keys:read",
