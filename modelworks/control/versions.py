@@ -44,6 +44,9 @@ def check_edits(edits: Sequence[DatasetEdit], base: Dataset) -> None:
     """InvalidInput for rows and columns that are not there at their step; whether values fit is the job's to find out."""
     types: dict[str, str] = {column.name: column.type for column in base.columns}
     for index, one in enumerate(edits):
+        if one.op in ("lag", "difference", "window", "resample", "unpivot"):
+            _check_series(one, types, f"edits[{index}]")
+            return  # what follows acts on columns and rows that only the job knows
         where = f"edits[{index}]"
         if one.rows and max(one.rows) > base.rows:
             raise InvalidInput(f"{where}: there is no row {max(one.rows)}; {base.ref} has {base.rows}", param=where)
@@ -63,6 +66,15 @@ def check_edits(edits: Sequence[DatasetEdit], base: Dataset) -> None:
             raise InvalidInput(f"{where}: there is a column {str(one.name)[:80]!r} already", param=where)
         elif one.op == "rename":
             types[str(one.name)] = types.pop(str(one.column))
+
+
+def _check_series(one: DatasetEdit, types: dict[str, str], where: str) -> None:
+    for name in (one.column, one.time, one.group, *(one.columns or ())):
+        if name is not None and name not in types:
+            there = ", ".join(list(types)[:20])
+            raise InvalidInput(
+                f"{where}: the dataset has no column {name[:80]!r}; it has {there}", code="unknown_column", param=where
+            )
 
 
 def answered(tx: Tx, project_id: str, spec: dict[str, Any]) -> Job | None:

@@ -75,9 +75,11 @@ class DatasetEdit(Spec):
 
     set: `column` to `value` (null: missing); with a `type`, a column that is not there is added.  drop: the rows.
     rename: `column` to `name`.  split: the column `split` (or `column`) by `shares`, drawn with `seed`.
+    Series, along `time` (of each `group` by itself): lag and difference of `column` by `lags`; window: `how` over the
+    `size` steps before; resample to one row `every` step; unpivot: `columns` of a wide table as `series` and `value`.
     """
 
-    op: Literal["set", "drop", "rename", "split"]
+    op: Literal["set", "drop", "rename", "split", "lag", "difference", "window", "resample", "unpivot"]
     column: str | None = Field(None, min_length=1, max_length=1000)
     value: str | int | float | bool | None = None
     type: ColumnType | None = Field(None, description="of a new column, which set then adds")
@@ -91,10 +93,23 @@ class DatasetEdit(Spec):
     )
     stratify: str | None = Field(None, max_length=1000, description="of split: keep this column's shares in each part")
     seed: int = Field(0, ge=0, lt=2**32)
+    time: str | None = Field(None, max_length=1000, description="the column that a series runs along")
+    group: str | None = Field(None, max_length=1000, description="the column that tells series apart")
+    lags: list[Annotated[int, Field(ge=1, le=10_000)]] | None = Field(None, min_length=1, max_length=500, examples=[[1, 12]])
+    size: int | None = Field(None, ge=1, le=10_000, description="of window: how many steps")
+    every: str | None = Field(None, max_length=40, examples=["1 day"], description="of resample")
+    how: Literal["mean", "sum", "min", "max", "std", "last"] = "mean"
+    fill: Literal["previous", "missing"] = Field("previous", description="of resample: steps without a row")
+    keep: bool = Field(False, description="keep the rows whose past is too short, with missing values")
+    columns: list[str] | None = Field(None, min_length=1, max_length=10_000, description="of unpivot")
 
     @model_validator(mode="after")
     def _complete(self) -> DatasetEdit:
-        needs = {"set": ["column"], "drop": [], "rename": ["column", "name"], "split": ["shares"]}[self.op]
+        along = ["column", "time"]
+        needs = {
+            "set": ["column"], "drop": [], "rename": ["column", "name"], "split": ["shares"], "lag": along,
+            "difference": along, "window": [*along, "size"], "resample": ["time", "every"], "unpivot": ["columns"],
+        }[self.op]  # fmt: skip
         for field in needs:
             if getattr(self, field) is None:
                 raise ValueError(f"{self.op} needs {field}")

@@ -29,17 +29,45 @@ _FILES = ("image", "audio")
 def edit(
     parquet: Path, columns: Sequence[Column], edits: Sequence[DatasetEdit], out: Path, progress: Progress | None = None
 ) -> Ingested:
-    """Apply `edits` in order to the canonical file and write the result to `out`.
+    """Apply `edits` in order to the canonical file and write the result to `out`: those of rows together, those along
+    time one by one. InvalidInput, with `param` edits[i], for what cannot be done.
+    """
+    from modelworks.ml.data import series
 
-    InvalidInput, with `param` edits[i], for a column or row that is not there, a value that does not fit, an edit that
-    matches no row, and when no row is left.
+    source, done = parquet, 0
+    found: Ingested | None = None
+    while done < len(edits):
+        stop = done + 1
+        if edits[done].op not in series.OPS:
+            while stop < len(edits) and edits[stop].op not in series.OPS:
+                stop += 1
+        target = out if stop == len(edits) else out.with_suffix(f".{stop}")
+        if edits[done].op in series.OPS:
+            found = series.apply(source, columns, edits[done], f"edits[{done}]", target)
+        else:
+            found = _edit_rows(source, columns, edits[done:stop], done, target, progress)
+        source, columns, done = target, found.columns, stop
+    assert found is not None
+    return found
+
+
+def _edit_rows(
+    parquet: Path,
+    columns: Sequence[Column],
+    edits: Sequence[DatasetEdit],
+    first: int,
+    out: Path,
+    progress: Progress | None,
+) -> Ingested:
+    """InvalidInput for a column or row that is not there, a value that does not fit, an edit that matches no row, and
+    when no row is left. `first`: how many edits came before these.
     """
     import pyarrow.parquet as pq
 
     with pq.ParquetFile(parquet, memory_map=False, pre_buffer=False) as file:
         rows = file.metadata.num_rows
         zoned = {field.name: bool(getattr(field.type, "tz", None)) for field in file.schema_arrow}
-        plan = _Plan([Inferred(column.name, column.type, zoned[column.name]) for column in columns], edits, parquet, rows)
+        plan = _Plan([Inferred(column.name, column.type, zoned[column.name]) for column in columns], edits, parquet, rows, first)
         digest, target = Digest(plan.columns), CanonicalFile(out, plan.columns)
         gaps: dict[str, bool] = {}
         start = kept = 0
@@ -65,12 +93,13 @@ def edit(
 class _Plan:
     """The edits, checked against the columns, and how many rows each met."""
 
-    def __init__(self, columns: list[Inferred], edits: Sequence[DatasetEdit], parquet: Path, rows: int) -> None:
+    def __init__(self, columns: list[Inferred], edits: Sequence[DatasetEdit], parquet: Path, rows: int, first: int) -> None:
         self.columns = list(columns)
+        self._first = first
         self._steps: list[tuple[DatasetEdit, Any]] = []
         self._met = [0] * len(edits)
         for index, one in enumerate(edits):
-            where = f"edits[{index}]"
+            where = f"edits[{first + index}]"
             if one.rows and max(one.rows) > rows:
                 raise InvalidInput(f"{where}: there is no row {max(one.rows)}; the version has {rows}", param=where)
             self._steps.append((one, self._prepare(one, where, parquet, rows)))
@@ -214,9 +243,8 @@ class _Plan:
     def check_matched(self) -> None:
         for index, count in enumerate(self._met):
             if not count:
-                raise InvalidInput(
-                    f"edits[{index}] matches no row; look at rows and where", code="no_match", param=f"edits[{index}]"
-                )
+                where = f"edits[{self._first + index}]"
+                raise InvalidInput(f"{where} matches no row; look at rows and where", code="no_match", param=where)
 
 
 def _splits(one: DatasetEdit, stratum: Any, rows: int) -> np.ndarray:

@@ -31,9 +31,9 @@ _CODE = r"[+-]?0[0-9].*"
 _LEAKS = 0.02  # the share of the majority guess's errors that a leaking column leaves at most
 _CORRELATES = 0.999
 _LEAKAGE_COLUMNS = 500
-_DAY = 86_400_000_000  # microseconds
+DAY = 86_400_000_000  # microseconds
 # calendar steps, in days, that are regular though they differ
-_CALENDAR = {"1 month": {28, 29, 30, 31}, "1 quarter": {89, 90, 91, 92}, "1 year": {365, 366}}
+CALENDAR = {"1 month": {28, 29, 30, 31}, "1 quarter": {89, 90, 91, 92}, "1 year": {365, 366}}
 
 
 def warnings(profile: dict[str, Any], target: str | None = None) -> list[str]:
@@ -177,16 +177,16 @@ def time_steps(data: Data, name: str) -> dict[str, Any] | None:
         "usual_count": int(usual_count),
         "count": int(total),
     }
-    if all(step % _DAY == 0 for step, _, _ in found):
-        days = {step // _DAY for step, _, _ in found}
-        for words, lengths in _CALENDAR.items():
+    if all(step % DAY == 0 for step, _, _ in found):
+        days = {step // DAY for step, _, _ in found}
+        for words, lengths in CALENDAR.items():
             if len(found) > 1 and days <= lengths:
                 return result | {"regular": True, "usual": words, "usual_count": int(total)}
     return result
 
 
 def _duration(micros: int) -> str:
-    for unit, size in (("day", _DAY), ("hour", 3_600_000_000), ("minute", 60_000_000), ("second", 1_000_000)):
+    for unit, size in (("day", DAY), ("hour", 3_600_000_000), ("minute", 60_000_000), ("second", 1_000_000)):
         if micros >= size and micros % size == 0:
             return f"{micros // size} {unit}" + ("s" if micros != size else "")
     return f"{micros / 1e6:g} seconds"

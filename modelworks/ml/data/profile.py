@@ -15,6 +15,7 @@ from modelworks.ml.data.types import format_time
 
 if TYPE_CHECKING:
     import duckdb
+    import pyarrow as pa
 
 BINS = 20
 TOP = 10
@@ -83,6 +84,11 @@ class Data:
 
     def all(self, sql: str, parameters: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
         return self._connection.execute(sql, list(parameters)).fetchall()
+
+    def stream(self, sql: str) -> Iterator[pa.RecordBatch]:
+        """The rows of a query, a batch at a time, in its order."""
+        found: Any = self._connection.sql(sql)
+        yield from found.to_arrow_reader(65_536)
 
     def one(self, sql: str, parameters: Sequence[Any] = ()) -> tuple[Any, ...]:
         return self.all(sql, parameters)[0]
