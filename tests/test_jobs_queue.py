@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
+import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,6 +15,7 @@ import pytest
 from modelworks.core.errors import Conflict, InvalidInput, LeaseLost
 from modelworks.core.types import Artifact, Checkpoint, Job, JobEvent
 from modelworks.jobs import queue as q
+from modelworks.jobs.collection import prune_logs
 from modelworks.jobs.queue import Queue, backoff, held, still_running
 from modelworks.ml.base import Cancelled
 from modelworks.store.catalog import Catalog, Tx
@@ -381,3 +384,20 @@ def test_threads_and_processes_never_claim_a_job_twice(tmp_path: Path) -> None:
     with catalog.read() as tx:
         assert {(job.status, job.token) for job in tx.list(Job)} == {("succeeded", 1)}
     catalog.close()
+
+
+def test_logs_of_jobs_that_ended_long_ago_go(catalog: Catalog, queue: Queue, tmp_path: Path) -> None:
+    done, waiting = put(catalog), put(catalog)
+    finish(catalog, queue, claimed(queue))
+    now = time.time()
+    for name, age in (
+        (f"{done.id}.log", 100),
+        (f"{done.id}.trace", 10),
+        (f"{waiting.id}.log", 100),
+        ("other.log", 100),
+    ):
+        (tmp_path / name).touch()
+        os.utime(tmp_path / name, (now - age, now - age))
+    assert prune_logs(catalog, tmp_path, older_than=60) == 1
+    left = {path.name for path in tmp_path.iterdir() if path.suffix in (".log", ".trace")}
+    assert left == {f"{done.id}.trace", f"{waiting.id}.log", "other.log"}

@@ -51,6 +51,9 @@ def up(
     predict_timeout: Annotated[float | None, Optional(help="Deadline of a prediction that names none.")] = None,
     shutdown_grace: Annotated[float | None, Optional(help="Seconds that calls get to finish when it stops.")] = None,
     lease_seconds: Annotated[float | None, Optional(help="How long a job's lease lasts without a heartbeat.")] = None,
+    job_log_days: Annotated[
+        float | None, Optional(help="Days that a job's log is kept after its end.  [default: 30]")
+    ] = None,
     queue_limit: Annotated[int | None, Optional(help="Calls that may wait for one deployment.")] = None,
     requests_per_minute: Annotated[int | None, Optional(help="Rate limit of a key that names none.")] = None,
     with_parent: Annotated[bool, Optional("--with-parent", hidden=True)] = False,

@@ -233,6 +233,8 @@ class Transport:
 
 def unreachable(connection: Connection, error: Exception) -> Unavailable:
     how = "start it with `modelworks up`" if connection.local else "check the address and the network"
+    if "CERTIFICATE_VERIFY_FAILED" in str(error):
+        how = "name the file of the authority or certificate to trust as ca (--ca)"
     return Unavailable(
         f"no server can be reached at {connection.url} ({str(error)[:200] or type(error).__name__}); {how}",
         code="unreachable",

@@ -46,6 +46,7 @@ class Settings(BaseSettings):
     predict_timeout: float = Field(30.0, description="deadline of a prediction that names none")
     shutdown_grace: float = Field(10.0, description="seconds that running calls get to finish when the server stops")
     lease_seconds: float = Field(10.0, description="how long a job's lease lasts without a heartbeat")
+    job_log_days: float = Field(30.0, gt=0, description="days that the log of a job is kept after its end")
     queue_limit: int = Field(1024, description="calls that may wait for one deployment before 429")
     requests_per_minute: int | None = Field(None, description="rate limit of a key that names none; unset: unlimited")
 

@@ -25,7 +25,7 @@ from modelworks.core.types import Job, new_id
 from modelworks.engines.memory import Gauge, last_words, tells_of_starving
 from modelworks.engines.process import Child, attach, spawn, tail_log, trim_log
 from modelworks.jobs.child import starvation
-from modelworks.jobs.collection import collect
+from modelworks.jobs.collection import collect, prune_logs
 from modelworks.jobs.queue import STRIKES, Queue
 from modelworks.store.blobs import Blobs
 from modelworks.store.catalog import Catalog
@@ -204,10 +204,13 @@ class Worker:
     def _collect(self) -> None:
         try:
             removed = collect(self._catalog, Blobs(self._home / "blobs"))
+            logs = prune_logs(
+                self._catalog, self._home / "logs" / "jobs", older_than=self._settings.job_log_days * 86_400.0
+            )
         except (CatalogUnavailable, OSError) as error:
-            log.warning("unused blobs were not collected", reason=str(error))
+            log.warning("unused blobs and old logs were not collected", reason=str(error))
             return
-        log.info("unused blobs were collected", removed=removed)
+        log.info("unused blobs and old logs were collected", removed=removed, logs=logs)
 
 
 def _broke_near_its_limit(running: Running, code: int) -> bool:
