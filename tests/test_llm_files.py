@@ -13,7 +13,7 @@ import pytest
 
 from modelworks.core.errors import InvalidInput
 from modelworks.core.generation import check_messages, read_sampling
-from modelworks.ml.llm_import import read_gguf
+from modelworks.ml.gguf import read_gguf
 from modelworks.ml.runtimes.llm_template import CHATML, ChatTemplate, check_template
 
 HELLO = [{"role": "user", "content": "Hello"}]

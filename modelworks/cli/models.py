@@ -91,6 +91,47 @@ def import_(
         session.say(f"{version.ref}: {version.task}, {size(version.size)}, digest {short(version.digest)}")
 
 
+@command(app, "add")
+def add(
+    session: Session,
+    name: Annotated[str, typer.Argument(help="Name of the model to add a version to.")],
+    source: Annotated[
+        str,
+        typer.Argument(
+            help="A GGUF or ONNX file, a model's folder, package:DIST/PATH, https://..., or hub:OWNER/NAME."
+        ),
+    ],
+    task: Annotated[str | None, typer.Option(help="Such as embedding; by default told from the files.")] = None,
+    licence: Annotated[str | None, typer.Option(help="By default what the files say.")] = None,
+    convert: Annotated[
+        str | None, typer.Option(help="q8_0: write a GGUF model of fewer bits anew in 8, for the faster engines.")
+    ] = None,
+    context: Annotated[int, typer.Option(help="Tokens of one call, to tell what it takes to serve it.")] = 2048,
+) -> None:
+    """Take in a model that is there already, and tell its licence and what it takes to serve it."""
+    from modelworks.cli.adding import taken_in, takes
+
+    with taken_in(session, source) as (file, server_source):
+        if file is None:
+            version = session.client.models.import_(
+                name, source=server_source, task=task, licence=licence, convert=convert
+            )
+        else:
+            from modelworks.cli.progress import transfer
+
+            with transfer(session, f"uploading {file.name}") as progress:
+                version = session.client.models.import_(
+                    name, file, task=task, licence=licence, convert=convert, progress=progress
+                )
+    if session.json:
+        session.emit(version)
+        return
+    session.say(f"{version.ref}: {version.task}, {size(version.size)}, digest {short(version.digest)}")
+    session.say(f"licence: {version.licence or 'the files name none; look it up before you offer the model to others'}")
+    if needs := takes(version, context):
+        session.say(needs)
+
+
 @command(app, "export")
 def export(
     session: Session,

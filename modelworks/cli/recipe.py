@@ -252,11 +252,18 @@ def _import(client: Client, loaded: Loaded, teller: Teller, outcome: Outcome) ->
     assert wanted is not None
     known = _model_versions(client, name)
     if loaded.file is None:
-        version = client.models.import_(name, source=wanted.source, task=wanted.task, licence=wanted.licence)
+        version = client.models.import_(
+            name, source=wanted.source, task=wanted.task, licence=wanted.licence, convert=wanted.convert
+        )
     else:
         with teller.uploading(loaded.file) as progress:
             version = client.models.import_(
-                name, loaded.file, task=wanted.task, licence=wanted.licence, progress=progress
+                name,
+                loaded.file,
+                task=wanted.task,
+                licence=wanted.licence,
+                convert=wanted.convert,
+                progress=progress,
             )
     _has_model(version, version.version not in known, teller, outcome)
     return version

@@ -55,11 +55,13 @@ class Models(Resource[Mode]):
         task: str | None = None,
         classes: Sequence[Any] | None = None,
         licence: str | None = None,
+        convert: str | None = None,
         progress: Progress | None = None,
         idempotency_key: str | None = None,
     ) -> ModelVersion:
         """Register a package (as `export` wrote it) or a model (ONNX, GGUF) as a new version of `name`; waits for it.
 
+        `convert="q8_0"` writes a GGUF model of fewer bits anew in 8.
         In place of a file, `source`: `package:DIST/PATH` or an https URL, which the server fetches.
         """
         with opened(file, filename) if source is None else nullcontext((None, "")) as (content, known_as):
@@ -69,6 +71,7 @@ class Models(Resource[Mode]):
                     ("task", task),
                     ("classes", None if classes is None else json.dumps([*classes])),
                     ("licence", licence),
+                    ("convert", convert),
                     ("source", source),
                 )
                 if value is not None

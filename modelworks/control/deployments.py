@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +13,8 @@ from modelworks.control.references import resolve_model
 from modelworks.control.requests import without_paths
 from modelworks.core.errors import InvalidInput, NotFound
 from modelworks.core.specs import NAME_PATTERN, DeploymentSpec
-from modelworks.core.types import Caller, Deployment, DeploymentRevision, Page, Replica
+from modelworks.core.types import Caller, Deployment, DeploymentRevision, ModelVersion, Page, Replica
+from modelworks.ml.runtimes.choice import LLAMA, choose
 from modelworks.security import audit
 from modelworks.store.catalog import Catalog, Tx
 
@@ -35,6 +37,7 @@ class Deployments:
 
     def _write(self, tx: Tx, caller: Caller, name: str, spec: DeploymentSpec, status: str = "updating") -> Deployment:
         model = resolve_model(tx, caller.project_id, spec.model)
+        _check_engine(spec, model)
         known = tx.find(Deployment, project_id=caller.project_id, name=name)
         _check_routes(tx, caller, name, spec, model.task)
         resolved: dict[str, Any] = {
@@ -161,4 +164,28 @@ def _check_name(name: str) -> None:
     if not re.fullmatch(NAME_PATTERN, name):
         raise InvalidInput(
             f"{name[:100]!r} cannot be a deployment's name: use 1 to 100 letters, digits, '.', '_' or '-'", param="name"
+        )
+
+
+def _check_engine(spec: DeploymentSpec, model: ModelVersion) -> None:
+    """InvalidInput for an engine that cannot run this model, and with the numbers for one that this machine cannot hold."""
+    if model.task != "text-generation":
+        if spec.engine != "auto" or spec.context is not None:
+            param = "context" if spec.context is not None else "engine"
+            raise InvalidInput(f"{param} is for language models, and {model.ref} does {model.task}", param=param)
+        return
+    if model.lineage.get("format") == "gguf":
+        choose(spec.engine, LLAMA, model.algorithm, model.lineage)
+    trained = model.lineage.get("context_length")
+    if spec.context is not None and isinstance(trained, int) and spec.context > trained:
+        raise InvalidInput(f"{model.ref} was trained on {trained} tokens; ask for at most that", param="context")
+    context = spec.context or min(2048, trained or 2048)
+    cache = context * int(model.lineage.get("token_bytes") or 0)
+    here = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if model.size + cache > here:
+        raise InvalidInput(
+            f"{model.ref} does not fit: {model.size >> 20} MiB of weights and {cache >> 20} MiB of cache for {context} "
+            f"tokens, and this machine has {here >> 20} MiB; take a smaller model or context",
+            code="does_not_fit",
+            param="model",
         )

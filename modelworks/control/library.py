@@ -276,6 +276,7 @@ class Library:
         task: str | None = None,
         classes: list[Any] | None = None,
         licence: str | None = None,
+        convert: str | None = None,
     ) -> Job:
         """A job that checks a model (ONNX, GGUF) or exported package and registers it: the file at `path`, which the
         store takes, or what `source` names.
@@ -290,6 +291,7 @@ class Library:
             "task": requests.check_task(task),
             "classes": requests.check_classes(classes),
             "licence": requests.check_licence(licence),
+            "convert": requests.check_convert(convert),
         }
         return self._create(caller, "import", spec, name, upload=path)
 

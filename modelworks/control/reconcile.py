@@ -237,6 +237,8 @@ class Reconciler:
                 manifest=str(manifest),
                 blobs=str(self._blobs.root),
                 secret=self._secret,
+                engine=spec.engine,
+                context=spec.context,
                 threads=spec.resources.threads,
                 memory_mb=spec.resources.memory_mb,
                 max_batch=spec.batching.max_batch,

@@ -158,6 +158,12 @@ def check_licence(licence: str | None) -> str | None:
     return licence
 
 
+def check_convert(convert: str | None) -> str | None:
+    if convert not in (None, "q8_0"):
+        raise InvalidInput(f"a model cannot be converted to {convert[:80]!r}; there is q8_0", param="convert")
+    return convert
+
+
 def without_paths(text: str, home: Path) -> str:
     """`text` without the folders of this machine and without stack frames, which are nobody's business."""
     text = _TRACE.sub("", text)

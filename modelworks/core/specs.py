@@ -433,6 +433,13 @@ class DeploymentSpec(Spec):
         None, gt=0, le=600_000,
         description="a call without an answer after so long is sent to a second replica too; at most 5 in 100 are",
     )  # fmt: skip
+    engine: Literal["auto", "openvino", "llama"] = Field(
+        "auto", description="of a language model; auto: the fastest here that reads its file at full quality"
+    )
+    context: int | None = Field(
+        None, ge=256, le=2**22, description="tokens of one call of a language model, prompt and answer; by default "
+        "what its engine holds, at most what it was trained on",
+    )  # fmt: skip
     resources: Resources = Resources()
     routes: list[Detour] = Field([], max_length=8, description="when calls go to other deployments; the first that fits")
     cache: AnswerCache | None = Field(None, description="keep whole answers and give them again; {} for the defaults")
@@ -478,6 +485,9 @@ class ModelSource(Spec):
     source: str = Field(description="a file beside the recipe, `package:DIST/PATH` or an https URL")
     task: Name | None = Field(None, description="such as text-generation; by default told from the file")
     licence: str | None = Field(None, max_length=200, description="by default what the file says")
+    convert: Literal["q8_0"] | None = Field(
+        None, description="write a GGUF file of fewer bits anew in 8, which the faster engines read"
+    )
 
 
 class Recipe(Spec):

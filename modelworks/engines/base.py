@@ -22,6 +22,8 @@ class ReplicaSpec(msgspec.Struct, frozen=True, kw_only=True):
     runtime: str | None = None  # replaces the manifest's: a registered name, or "module:Class"
     endpoint: str = ""  # Unix socket; "" lets the engine choose
     secret: str
+    engine: str = "auto"  # of a language model (see ml/runtimes/choice.py)
+    context: int | None = None  # tokens of one call of a language model
     threads: int = 1
     memory_mb: int | None = None
     max_batch: int = 64

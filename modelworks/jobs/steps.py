@@ -271,9 +271,13 @@ def import_version(step: Step) -> None:
     path, _ = _input(step, folders=True)
     context.progress(0.1, "checking")
     kind = build.sniff(path)
+    if kind != "gguf" and spec.get("convert"):
+        raise InvalidInput("only GGUF models are converted; leave convert out", param="convert")
     if kind == "gguf":
         _refuse_classes(spec)
-        manifest, files = build.import_gguf(path, context.workdir, task=spec["task"], licence=spec["licence"])
+        manifest, files = build.import_gguf(
+            path, context.workdir, task=spec["task"], licence=spec["licence"], convert=spec.get("convert")
+        )
     elif kind == "folder":
         _refuse_classes(spec)
         manifest, files = build.import_folder(path, context.workdir, task=spec["task"], licence=spec["licence"])

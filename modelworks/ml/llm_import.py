@@ -4,146 +4,42 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
-import struct
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from modelworks.core.errors import InvalidInput
 from modelworks.core.generation import TEXT_GENERATION
 from modelworks.core.tensors import Tensor, pack_bytes, unpack_bytes
+from modelworks.ml.gguf import MAX_STRING, TOKENS, exact_type, read_gguf, to_q8_0, token_bytes
 from modelworks.ml.package import Manifest, Package, PackageFile
 from modelworks.ml.runtimes.llm_llama import CHAT_FILE, MODEL_FILE, LlamaRuntime
 from modelworks.ml.runtimes.llm_template import CHATML, check_template
 
 TASK = "text-generation"
-MAX_ENTRIES = 4096
-MAX_TENSORS = 65_536
-MAX_ARRAY = 2_000_000  # elements: the largest vocabularies have some 260,000
-MAX_STRING = 4 * 1024**2
-MAX_HEADER = 256 * 1024**2
-MAX_RANK = 4
-_SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
-_STRING, _ARRAY = 8, 9
-_KEEP = 16  # elements of an array that are kept; of the tokens, all
-_TOKENS = "tokenizer.ggml.tokens"
-# tensor type -> (elements a block, bytes a block), from the GGML format
-_BLOCKS = {
-    0: (1, 4), 1: (1, 2), 2: (32, 18), 3: (32, 20), 6: (32, 22), 7: (32, 24), 8: (32, 34), 9: (32, 36),
-    10: (256, 84), 11: (256, 110), 12: (256, 144), 13: (256, 176), 14: (256, 210), 15: (256, 292), 16: (256, 66),
-    17: (256, 74), 18: (256, 98), 19: (256, 50), 20: (32, 18), 21: (256, 110), 22: (256, 82), 23: (256, 136),
-    24: (1, 1), 25: (1, 2), 26: (1, 4), 27: (1, 8), 28: (1, 8), 29: (256, 56), 30: (1, 2), 34: (256, 54),
-    35: (256, 66), 39: (32, 17),
-}  # fmt: skip
-
-
-class _Reader:
-    """Reads forward and never past the file's end or MAX_HEADER."""
-
-    def __init__(self, file: BinaryIO, size: int) -> None:
-        self._file = file
-        self._left = min(size, MAX_HEADER)
-        self.offset = 0
-
-    def take(self, count: int) -> bytes:
-        if count > self._left:
-            raise _bad("its header runs past its end")
-        data = self._file.read(count)
-        if len(data) != count:
-            raise _bad("its header runs past its end")
-        self._left -= count
-        self.offset += count
-        return data
-
-    def number(self, code: str) -> Any:
-        return struct.unpack(f"<{code}", self.take(struct.calcsize(f"<{code}")))[0]
-
-    def count(self, most: int, what: str) -> int:
-        value = self.number("Q")
-        if value > most:
-            raise _bad(f"it announces {value} {what}; at most {most} are taken")
-        return int(value)
-
-    def text(self, most: int = MAX_STRING) -> str:
-        return self.take(self.count(most, "bytes of one text")).decode("utf-8", "replace")
-
-    def value(self, kind: int, key: str, *, nested: bool = False) -> Any:
-        if kind in _SCALARS:
-            return self.number(_SCALARS[kind])
-        if kind == _STRING:
-            return self.text()
-        if kind != _ARRAY or nested:
-            raise _bad(f"the value of {key[:80]!r} has an unknown type {kind}")
-        inner, length = self.number("I"), self.count(MAX_ARRAY, "elements of one list")
-        if code := _SCALARS.get(inner):
-            data = self.take(length * struct.calcsize(f"<{code}"))
-            kept = min(length, _KEEP)
-            return list(struct.unpack_from(f"<{kept}{code}", data))
-        found = []
-        for index in range(length):
-            one = self.value(inner, key, nested=True)
-            if index < _KEEP or key == _TOKENS:
-                found.append(one)
-        return found
-
-
-def read_gguf(path: Path) -> dict[str, Any]:
-    """The metadata of a GGUF file (of long lists but the first elements), once its header is sound.
-
-    InvalidInput for another format or version, for counts beyond bounds, and for tensors that overlap the file's end.
-    """
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        reader = _Reader(file, size)
-        if reader.take(4) != b"GGUF" or (version := reader.number("I")) not in (2, 3):
-            raise _bad("it is not GGUF of version 2 or 3, little-endian")
-        tensors, entries = reader.count(MAX_TENSORS, "tensors"), reader.count(MAX_ENTRIES, "entries")
-        found: dict[str, Any] = {"version": version}
-        for _ in range(entries):
-            key = reader.text(65_535)
-            if key in found:
-                raise _bad(f"it has the entry {key[:80]!r} twice")
-            found[key] = reader.value(reader.number("I"), key)
-        _check_tensors(reader, tensors, size, found.get("general.alignment", 32))
-    if not isinstance(found.get("general.architecture"), str):
-        raise _bad("it does not name its architecture")
-    return found
-
-
-def _check_tensors(reader: _Reader, count: int, size: int, alignment: Any) -> None:
-    if not isinstance(alignment, int) or not 8 <= alignment <= 65_536 or alignment & (alignment - 1):
-        raise _bad(f"its alignment is {alignment!r}")
-    extents: dict[str, tuple[int, int]] = {}
-    for _ in range(count):
-        name, rank = reader.text(1024), reader.number("I")
-        if name in extents or not 1 <= rank <= MAX_RANK:
-            raise _bad(f"its tensor {name[:80]!r} is there twice or has rank {rank}")
-        shape = [reader.number("Q") for _ in range(rank)]
-        kind, offset = reader.number("I"), reader.number("Q")
-        if kind not in _BLOCKS:
-            raise _bad(f"its tensor {name[:80]!r} has an unknown type {kind}")
-        elements, width = _BLOCKS[kind]
-        if math.prod(shape) > 2**40 or shape[0] % elements:
-            raise _bad(f"its tensor {name[:80]!r} has the shape {shape}")
-        extents[name] = (offset, math.prod(shape) // elements * width)
-    start = -(-reader.offset // alignment) * alignment
-    for name, (offset, length) in extents.items():
-        if offset % alignment or start + offset + length > size:
-            raise _bad(f"its tensor {name[:80]!r} lies outside the file; it may have been cut off")
-    if not extents:
-        raise _bad("it has no tensors")
+Q8_0 = "q8_0"
 
 
 def import_gguf(
-    path: Path, workdir: Path, *, task: str | None = None, licence: str | None = None, threads: int = 1
+    path: Path,
+    workdir: Path,
+    *,
+    task: str | None = None,
+    licence: str | None = None,
+    convert: str | None = None,
+    threads: int = 1,
 ) -> tuple[Manifest, dict[str, Path]]:
     """The manifest and the files (name -> path) of a package that serves the model at `path`.
 
-    The header is checked, the chat template rendered in its sandbox, and the model loaded and asked for a few tokens.
+    With `convert` "q8_0", weights in fewer bits are written anew in that. The header is checked, the chat template rendered
+    in its sandbox, and the model loaded and asked for a few tokens.
     """
     if task not in (None, TASK):
         raise InvalidInput(f"a GGUF model is served as {TASK}, not as {task[:80]!r}", param="task")
     found = read_gguf(path)
+    if convert == Q8_0 and exact_type(found.get("general.file_type")) is None:
+        converted = workdir / "converted.gguf"
+        to_q8_0(path, converted)
+        path, found = converted, read_gguf(converted)
     chat = _chat(found)
     check_template(chat["template"] or CHATML, bos=chat["bos"], eos=chat["eos"])
     beside = workdir / CHAT_FILE
@@ -160,6 +56,7 @@ def import_gguf(
             "format": "gguf",
             "file_type": found.get("general.file_type"),
             "context_length": chat["context_length"],
+            "token_bytes": token_bytes(found),
         },
         licence=licence or _short(found.get("general.license")),
         description=_short(name),
@@ -197,7 +94,7 @@ def try_out(package: Package, threads: int = 1) -> None:
 
 def _chat(found: dict[str, Any]) -> dict[str, Any]:
     """What chat.json holds. An empty template: the model file brought none, ChatML is used."""
-    tokens = found.get(_TOKENS)
+    tokens = found.get(TOKENS)
     tokens = tokens if isinstance(tokens, list) else []
 
     def token(name: str) -> str:
@@ -227,7 +124,3 @@ def _file(path: Path) -> PackageFile:
 
 def _short(value: Any) -> str | None:
     return value[:200] if isinstance(value, str) and value.isprintable() else None
-
-
-def _bad(why: str) -> InvalidInput:
-    return InvalidInput(f"this is not a sound GGUF file: {why}", code="bad_gguf")

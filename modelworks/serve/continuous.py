@@ -65,6 +65,7 @@ class Continuous:
         self._emit: Callable[[list[Step]], None] = lambda steps: None
         self._thread: threading.Thread | None = None
         self._stopped = False
+        self.failed = False  # the runtime raised: nothing will run here any more
 
     @property
     def waiting(self) -> int:
@@ -134,6 +135,7 @@ class Continuous:
                     self._emit(steps)
         except Exception as error:  # the thread's edge: without it every call would hang
             log.error("engine_failed", exc_info=error)
+            self.failed = True
         with self._lock:
             self._stopped = True
             ended = [*self._waiting, *self._names]

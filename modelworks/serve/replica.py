@@ -89,9 +89,11 @@ def why_not(error: Exception, memory_mb: int | None) -> str:
 def load(spec: ReplicaSpec) -> tuple[Any, Manifest]:
     """The runtime with the package loaded, and the package's manifest."""
     manifest = Manifest.parse(Path(spec.manifest).read_bytes())
-    runtime = _runtime(spec.runtime or manifest.runtime)()
+    runtime = _runtime(spec.runtime or _chosen(spec, manifest))()
     package = Package(manifest, _locator(spec))
-    if hasattr(runtime, "admit"):
+    if hasattr(runtime, "admit") and manifest.task == "text-generation":
+        runtime.load(package, spec.threads, slots=spec.max_batch, context=spec.context)
+    elif hasattr(runtime, "admit"):
         runtime.load(package, spec.threads, slots=spec.max_batch)
     else:
         runtime.load(package, spec.threads)
@@ -112,6 +114,15 @@ def driver(runtime: Any, manifest: Manifest, spec: ReplicaSpec) -> Batcher | Con
         auto=spec.auto_batch,
         p99_ms=spec.p99_ms,
     )
+
+
+def _chosen(spec: ReplicaSpec, manifest: Manifest) -> str:
+    from modelworks.ml.runtimes.choice import choose
+
+    name = choose(spec.engine, manifest.runtime, manifest.algorithm, manifest.lineage)
+    if name != manifest.runtime:
+        log.info("engine_chosen", engine=name)
+    return name
 
 
 def _runtime(name: str) -> Callable[[], Any]:
@@ -197,6 +208,8 @@ async def serve(spec: ReplicaSpec, batcher: Batcher | Continuous, batch_seconds:
     while not stop.is_set():
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(stop.wait(), _BEAT)
+        if isinstance(batcher, Continuous) and batcher.failed:
+            raise ModelworksError("the model's engine has ended; a new replica takes its place")
         report.beat()
     report("draining")
     finished = await host.drain(spec.drain_seconds)

@@ -46,7 +46,8 @@ FORM: dict[str, Any] = {
         "file": {
             "type": "string",
             "contentMediaType": "application/octet-stream",
-            "description": "an ONNX or GGUF model, or a package that was exported from Modelworks",
+            "description": "an ONNX or GGUF model, a ZIP of a model's folder (config.json, safetensors, "
+            "tokenizer.json), or a package that was exported from Modelworks",
         },
         "source": {"type": "string", "description": "in place of the file: `package:DIST/PATH` or an https URL"},
         "task": {"type": "string", "description": "such as tabular-classification; needed for a bare ONNX model"},
@@ -55,6 +56,11 @@ FORM: dict[str, Any] = {
             "description": "JSON list of the class labels, in the order of the probabilities",
         },
         "licence": {"type": "string"},
+        "convert": {
+            "type": "string",
+            "enum": ["q8_0"],
+            "description": "for GGUF: write weights of fewer bits anew in 8, which the faster engines read",
+        },
     },
 }
 MODEL = schemas.plain(
@@ -120,7 +126,7 @@ async def create_model_version(request: Request, services: Use, caller: Who, nam
     When that takes longer than a minute, it answers 202 with the job.
     """
     async with receive_form(request, services.settings.home_path / "tmp") as form:
-        form.only("task", "classes", "licence", "source")
+        form.only("task", "classes", "licence", "source", "convert")
         source = form.fields.get("source") or None
         if (form.path is None) == (source is None):
             raise InvalidInput("send the model as the form field `file`, or name its `source`", param="file")
@@ -135,6 +141,7 @@ async def create_model_version(request: Request, services: Use, caller: Who, nam
                 task=form.fields.get("task") or None,
                 classes=classes,
                 licence=form.fields.get("licence") or None,
+                convert=form.fields.get("convert") or None,
             )
         )
     job = await finished(request, services, caller, job)

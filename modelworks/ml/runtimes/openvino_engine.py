@@ -1,0 +1,270 @@
+"""The process in which OpenVINO GenAI runs: python -m modelworks.ml.runtimes.openvino_engine FD, started by llm_openvino.
+
+It reads orders between steps, and writes after each step what all calls have made, in one frame. A call enters the
+engine when the cache has room for its prompt and a good part of its answer; until then it waits here, in order.
+"""
+
+from __future__ import annotations
+
+import codecs
+import ctypes
+import select
+import signal
+import socket
+import struct
+import sys
+from collections import OrderedDict, deque
+from typing import Any
+
+import msgspec
+
+from modelworks.core.generation import Logprob
+from modelworks.ml.runtimes.llm_openvino import News, Order, _frame
+
+BLOCK = 32  # tokens of one block of the cache, on the CPU
+CHUNK = 256  # tokens of all calls that one step reads at most: a long prompt is read in pieces between others' tokens
+RESERVED = 512  # tokens of an answer that room is kept for; beyond, the engine may have to set a call back
+_ENDS = (b"<|im_end|>", b"<|eot_id|>", b"<|end|>", b"<end_of_turn>", b"<|endoftext|>", b"<|end_of_text|>")
+# special tokens whose text is part of the answer: the edge reads tool calls and reasoning out of it
+_MARKS = (b"<think>", b"</think>", b"<tool_call>", b"</tool_call>", b"<|python_tag|>", b"[TOOL_CALLS]", b"[ARGS]")
+
+
+class Call:
+    """A call aboard, and the text that it has made: bytes of tokens to whole characters, cut at stop texts."""
+
+    def __init__(self, order: Order, ids: Any, count: int) -> None:
+        self.order = order
+        self.ids = ids
+        self.count = count
+        self.handle: Any = None
+        self.blocks = 0
+        self.made = 0
+        self.cached = 0
+        self.logprobs: list[Logprob] = []
+        self._decode = codecs.getincrementaldecoder("utf-8")("replace").decode
+        self._text = order.prefix
+        self.stopped = False
+
+    def take(self, data: bytes, *, final: bool = False) -> None:
+        self._text += self._decode(data, final)
+        found = [at for at in (self._text.find(stop) for stop in self.order.stop) if at >= 0]
+        if found:
+            self._text, self.stopped = self._text[: min(found)], True
+
+    def ready(self, *, all: bool) -> str:
+        """The text that no stop text can begin in."""
+        keep = 0
+        if not all:
+            keep = max((_overlap(self._text, stop) for stop in self.order.stop), default=0)
+        text = self._text[: len(self._text) - keep]
+        self._text = self._text[len(text) :]
+        return text
+
+    def news(self, reason: str) -> News:
+        done = bool(reason)
+        text = self.ready(all=done)
+        logprobs, self.logprobs = self.logprobs, []
+        asked = logprobs if self.order.logprobs else None
+        return News(self.order.number, text, reason, self.count, self.made, self.cached, asked, None, done)
+
+
+class Prefixes:
+    """Which prompts' blocks the engine still has: the same rule as its own, least recently used first out."""
+
+    def __init__(self, blocks: int) -> None:
+        self._blocks = blocks
+        self._known: OrderedDict[int, None] = OrderedDict()
+
+    def seen(self, ids: list[int]) -> int:
+        """Tokens at the beginning of `ids` that are in the cache; all of its whole blocks are from now on."""
+        found, value, known = 0, 0, True
+        for start in range(0, len(ids) - len(ids) % BLOCK, BLOCK):
+            value = hash((value, tuple(ids[start : start + BLOCK])))
+            known = known and value in self._known
+            found += BLOCK if known else 0
+            self._known[value] = None
+            self._known.move_to_end(value)
+        while len(self._known) > self._blocks:
+            self._known.popitem(last=False)
+        return min(found, len(ids) - 1)
+
+
+class Engine:
+    def __init__(self, config: dict[str, Any]) -> None:
+        import openvino_genai as genai
+
+        self._genai = genai
+        scheduler = genai.SchedulerConfig()
+        scheduler.enable_prefix_caching = True
+        self._free = self._blocks = -(-int(config["cache"]) // BLOCK) + 1
+        scheduler.num_kv_blocks = self._blocks
+        scheduler.dynamic_split_fuse = True
+        scheduler.max_num_batched_tokens = CHUNK
+        scheduler.max_num_seqs = int(config["slots"])
+        self._context = int(config["context"])
+        self._pipeline = genai.ContinuousBatchingPipeline(
+            config["model"], scheduler, "CPU", {"INFERENCE_NUM_THREADS": int(config["threads"])}
+        )
+        self._tokenizer = self._pipeline.get_tokenizer()
+        vocabulary = self._tokenizer.get_vocab()
+        self._bytes = [b""] * (max(vocabulary.values()) + 1)
+        for text, id in vocabulary.items():
+            self._bytes[id] = text if isinstance(text, bytes) else text.encode()
+        self._ends = {vocabulary[text] for text in _ENDS if text in vocabulary} | {self._tokenizer.get_eos_token_id()}
+        odd = [id for id, text in enumerate(self._bytes) if text[:1] in (b"<", b"[") and text not in _MARKS]
+        for id in odd:
+            if not self._tokenizer.decode([id], skip_special_tokens=True):
+                self._bytes[id] = b""
+        self._prefixes = Prefixes(self._blocks)
+        self.calls: dict[int, Call] = {}
+        self._waiting: deque[Call] = deque()
+
+    def order(self, order: Order) -> News | None:
+        """Begin or abort; what there is to tell at once."""
+        if order.prompt is None:
+            call = self.calls.pop(order.number, None)
+            if call is None:
+                return None
+            if call.handle is None:
+                self._waiting.remove(call)
+            else:
+                call.handle.stop()
+                self._free += call.blocks
+            return News(order.number, done=True)
+        return self._begin(order, order.prompt)
+
+    def _begin(self, order: Order, prompt: str | list[int]) -> News | None:
+        import numpy as np
+        import openvino as ov
+
+        if isinstance(prompt, str):
+            ids = self._tokenizer.encode(prompt, add_special_tokens=False).input_ids.data[0].tolist()
+            bos = self._tokenizer.get_bos_token_id()
+            if order.bos and bos >= 0 and ids[:1] != [bos]:
+                ids.insert(0, bos)
+        else:
+            ids = prompt
+            if max(ids) >= len(self._bytes):
+                said = f"token id {max(ids)} is beyond the vocabulary of {len(self._bytes)}"
+                return News(order.number, error=("invalid", said, 0, 0), done=True)
+        if not ids or len(ids) >= self._context:
+            return News(order.number, error=("context_length_exceeded", "", len(ids), self._context), done=True)
+        call = Call(order, ov.Tensor(np.array([ids], dtype=np.int64)), len(ids))
+        call.cached = self._prefixes.seen(ids)
+        room = self._context - len(ids)
+        order.settings["max_new_tokens"] = min(order.settings.get("max_new_tokens", room), room)
+        call.blocks = -(-(len(ids) + min(order.settings["max_new_tokens"], RESERVED)) // BLOCK)
+        self.calls[order.number] = call
+        self._waiting.append(call)
+        return None
+
+    def step(self) -> list[News]:
+        news: list[News] = []
+        while self._waiting and (self._waiting[0].blocks <= self._free or self._free == self._blocks):
+            call = self._waiting.popleft()
+            try:
+                call.handle = self._pipeline.add_request(call.order.number, call.ids, self._config(call.order.settings))
+            except RuntimeError as error:
+                print("refused:", error, file=sys.stderr, flush=True)
+                del self.calls[call.order.number]
+                said = "the engine refuses these parameters; the deployment's log has the cause"
+                news.append(News(call.order.number, error=("invalid", said, 0, 0), done=True))
+                continue
+            self._free -= call.blocks
+        self._pipeline.step()
+        for call in [call for call in self.calls.values() if call.handle is not None]:
+            news += self._collect(call)
+        return news
+
+    def _config(self, settings: dict[str, Any]) -> Any:
+        chosen = {name: value for name, value in settings.items() if name not in ("schema", "alternatives")}
+        config = self._genai.GenerationConfig(**chosen)
+        config.stop_token_ids = self._ends
+        config.set_eos_token_id(self._tokenizer.get_eos_token_id())
+        config.apply_chat_template = False
+        if "schema" in settings:
+            config.structured_output_config = self._genai.StructuredOutputConfig(json_schema=settings["schema"])
+        return config
+
+    def _collect(self, call: Call) -> list[News]:
+        reason = ""
+        before = call.made
+        while not reason and call.handle.can_read():
+            for output in call.handle.read().values():
+                for id, logprob in zip(output.generated_ids, output.generated_log_probs, strict=True):
+                    reason = self._token(call, id, logprob) or reason
+                if not reason and output.finish_reason != self._genai.GenerationFinishReason.NONE:
+                    ends = output.finish_reason == self._genai.GenerationFinishReason.STOP
+                    reason = "stop" if ends else "length"
+        if not reason and call.handle.get_status() == self._genai.GenerationStatus.IGNORED:
+            reason = "length"  # the cache cannot hold it
+        if reason:
+            if call.stopped:
+                call.handle.stop()
+            call.take(b"", final=True)
+            del self.calls[call.order.number]
+            self._free += call.blocks
+            return [call.news("stop" if call.stopped else reason)]
+        return [call.news("")] if call.made > before and call.order.stream else []
+
+    def _token(self, call: Call, id: int, logprob: float) -> str:
+        """Note one token; why the call ends with it, or ""."""
+        call.made += 1
+        if id in self._ends and not call.order.settings.get("ignore_eos"):
+            return "stop"
+        data = self._bytes[id] if id < len(self._bytes) else b""
+        if call.order.logprobs and data:
+            one = Logprob(data.decode("utf-8", "replace"), max(logprob, -9999.0), list(data), [], id)
+            if call.order.settings.get("alternatives"):
+                one.top_logprobs = [Logprob(one.token, one.logprob, one.bytes, [], id)]
+            call.logprobs.append(one)
+        call.take(data)
+        return "stop" if call.stopped else ""
+
+
+def _overlap(text: str, stop: str) -> int:
+    """How much of the end of `text` is a beginning of `stop`."""
+    return next((size for size in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:size])), 0)
+
+
+def main() -> None:
+    stream = socket.socket(fileno=int(sys.argv[1]))
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL, 0, 0, 0)  # PR_SET_PDEATHSIG
+    for number in (signal.SIGTERM, signal.SIGINT):  # the parent drains; it ends this process when it is done
+        signal.signal(number, signal.SIG_IGN)
+    config = msgspec.msgpack.decode(_frame(stream))
+    try:
+        engine = Engine(config)
+    except Exception as error:  # the process's edge
+        _send(stream, " ".join(str(error).split())[-300:])
+        return
+    _send(stream, None)
+    serve(stream, engine)
+
+
+def serve(stream: socket.socket, engine: Engine) -> None:
+    poll = select.poll()
+    poll.register(stream, select.POLLIN)
+    decode = msgspec.msgpack.Decoder(Order).decode
+    while True:
+        news: list[News] = []
+        while poll.poll(0 if engine.calls or news else None):
+            frame = _frame(stream)
+            if not frame:
+                return
+            told = engine.order(decode(frame))
+            if told is not None:
+                news.append(told)
+        if engine.calls:
+            news += engine.step()
+        if news:
+            _send(stream, news)
+
+
+def _send(stream: socket.socket, message: Any) -> None:
+    data = msgspec.msgpack.encode(message)
+    stream.sendall(struct.pack("<I", len(data)) + data)
+
+
+if __name__ == "__main__":
+    main()
