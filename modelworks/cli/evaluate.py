@@ -35,6 +35,9 @@ def evaluate(
     time: Annotated[str | None, typer.Option(help="Split along this column: past and future.")] = None,
     metric: Annotated[list[str] | None, typer.Option(help="A metric to compute; by default all. Repeatable.")] = None,
     compare: Annotated[str | None, typer.Option(help="Another model version, evaluated on the same rows.")] = None,
+    slice_: Annotated[
+        list[str] | None, typer.Option("--slice", help="Measure these rows apart: --slice 'age > 60'. Repeatable.")
+    ] = None,
     gate: Annotated[
         list[str] | None, typer.Option(help="Fail unless it holds: --gate 'accuracy>=0.9'. Repeatable.")
     ] = None,
@@ -56,6 +59,7 @@ def evaluate(
         "method": method or {"kfold": 5},
         "metrics": metric or None,
         "compare": compare,
+        "slices": slice_ or [],
         "gates": values.gates(gate),
         "seed": seed,
     }
@@ -84,6 +88,7 @@ def show_report(session: Session, report: Report) -> None:
     session.facts([("report", report.id), ("model", model), ("data", report.dataset), ("method", method)])
     metrics_table(session, report.metrics)
     details_tables(session, report.details)
+    slices_table(session, report.details.get("slices") or [])
     comparison = report.details.get("comparison")
     if isinstance(comparison, dict):
         _comparison(session, model, comparison)
@@ -101,6 +106,19 @@ def details_tables(session: Session, details: dict[str, Any]) -> None:
         session.table(
             ("true - predicted", *(f"p{float(name) * 100:g}" for name in residuals)),
             [("quantile", *map(number, residuals.values()))],
+        )
+
+
+def slices_table(session: Session, slices: list[dict[str, Any]]) -> None:
+    """A line for each slice and metric."""
+    if slices:
+        session.table(
+            ("slice", "rows", "metric", "mean [95 % interval]"),
+            (
+                (plain(one["slice"]), one["rows"], name, interval(found))
+                for one in slices
+                for name, found in (one["metrics"] or {"-": {"mean": None}}).items()
+            ),
         )
 
 

@@ -42,6 +42,17 @@ def train(
     transforms: Annotated[
         Path | None, typer.Option(help="TOML or JSON file with the steps; by default fill, standardise, one-hot.")
     ] = None,
+    search: Annotated[int | None, typer.Option(help="Try so many hyperparameters and train the best.")] = None,
+    space: Annotated[
+        list[str] | None,
+        typer.Option(help="What to try: --space C=0.01..100:log or --space penalty=l1,l2. Repeatable."),
+    ] = None,
+    search_metric: Annotated[str | None, typer.Option(help="What the search improves.")] = None,
+    parallel: Annotated[int | None, typer.Option(help="Trials, or folds with --kfold, at a time.")] = None,
+    pruner: Annotated[str | None, typer.Option(help="median, hyperband or none.")] = None,
+    max_seconds: Annotated[
+        float | None, typer.Option("--search-seconds", help="No trial begins after so many seconds.")
+    ] = None,
     feature: Annotated[
         list[str] | None, typer.Option(help="A column to learn from; by default all others. Repeatable.")
     ] = None,
@@ -67,11 +78,16 @@ def train(
         "gates": values.gates(gate),
         "transforms": values.transforms(transforms),
         "features": feature or None,
+        "search": values.search(
+            search, space, metric=search_metric, parallel=parallel, pruner=pruner, timeout_s=max_seconds
+        ),
         "alias": alias,
         "licence": licence,
         "resources": {"threads": threads} if threads is not None else None,
         "seed": seed,
     }
+    if given["search"] is None and parallel and given["validation"]:
+        given["validation"]["parallel"] = parallel
     job = session.client.training_jobs.create({name: value for name, value in given.items() if value not in (None, [])})
     if not watch:
         session.emit(job) if session.json else session.say(job.id)
@@ -84,6 +100,7 @@ def train(
         session.emit({"job": job, "model_version": version})
         return
     show_version(session, version)
+    leaderboard(session, job.result.get("leaderboard") or [])
     if version.report_id:
         from modelworks.cli.evaluate import details_tables
 
@@ -106,6 +123,19 @@ def show_version(session: Session, version: ModelVersion, aliases: Sequence[str]
         ]
     )
     metrics_table(session, version.metrics)
+
+
+def leaderboard(session: Session, lines: Sequence[dict[str, Any]], most: int = 20) -> None:
+    """The trials of a search, best first."""
+    if lines:
+        session.table(
+            ("rank", "trial", "status", "value", "algorithm", "hyperparameters"),
+            (
+                (one["rank"], one["trial"] + 1, one["status"], number(one["value"]), one["algorithm"],
+                 plain(", ".join(f"{name}={value}" for name, value in one["hyperparameters"].items())))
+                for one in lines[:most]
+            ),
+        )  # fmt: skip
 
 
 def _few(values: Sequence[Any]) -> str:

@@ -109,7 +109,8 @@ def edits(
     if where:
         chosen["where"] = {name: value or None for name, value in pairs(where, "--where", "label=kat")}
     found = [
-        {"op": "set", "column": name, "value": value or None, **chosen} for name, value in pairs(set_, "--set", "label=cat")
+        {"op": "set", "column": name, "value": value or None, **chosen}
+        for name, value in pairs(set_, "--set", "label=cat")
     ]
     if drop:
         found.append({"op": "drop", **chosen})
@@ -137,7 +138,9 @@ def _numbers(text: str) -> list[int]:
     for part in text.split(","):
         first, _, last = part.strip().partition("-")
         if not first.isdigit() or (last and not last.isdigit()) or len(first) > 12 or len(last) > 12:
-            raise InvalidInput(f"--rows takes numbers and ranges, as in --rows 3,17,20-25, not {part!r:.60}", param="--rows")
+            raise InvalidInput(
+                f"--rows takes numbers and ranges, as in --rows 3,17,20-25, not {part!r:.60}", param="--rows"
+            )
         if int(last or first) - int(first) > 1_000_000:
             raise InvalidInput("--rows: a range has at most 1,000,000 rows", param="--rows")
         found += range(int(first), int(last or first) + 1)
@@ -260,3 +263,36 @@ def _open(path: Path) -> Any:
         return path.open(encoding="utf-8-sig", newline="")
     except OSError as error:
         raise InvalidInput(f"cannot read {path} ({error.strerror})", param=str(path)) from None
+
+
+def search(trials: int | None, space: list[str] | None, **more: Any) -> dict[str, Any] | None:
+    """`--search 20 --space C=0.01..100:log --space penalty=l1,l2`; None when nothing of a search is asked for."""
+    found = {name: value for name, value in more.items() if value is not None and name != "parallel"}
+    if trials is None and not space and not found:
+        return None
+    if trials is not None:
+        found["trials"] = trials
+    if more.get("parallel") is not None:
+        found["parallel"] = more["parallel"]
+    if space:
+        found["space"] = dict(_space(text) for text in space)
+    return found
+
+
+def _space(text: str) -> tuple[str, dict[str, Any]]:
+    name, equals, values = text.partition("=")
+    if not equals or not values:
+        raise InvalidInput(
+            f"{text!r} is no space; write NAME=LOW..HIGH, NAME=LOW..HIGH:log or NAME=A,B,C", param="space"
+        )
+    low, dots, high = values.removesuffix(":log").partition("..")
+    if dots:
+        try:
+            return name, {"low": float(low), "high": float(high), "log": values.endswith(":log")}
+        except ValueError:
+            raise InvalidInput(f"{text!r}: the ends of a range are numbers", param="space") from None
+    try:
+        choices = json.loads(f"[{values}]")
+    except ValueError:
+        choices = values.split(",")
+    return name, {"choices": choices}

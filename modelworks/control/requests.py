@@ -13,6 +13,7 @@ from modelworks.core.errors import InvalidInput
 from modelworks.core.specs import ALIAS_PATTERN, NAME_PATTERN, EvaluationSpec, Method, TrainingSpec
 from modelworks.core.types import Dataset, ModelVersion
 from modelworks.ml.evaluate.catalogue import check_metrics
+from modelworks.ml.evaluate.slices import parse_slice
 from modelworks.ml.search.space import check_search
 from modelworks.ml.train.checks import check_method, check_training, find, task_of
 from modelworks.store.catalog import Tx
@@ -58,6 +59,8 @@ def evaluation(tx: Tx, project_id: str, spec: EvaluationSpec) -> dict[str, Any]:
         dataset = _trained_on(tx, project_id, model)
     check_metrics(model.task, spec.metrics, spec.gates)
     _check_split(spec.method, model, dataset)
+    for one in spec.slices:
+        parse_slice(one, dataset.columns)
     resolved = spec.model_dump(mode="json") | {
         "model": model.ref,
         "model_version_id": model.id,

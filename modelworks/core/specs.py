@@ -331,12 +331,23 @@ class TrainingSpec(Spec):
     seed: int = Field(0, ge=0, lt=2**32)
 
 
+class SliceSpec(Spec):
+    """The rows whose `column` has the value `equals`."""
+
+    column: str = Field(min_length=1, max_length=1000)
+    equals: str | bool | float
+
+
 class EvaluationSpec(Spec):
     model: RefText
     dataset: RefText | None = Field(None, description="by default the dataset the model was trained on")
     method: Method
     metrics: list[str] | None = None
     compare: RefText | None = Field(None, description="another model version, evaluated on the same rows")
+    slices: list[Annotated[str, StringConstraints(min_length=1, max_length=500)] | SliceSpec] = Field(
+        [], max_length=100, description="parts of the rows to measure apart, by conditions on the dataset's columns",
+        examples=[["age > 60", 'age > 60 and sex == "F"', {"column": "sex", "equals": "F"}]],
+    )  # fmt: skip
     gates: list[Gate] = []
     resources: JobResources = JobResources()
     seed: int = Field(0, ge=0, lt=2**32)

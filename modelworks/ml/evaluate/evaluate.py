@@ -18,6 +18,7 @@ from modelworks.ml.evaluate.compare import compare
 from modelworks.ml.evaluate.folds import predict_folds, summarise
 from modelworks.ml.evaluate.inputs import coerce
 from modelworks.ml.evaluate.metrics import Predictions
+from modelworks.ml.evaluate.slices import measure
 from modelworks.ml.evaluate.splits import Plan, describe_method, plan
 from modelworks.ml.package import Manifest, Package
 from modelworks.ml.runtimes.registry import RUNTIMES
@@ -76,6 +77,9 @@ def evaluate(
     details |= {"splitter": made.splitter, "notes": [*made.notes, *details["notes"]]}
     if other is not None:
         details["comparison"] = {"with": spec.compare} | compare(task, sides[0], sides[1], wanted, spec.seed)
+    if spec.slices:
+        whole = Predictions.join(sides[0])
+        details["slices"] = measure(task, spec.slices, whole, table, columns, wanted, spec.seed)
     if spec.gates:
         details["gates"] = gate_results(spec.gates, metrics)
     return Evaluated(metrics, details, describe_method(spec.method))

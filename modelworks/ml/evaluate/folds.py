@@ -16,6 +16,7 @@ import pyarrow as pa
 from modelworks.core.errors import InvalidInput
 from modelworks.ml.base import JobContext
 from modelworks.ml.evaluate import metrics as m
+from modelworks.ml.evaluate.calibration import calibration, thresholds
 from modelworks.ml.evaluate.catalogue import CLASSIFICATION
 from modelworks.ml.evaluate.intervals import LEVEL, over_folds, over_rows
 from modelworks.ml.evaluate.metrics import Predictions
@@ -125,6 +126,9 @@ def summarise(
     }
     if task == CLASSIFICATION:
         details |= _confusion(whole, classes or [])
+        details["calibration"] = calibration(whole)
+        if (found_thresholds := thresholds(whole, classes or [])) is not None:
+            details["thresholds"] = found_thresholds
     else:
         residuals = np.quantile(whole.true - whole.output, _QUANTILES)
         details["residual_quantiles"] = {f"{q:g}": float(value) for q, value in zip(_QUANTILES, residuals, strict=True)}
