@@ -287,7 +287,7 @@ def test_those_aboard_with_a_poison_call_do_not_share_its_fate(tmp_path):
         assert await asyncio.gather(*bystanders) == [2.0 * x for x in range(5)]
 
     def _holds(host, x):
-        return any(item.reading.data[0] == toy_call(x).inputs[0].data for item in host._batcher._items.values())
+        return any(item.reading.data == toy_call(x).inputs[0].data for item in host._batcher._items.values())
 
     run(story, tmp_path)
 

@@ -18,6 +18,7 @@ MAX_DEPTH = 64
 MAX_VALUES = 4_000_000  # of the tensors or rows in a body: each takes some tens of bytes of memory
 MAX_CONTROL_VALUES = 32_768  # of a body that describes something; each may become an error that names it
 _CONTAINER = 8  # an array or object takes the memory of so many numbers
+_decoders: dict[Any, msgspec.json.Decoder[Any]] = {}  # one for each type that is asked for
 _STRUCTURE = b'"[]{}'
 _NOISE = bytes(byte for byte in range(256) if byte not in _STRUCTURE)
 
@@ -53,8 +54,11 @@ def check_values(data: bytes, limit: int) -> None:
 def decode_json(data: bytes, type: Any = Any) -> Any:
     """Strict JSON (no NaN, no Infinity, valid UTF-8); InvalidInput says what is wrong and where."""
     check_values(data, MAX_VALUES)
+    decoder = _decoders.get(type)
+    if decoder is None:
+        decoder = _decoders[type] = msgspec.json.Decoder(type)
     try:
-        return msgspec.json.decode(data, type=type)
+        return decoder.decode(data)
     except msgspec.ValidationError as error:
         raise InvalidInput(f"the body does not have the expected form: {error}", code="invalid_input") from None
     except (msgspec.DecodeError, UnicodeDecodeError) as error:

@@ -13,7 +13,7 @@ from modelworks.api.services import Services
 from modelworks.core.types import Answer, Call, Caller
 from modelworks.serve.hints import PRIORITY_HEADER, STICKY_HEADER, hint
 
-JSON_TYPE = (b"content-type", b"application/json")
+JSON_HEADERS = ((b"content-type", b"application/json"),)
 
 
 class Reply(NamedTuple):

@@ -14,12 +14,12 @@ from typing import Any, NamedTuple
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE
 
 from modelworks.api import oip_codec
-from modelworks.api.calls import Prepared, Reply
+from modelworks.api.calls import JSON_HEADERS, Prepared, Reply
 from modelworks.api.errors import render
 from modelworks.api.guard import ALLOWANCE, MAX_IGNORED, Allowance, Headers, count, new_request_id, stalled
 from modelworks.api.intake import Intake
 from modelworks.api.native import predict
-from modelworks.api.protocol import BODY, BUSY, HEAD, IDLE, BoundedProtocol, bounded
+from modelworks.api.protocol import BODY, BUSY, IDLE, BoundedProtocol, bounded
 from modelworks.api.services import Services
 from modelworks.core.errors import ModelworksError
 from modelworks.core.specs import NAME_PATTERN
@@ -43,8 +43,8 @@ _MAX_TARGETS = 4096
 _MANY = 1024  # pieces of one body that are kept apart
 _TENSORS = "application/octet-stream"
 _MAX_HEAD = 4096  # bytes of a head that is remembered
-_MAX_HEADS = 4096
 _COMMON = b"content-length: %d\r\nx-request-id: %b\r\nx-content-type-options: nosniff\r\n"
+_GOOD = b"%b" + _COMMON + b"%b\r\n%b"
 _LIMITS = b"".join(b"%b: %b\r\n" % pair for pair in ALLOWANCE)
 
 
@@ -106,40 +106,27 @@ class _Never:
 class Exchange:
     """One request in the fast lane. To uvicorn's protocol it looks like a cycle: what comes behind it waits for it."""
 
-    __slots__ = (
-        "_allowance", "_outputs", "_pending", "_protocol", "_reply", "began", "binary", "body",
-        "disconnected", "intake", "keep_alive", "length", "parts", "principal", "received", "refusal", "request_id",
-        "response_complete", "rows", "span", "target",
-    )  # fmt: skip
+    # what most requests never change stands here, once for all of them
     message_event = _Never()
+    body = b""
+    parts: list[bytes] | None = None
+    received = rows = 0
+    intake: Intake | None = None  # of a body that comes in pieces
+    span: RequestSpan | None = None  # when traces are on
+    refusal: ModelworksError | None = None  # told once the body is there, which keeps the connection
+    response_complete = disconnected = False
+    keep_alive = True
+    _allowance: Allowance | None = None
+    _pending: Pending | Errand | None = None
+    _outputs: list[Any] | None = None
+    _reply: Callable[[Answer], Reply]
 
-    def __init__(
-        self,
-        protocol: FastLane,
-        head: Head,
-        principal: Principal,
-        request_id: str,
-        allowance: Allowance | None,
-        refusal: ModelworksError | None,
-    ) -> None:
+    def __init__(self, protocol: FastLane, head: Head, principal: Principal, request_id: str) -> None:
         self.target, _, self.binary, self.length = head
         self.principal = principal
         self.request_id = request_id
-        self.refusal = refusal  # told once the body is there, which keeps the connection
-        self.body = b""
-        self.parts: list[bytes] = []
-        self.received = 0
-        self.intake: Intake | None = None  # of a body that comes in pieces
         self.began = monotonic()
-        self.rows = 0
-        self.span: RequestSpan | None = None  # when traces are on
-        self.response_complete = self.disconnected = False
-        self.keep_alive = True
         self._protocol = protocol
-        self._allowance = allowance
-        self._pending: Pending | Errand | None = None
-        self._outputs: list[Any] = []
-        self._reply: Callable[[Answer], Reply] | None = None
 
     def add(self, piece: bytes) -> None:
         self.received += len(piece)
@@ -148,6 +135,8 @@ class Exchange:
         if not self.body:
             self.body = piece
             return
+        if self.parts is None:
+            self.parts = []
         self.parts.append(piece)
         if len(self.parts) > _MANY:  # dripped bytes must not cost an object each
             self.parts = [b"".join(self.parts)]
@@ -161,7 +150,8 @@ class Exchange:
             gateway = self._protocol.services.gateway
             call, self._reply = self.target.prepare(gateway, self.principal, data, self.binary, self.request_id)
             del data
-            self._let_go()
+            if self.body:
+                self._let_go()
             self.rows = rows_of(call)
             if self.span is None:
                 pending = gateway.submit(self.principal, call, self.deliver)
@@ -177,7 +167,7 @@ class Exchange:
 
     def _let_go(self) -> None:
         """The body is read, or nobody will."""
-        self.body, self.parts = b"", []
+        self.body, self.parts = b"", None
         if self.intake is not None:
             self.intake.close()
 
@@ -185,21 +175,22 @@ class Exchange:
         """What the gateway brings: parts of the answer, or one error."""
         if self.response_complete:
             return
-        if isinstance(item, ModelworksError):
+        if not isinstance(item, Part):
             self.refuse(item)
-        elif not item.done:
-            self._outputs += item.outputs
+            return
+        outputs = item.outputs
+        if not item.done or self._outputs is not None:
+            outputs = self._outputs = [*(self._outputs or ()), *outputs]
+            if not item.done:
+                return
+        try:
+            reply = self._reply(Answer(outputs, item.model_version))
+        except ModelworksError as error:
+            self.refuse(error)
+        except Exception as error:  # as in start
+            self._unexpected(error)
         else:
-            outputs = self._outputs + item.outputs if self._outputs else item.outputs
-            try:
-                assert self._reply is not None
-                reply = self._reply(Answer(outputs, item.model_version))
-            except ModelworksError as error:
-                self.refuse(error)
-            except Exception as error:  # as in start
-                self._unexpected(error)
-            else:
-                self._write(200, reply.headers, reply.body, item.model_version)
+            self._write(200, reply.headers, reply.body, item.model_version)
 
     def _unexpected(self, error: Exception) -> None:
         log.error("unexpected error", request_id=self.request_id, path=self.target.path, exc_info=error)
@@ -228,21 +219,28 @@ class Exchange:
         protocol = self._protocol
         transport = protocol.transport
         if not transport.is_closing():
-            allowance = self._allowance
-            lines = [
-                STATUS_LINE[status],
-                protocol.default_head(),
-                *[b"%b: %b\r\n" % pair for pair in headers],
-                _COMMON % (len(body), self.request_id.encode()),
-                b"" if allowance is None else _LIMITS % allowance,
-                b"\r\n" if self.keep_alive else b"connection: close\r\n\r\n",
-                body,
-            ]
-            transport.write(b"".join(lines))
-            if not self.keep_alive:
-                protocol.close()
+            if headers is JSON_HEADERS and self.keep_alive and status == 200:
+                left = b"" if self._allowance is None else _LIMITS % self._allowance
+                transport.write(_GOOD % (protocol.good_head(), len(body), self.request_id.encode(), left, body))
+            else:
+                transport.write(self._message(status, headers, body))
+                if not self.keep_alive:
+                    protocol.close()
         self._observe(status, len(body), version)
         protocol.on_response_complete()
+
+    def _message(self, status: int, headers: Any, body: bytes) -> bytes:
+        allowance = self._allowance
+        lines = [
+            STATUS_LINE[status],
+            self._protocol.default_head(),
+            *[b"%b: %b\r\n" % pair for pair in headers],
+            _COMMON % (len(body), self.request_id.encode()),
+            b"" if allowance is None else _LIMITS % allowance,
+            b"\r\n" if self.keep_alive else b"connection: close\r\n\r\n",
+            body,
+        ]
+        return b"".join(lines)
 
     def _observe(self, status: int, sent: int, version: str) -> None:
         """Count and log the request, once."""
@@ -269,7 +267,6 @@ class FastLane(BoundedProtocol):
 
     services: Services
     _targets: dict[bytes, Target]  # what URLs name, for all connections
-    _heads: dict[bytes, Head]  # salted hashes of whole heads that the parser has read before -> what they say
 
     def __init__(self, config: Any, server_state: Any, app_state: Any, _loop: Any = None) -> None:
         super().__init__(config, server_state, app_state, _loop)
@@ -277,46 +274,50 @@ class FastLane(BoundedProtocol):
         self._exchange: Exchange | None = None  # the last one
         self._remember: Head | None = None  # of the request that the parser just read
         self._begun = 0  # messages that began in what was received last
-        self._defaults: tuple[Any, bytes] = (None, b"")
+        self._known: tuple[bytes, Head] | None = None  # the head that the parser read last, and what it says
+        self._defaults: tuple[Any, bytes, bytes] = (None, b"", b"")
 
     def default_head(self) -> bytes:
         """uvicorn's own headers (the date), as it makes them each second."""
         headers = self.server_state.default_headers
         if self._defaults[0] is not headers:
-            self._defaults = (headers, b"".join([b"%b: %b\r\n" % pair for pair in headers]))
+            common = b"".join([b"%b: %b\r\n" % pair for pair in headers])
+            self._defaults = headers, common, STATUS_LINE[200] + common + b"%b: %b\r\n" % JSON_HEADERS[0]
         return self._defaults[1]
+
+    def good_head(self) -> bytes:
+        """What a good answer in JSON begins with."""
+        if self._defaults[0] is not self.server_state.default_headers:
+            self.default_head()
+        return self._defaults[2]
 
     # -- heads that are known ------------------------------------------------------------------------------------------
 
     def data_received(self, data: bytes) -> None:
-        """A request whose head was read before, byte by byte the same, and whose body is there, needs no parser.
+        """A request whose head is the last one's of this connection, byte by byte, and whose body is there, needs no parser.
 
         Only between two messages, so that the parser's state stays as it is.
         """
-        end = data.find(b"\r\n\r\n", 0, _MAX_HEAD) + 4
-        if end < 4 or self._head_open or self._message_open or (self._phase != IDLE and self._phase != HEAD):
-            super().data_received(data)
-            return
-        tag = self.services.authenticator.tag(data[:end])
-        head = self._heads.get(tag)
-        if head is not None and head.length == len(data) - end and self._free():
-            exchange = self._begin(head, new_request_id())
-            if exchange is not None:
-                exchange.body = data[end:]
-                self.cycle = self._exchange = exchange  # type: ignore[assignment]
-                self._phase, self._deadline = BUSY, None
-                exchange.start()
-                return
+        known = self._known
+        if known is not None and self._phase == IDLE and data.startswith(known[0]):
+            raw, head = known
+            if head.length == len(data) - len(raw) and not self._message_open and self._free():
+                exchange = self._begin(head, new_request_id())
+                if exchange is not None:
+                    self.cycle = self._exchange = exchange  # type: ignore[assignment]
+                    self._phase, self._deadline = BUSY, None
+                    exchange.body = data[len(raw) :]
+                    exchange.start()
+                    return
         self._remember = None
         self._begun = 0
         super().data_received(data)
-        head, self._remember = self._remember, None
-        # one message, whole, without anything before or behind it: then its head is what `tag` was made of
-        whole = self._begun == 1 and not self._message_open and data.startswith(b"POST ")
-        if head is not None and whole and head.length == len(data) - end:
-            if len(self._heads) >= _MAX_HEADS:
-                self._heads.clear()
-            self._heads[tag] = head
+        found, self._remember = self._remember, None
+        # one message, whole, without anything before or behind it: then its head is what stands in front of its body
+        if found is not None and self._begun == 1 and not self._message_open and data.startswith(b"POST "):
+            end = len(data) - found.length
+            if end <= _MAX_HEAD and data.find(b"\r\n\r\n") + 4 == end:
+                self._known = data[:end], found
 
     # -- the parser ----------------------------------------------------------------------------------------------------
 
@@ -370,7 +371,9 @@ class FastLane(BoundedProtocol):
         allowance, refusal = count(principal, services.limiter)
         if refusal is not None and head.length > MAX_IGNORED:
             return None  # a refused call was not counted: the guard refuses it again, and ends the connection
-        exchange = Exchange(self, head, principal, request_id, allowance, refusal)
+        exchange = Exchange(self, head, principal, request_id)
+        if allowance is not None:
+            exchange._allowance, exchange.refusal = allowance, refusal
         tracing = services.gateway.observer.tracing
         if tracing is not None:
             exchange.span = tracing.begin("POST", trace)
@@ -446,4 +449,4 @@ class FastLane(BoundedProtocol):
 def fast(services: Services) -> type[FastLane]:
     """The protocol class with the limits of the services' settings, for uvicorn's `http=`."""
     base = bounded(services.settings)
-    return type("ModelworksFastLane", (FastLane, base), {"services": services, "_targets": {}, "_heads": {}})
+    return type("ModelworksFastLane", (FastLane, base), {"services": services, "_targets": {}})

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import msgspec
 
 from modelworks.api.body import decode_json
-from modelworks.api.calls import JSON_TYPE, Prepared, Reply
+from modelworks.api.calls import JSON_HEADERS, Prepared, Reply
 from modelworks.api.errors import NotImplementedHere
 from modelworks.core.errors import InvalidInput
 from modelworks.core.tensors import (
@@ -28,6 +28,7 @@ from modelworks.core.tensors import (
 )
 from modelworks.core.types import Answer, Call, Principal, TensorSpec
 from modelworks.serve.checks import check_inputs
+from modelworks.serve.columns import Kind, kind_of
 from modelworks.serve.gateway import Gateway
 from modelworks.serve.routes import Route
 
@@ -92,12 +93,109 @@ def prepare(
     NotFound and Forbidden for the deployment, InvalidInput that names the tensor.
     """
     route = gateway.route(principal, model, version)
+    if header_length is None:
+        found = _usual(route, data)
+        if found is not None:
+            id, tensors, kind, wanted = found
+            call = Call(model, tensors, gateway.deadline(), request_id, version=version, kind=kind)
+            return Prepared(call, lambda answer: encode_answer(model, id, answer, wanted))
     size = _header_size(header_length, len(data))
     body: InferBody = decode_json(data if size == len(data) else data[:size], InferBody)
     tensors = decode_inputs(route, body, data, size)
     wanted = _wanted(route, body)
     call = Call(model, tensors, gateway.deadline(), request_id, version=version)
     return Prepared(call, lambda found: encode_answer(model, body.id, found, wanted))
+
+
+# -- the usual request: flat numbers in JSON, of shapes that were seen before, all outputs wanted in JSON ---------------
+
+
+class FlatTensor(msgspec.Struct):
+    name: str
+    shape: list[int]
+    datatype: str
+    data: list[float]
+    parameters: dict[str, Any] | None = None
+
+
+class FlatBody(msgspec.Struct):
+    inputs: list[FlatTensor]
+    id: str | None = None
+    parameters: dict[str, Any] | None = None
+    outputs: list[Any] | None = None
+
+
+_flat = msgspec.json.Decoder(FlatBody).decode
+_MAX_FORMS = 256
+_MAX_FLAT = 64 * 1024  # bytes of such a body
+
+
+class Form(NamedTuple):
+    """Inputs whose names, datatypes and shapes fit a route's signature: how many values each has, and what packs them."""
+
+    inputs: list[tuple[int, Callable[..., bytes]]]
+    kind: Kind
+
+
+def _usual(route: Route, data: bytes) -> tuple[str | None, list[Tensor], Kind, list[Wanted]] | None:
+    """The id, tensors, kind and outputs of a usual request; None: read it with all care. Floats only: JSON's integers become such."""
+    if not route.floats or len(data) > _MAX_FLAT:
+        return None
+    try:
+        body = _flat(data)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        return None
+    wanted = usual_outputs(route)
+    if body.parameters or body.outputs or wanted is None:
+        return None
+    inputs = body.inputs
+    key = tuple([(one.name, one.datatype, *one.shape) for one in inputs])
+    forms: dict[Any, Form] = route.memo.setdefault("oip", {})
+    form = forms.get(key)
+    if form is None:
+        form = _form(route, inputs)
+        if form is None:
+            return None
+        if len(forms) < _MAX_FORMS:
+            forms[key] = form
+    tensors = []
+    try:
+        for one, (count, pack_all) in zip(inputs, form.inputs, strict=True):
+            if len(one.data) != count or one.parameters:
+                return None
+            tensors.append(Tensor(one.name, one.datatype, one.shape, pack_all(*one.data)))
+    except (struct.error, OverflowError):
+        return None
+    return body.id, tensors, form.kind, wanted
+
+
+def _form(route: Route, inputs: list[FlatTensor]) -> Form | None:
+    tensors = []
+    packs = []
+    for one in inputs:
+        if one.datatype not in _FLOATS or len(one.shape) > MAX_RANK or min(one.shape, default=1) < 1:
+            return None
+        count = math.prod(one.shape)
+        if count > _MAX_FLAT:
+            return None
+        pack_all = struct.Struct(f"<{count}{DATATYPES[one.datatype][1]}")
+        packs.append((count, pack_all.pack))
+        tensors.append(Tensor(one.name, one.datatype, one.shape, bytes(pack_all.size)))
+    try:
+        check_inputs(route.signature, tensors, route.shapes)
+    except InvalidInput:  # the careful way says it with what came
+        return None
+    return Form(packs, kind_of(tensors))
+
+
+def usual_outputs(route: Route) -> list[Wanted] | None:
+    """All outputs, in JSON; None where one of them travels only as binary data."""
+    found: list[Wanted] | None = route.memo.get("oip outputs")
+    if found is None and "oip outputs" not in route.memo:
+        specs = route.signature.outputs
+        plain = all(spec.datatype not in _BINARY_ONLY for spec in specs)
+        found = route.memo["oip outputs"] = [Wanted(spec.name) for spec in specs] if plain else None
+    return found
 
 
 # -- requests ----------------------------------------------------------------------------------------------------------
@@ -344,7 +442,7 @@ def encode_answer(model: str, id: str | None, found: Answer, wanted: Sequence[Wa
         described.append(item)
     head = _encode(body)
     if not blobs:
-        return Reply((JSON_TYPE,), head)
+        return Reply(JSON_HEADERS, head)
     return Reply((_BINARY_TYPE, (HEADER_LENGTH, b"%d" % len(head))), b"".join([head, *blobs]))
 
 

@@ -55,6 +55,11 @@ _NUMPY = {
     "FP64": "float64",
 }
 _OIP = {numpy: oip for oip, numpy in _NUMPY.items()}
+_LITTLE = {  # numpy's dtype.str
+    f"{'|' if size == 1 else '<'}{'b' if oip == 'BOOL' else numpy[0]}{size}": oip
+    for oip, numpy in _NUMPY.items()
+    for size in (DATATYPES[oip][0],)
+}
 
 
 _URL_SAFE = bytes.maketrans(b"-_", b"+/")
@@ -183,6 +188,11 @@ def to_numpy(tensor: Tensor) -> np.ndarray:
         wide = np.frombuffer(tensor.data, dtype="<u2").astype(np.uint32) << 16
         return wide.view(np.float32).reshape(tensor.shape)
     return np.frombuffer(tensor.data, dtype=np.dtype(_NUMPY[tensor.datatype]).newbyteorder("<")).reshape(tensor.shape)
+
+
+def datatype_of(array: np.ndarray) -> str | None:
+    """The datatype of an array of little-endian numbers; None for any other."""
+    return _LITTLE.get(array.dtype.str)
 
 
 def from_numpy(name: str, array: np.ndarray) -> Tensor:

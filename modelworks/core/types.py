@@ -443,6 +443,7 @@ class Call(msgspec.Struct):
     key_id: str = ""
     priority: int = 1
     sticky: str = ""
+    kind: Any = None  # of `inputs` (serve/columns.py), where the dialect knows it
 
 
 class Answer(msgspec.Struct):

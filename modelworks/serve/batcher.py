@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterable
 from typing import Any
 
 from modelworks.core.errors import DeadlineExceeded, ModelworksError
 from modelworks.core.telemetry import logger
 from modelworks.core.tensors import Tensor
 from modelworks.core.types import Signature
-from modelworks.serve.checks import Kind, NotSplittable, Reading, Shape, cut, kind_of
+from modelworks.serve.checks import Block, NotSplittable, Reading, Shape, block, cut
+from modelworks.serve.columns import Kind, Layout, kind_of
 from modelworks.serve.sizing import Sizer
 from modelworks.serve.wire import Part
 
@@ -27,6 +28,7 @@ _REPEATS = 3  # runs of each size when measuring, of which the fastest counts
 log = logger("batcher")
 Predict = Callable[[dict[str, Any]], dict[str, Any]]
 Step = tuple[Hashable, Part | ModelworksError, bool]  # call id, what there is for it, whether that was the last
+Results = list["tuple[Item, Part | ModelworksError]"]
 
 
 class Item:
@@ -34,7 +36,9 @@ class Item:
 
     __slots__ = ("deadline", "gone", "id", "reading", "since", "tensors")
 
-    def __init__(self, id: Hashable, tensors: list[Tensor], reading: Reading, deadline: float, since: float) -> None:
+    def __init__(
+        self, id: Hashable, tensors: list[Tensor] | None, reading: Reading, deadline: float, since: float
+    ) -> None:
         self.id = id
         self.tensors = tensors
         self.reading = reading
@@ -56,6 +60,48 @@ class Batch:
         self.more = bool(queue.items)  # others are left waiting
 
 
+class Ran:
+    """What a batch came to: its outputs uncut, or a result for each call."""
+
+    __slots__ = ("batch", "begun", "block", "results", "run_us")
+
+    def __init__(self, batch: Batch, begun: float, run_us: int, block: Block | None, results: Results) -> None:
+        self.batch = batch
+        self.begun = begun
+        self.run_us = run_us
+        self.block = block
+        self.results = results
+
+    def queue_us(self) -> list[int]:
+        """Microseconds that each call waited."""
+        begun = self.begun
+        return [int((begun - item.since) * 1e6) for item in self.batch.items]
+
+    def cut(self, version: str) -> Results:
+        """A result for each call."""
+        if self.block is None:
+            return self.results
+        items = self.batch.items
+        layout = Layout(self.block.kind)
+        starts = [0] * len(layout.kind)
+        results: Results = []
+        for index, (item, queue_us) in enumerate(zip(items, self.queue_us(), strict=True)):
+            outputs = []
+            text = 0
+            for number, ((name, datatype, trailing), width) in enumerate(zip(layout.kind, layout.widths, strict=True)):
+                if width < 0:
+                    size = self.block.sizes[text][index]
+                    text += 1
+                else:
+                    size = width * item.reading.rows
+                start = starts[number]
+                starts[number] = stop = start + size
+                data = self.block.data[number][start:stop]
+                outputs.append(Tensor(name, datatype, [item.reading.rows, *(trailing or ())], data))
+            results.append((item, Part(outputs, version, True, queue_us, self.run_us, len(items))))
+        return results
+
+
 class Queue:
     """The waiting calls of one shape. `soonest`: no deadline among them is before this."""
 
@@ -66,6 +112,11 @@ class Queue:
         self.sizer = sizer
         self.items: deque[Item] = deque()
         self.soonest = float("inf")
+
+    def put(self, item: Item) -> None:
+        self.items.append(item)
+        if item.deadline < self.soonest:
+            self.soonest = item.deadline
 
     def urgent_first(self, until: float) -> None:
         """Calls due before `until` go to the front, the soonest first; the others keep their order."""
@@ -109,6 +160,7 @@ class Batcher:
         self._sizers: dict[Shape, Sizer] = {}
         self._queues: dict[Shape, Queue] = {}
         self._items: dict[Hashable, Item] = {}  # admitted and not settled
+        self._texts: dict[str, bytes] = {}  # of outputs, packed
         self._ran: tuple[Batch, float] | None = None  # the batch that `settle` will end, and its seconds
         self.waiting = 0
 
@@ -118,21 +170,46 @@ class Batcher:
 
     def admit(self, id: Hashable, tensors: list[Tensor], deadline: float) -> None:
         """Queue a call. InvalidInput when it does not fit the signature; then it was not admitted."""
-        kind = kind_of(tensors)
+        shape = self.shape(kind_of(tensors))
+        item = Item(id, tensors, shape.read(tensors), deadline, self._clock())
+        self._queue(shape).put(item)
+        self._items[id] = item
+        self.waiting += 1
+
+    def shape(self, kind: Kind) -> Shape:
+        """What is known of calls of a kind. InvalidInput when it does not fit the signature."""
         shape = self._shapes.get(kind)
         if shape is None:
             shape = Shape(self._inputs, kind)
             if len(self._shapes) < _KNOWN_SHAPES:
                 self._shapes[kind] = shape
-        item = Item(id, tensors, shape.read(tensors), deadline, self._clock())
+        return shape
+
+    def admit_whole(self, shape: Shape, calls: Iterable[tuple[Hashable, int, bytes, float]]) -> None:
+        """Queue calls of a `fixed` shape, given as id, rows, the bytes of all inputs, and seconds that remain.
+
+        The bytes have been counted already; `shape.fits` has been asked for the rows.
+        """
+        now = self._clock()
+        queue = self._queue(shape)
+        waiting, items, soonest = queue.items, self._items, queue.soonest
+        alone = not shape.batchable
+        before = len(waiting)
+        for id, rows, data, remaining in calls:
+            deadline = now + remaining
+            item = Item(id, None, Reading(rows, data, alone), deadline, now)
+            waiting.append(item)
+            items[id] = item
+            if deadline < soonest:
+                soonest = deadline
+        queue.soonest = soonest
+        self.waiting += len(waiting) - before
+
+    def _queue(self, shape: Shape) -> Queue:
         queue = self._queues.get(shape)
         if queue is None:
             queue = self._queues[shape] = Queue(shape, self._sizer(shape))
-        queue.items.append(item)
-        if deadline < queue.soonest:
-            queue.soonest = deadline
-        self._items[id] = item
-        self.waiting += 1
+        return queue
 
     def _sizer(self, shape: Shape) -> Sizer:
         sizer = self._sizers.get(shape)
@@ -225,12 +302,18 @@ class Batcher:
                 break
         return items
 
-    def run(self, batch: Batch) -> list[tuple[Item, Part | ModelworksError]]:
+    def run(self, batch: Batch) -> Ran:
         """Run the model on a batch. If that fails, in smaller and smaller parts, so that a bad call fails alone."""
         items = batch.items
         begun = self._clock()
+        whole: Block | None = None
+        answers: list[Any] = []
         try:
-            answers: list[Any] = self._answer(batch.shape, items)
+            outputs = self._predict(batch.shape.join([item.reading for item in items], items[0].tensors))
+            rows = [item.reading.rows for item in items]
+            whole = block(outputs, rows, self._texts)
+            if whole is None:
+                answers = cut(outputs, rows)
             self._ran = batch, self._clock() - begun
         except NotSplittable:
             batch.shape.batchable = False  # its next calls run by themselves at once
@@ -238,12 +321,12 @@ class Batcher:
         except Exception as error:  # a plug's edge: whatever the model throws belongs to the calls, not to the replica
             answers = [_model_error(error)] if len(items) == 1 else self._isolate(batch.shape, items, [])
         run_us = int((self._clock() - begun) * 1e6)
-        results: list[tuple[Item, Part | ModelworksError]] = []
-        for item, answer in zip(items, answers, strict=True):
+        results: Results = []
+        for item, answer in zip(items, answers, strict=False):
             if not isinstance(answer, ModelworksError):
                 answer = Part(answer, self._version, True, int((begun - item.since) * 1e6), run_us, len(items))
             results.append((item, answer))
-        return results
+        return Ran(batch, begun, run_us, whole, results)
 
     def _isolate(self, shape: Shape, items: list[Item], found: list[ModelworksError]) -> list[Any]:
         """The answers of a part that failed as a whole, by halves. `found` collects the bad calls' errors.
@@ -270,18 +353,36 @@ class Batcher:
         answers = self._isolate(shape, items, found)
         return answers, len(found) == before
 
-    def settle(self, results: list[tuple[Item, Part | ModelworksError]]) -> list[Step]:
+    def settle(self, ran: Ran) -> list[Step]:
         """The answers of the calls that were not aborted meanwhile; these are then forgotten."""
-        if self._ran is not None:
-            (batch, seconds), self._ran = self._ran, None
-            rows = sum([item.reading.rows for item in batch.items])
-            batch.queue.sizer.ran(rows, seconds, more=batch.more)
+        self._learn()
         steps: list[Step] = []
-        for item, answer in results:
+        for item, answer in ran.cut(self._version):
             if not item.gone:
                 del self._items[item.id]
                 steps.append((item.id, answer, True))
         return steps
+
+    def settle_whole(self, ran: Ran) -> bool:
+        """As `settle` for a batch that has a `block` and of which no call was aborted, without cutting it; else False."""
+        items = ran.batch.items
+        if ran.block is None:
+            return False
+        for item in items:
+            if item.gone:
+                return False
+        self._learn()
+        held = self._items
+        for item in items:
+            del held[item.id]
+        return True
+
+    def _learn(self) -> None:
+        """Note how long the last batch took."""
+        if self._ran is not None:
+            (batch, seconds), self._ran = self._ran, None
+            rows = sum([item.reading.rows for item in batch.items])
+            batch.queue.sizer.ran(rows, seconds, more=batch.more)
 
     def step(self) -> list[Step]:
         """take, run and settle in one: the answers of the next batch; [] when nothing waits."""

@@ -17,7 +17,8 @@ from typing import Any, cast
 from modelworks.core.errors import InvalidInput, ModelworksError, Unavailable
 from modelworks.core.telemetry import logger
 from modelworks.core.types import Answer, Call
-from modelworks.serve import wire
+from modelworks.serve import columns, wire
+from modelworks.serve.columns import MAX_KINDS, Calls, Kind, Layout, kind_of
 from modelworks.serve.shm import Sharing, SharingError, Slot
 from modelworks.serve.wire import Part, WireError
 
@@ -78,6 +79,11 @@ class Channel(asyncio.Protocol):
             self.flush()
         self._out += pieces
         self._out_size += size
+        if not self._scheduled:
+            self.schedule()
+
+    def schedule(self) -> None:
+        """Flush at the end of this turn."""
         if not self._scheduled:
             self._scheduled = True
             self.loop.call_soon(self._flush_turn)
@@ -210,6 +216,9 @@ class Link(Channel):
         self._closing = False
         self._manual: set[int] = set()  # calls whose reader says itself what it has consumed
         self._owed: dict[int, int] = {}  # parts consumed and not acknowledged yet, by call
+        self._kinds: dict[Kind, Calls | None] = {}  # that the replica knows; None: such calls travel by themselves
+        self._filled: list[Calls] = []  # those that hold calls of this turn
+        self._forms: dict[int, tuple[str, Layout]] = {}  # of answers: model version and layout
 
     @property
     def usable(self) -> bool:
@@ -229,12 +238,61 @@ class Link(Channel):
         number = self._next = self._next + 1 if self._next < _MAX_ID else 1
         while number in self.calls:
             number = self._next = self._next + 1 if self._next < _MAX_ID else 1
-        share = self.share if self.sharing is not None else None
-        self.send(wire.call(number, call, call.deadline - time.monotonic(), share))
+        if call.params or call.stream or not self._join(number, call):
+            share = self.share if self.sharing is not None else None
+            self.send(wire.call(number, call, call.deadline - time.monotonic(), share))
         self.calls[number] = deliver
         if manual:
             self._manual.add(number)
         return number
+
+    def _join(self, number: int, call: Call) -> bool:
+        """Let a call leave together with the others of its kind; False: it must travel by itself."""
+        tensors = call.inputs
+        kind = call.kind or kind_of(tensors)
+        try:
+            calls = self._kinds[kind]
+        except KeyError:
+            calls = self._meet(kind)
+        if calls is None:
+            return False
+        rows = calls.layout.rows(tensors)
+        if rows < 0:
+            return False
+        if not calls.numbers:
+            self._filled.append(calls)
+            self.schedule()
+        calls.add(number, tensors, rows, call.deadline - time.monotonic())
+        return True
+
+    def _meet(self, kind: Kind) -> Calls | None:
+        if len(self._kinds) >= MAX_KINDS:
+            return None
+        calls: Calls | None = None
+        try:
+            layout = Layout.of(kind)
+            if layout is not None:
+                self.send(columns.kind(len(self._kinds), kind))
+                calls = Calls(len(self._kinds), layout)
+        except (WireError, ValueError, OverflowError):  # by itself it is refused in words
+            calls = None
+        self._kinds[kind] = calls
+        return calls
+
+    def send(self, pieces: list[bytes]) -> None:
+        if self._filled:  # what was begun before leaves before
+            self._gather()
+        super().send(pieces)
+
+    def flush(self) -> None:
+        if self._filled:
+            self._gather()
+        super().flush()
+
+    def _gather(self) -> None:
+        filled, self._filled = self._filled, []
+        for calls in filled:
+            super().send([calls.message()])
 
     def abort(self, number: int) -> None:
         """Forget a call; the replica stops working on it. Unknown ids are ignored."""
@@ -298,6 +356,8 @@ class Link(Channel):
     def on_message(self, kind: int, number: int, frame: bytes, start: int, stop: int) -> None:
         if not self._proven:
             self._check(kind, frame[start:stop])
+        elif kind == wire.PARTS:
+            self._answered(number, frame, start, stop)
         elif kind == wire.PART:
             part = wire.read_part(frame, start, stop, self.view)
             deliver = self._forget(number) if part.done else self.calls.get(number)
@@ -323,8 +383,28 @@ class Link(Channel):
         elif kind == wire.DRAIN:
             self.draining = True
             self._changed()
+        elif kind == wire.FORM:
+            if number >= MAX_KINDS:
+                raise WireError(f"a form of the number {number}")
+            self._forms[number] = columns.read_form(frame[start:stop])
         else:
             self.on_shared(kind, number, frame[start:stop])
+
+    def _answered(self, number: int, frame: bytes, start: int, stop: int) -> None:
+        """Answers of one batch."""
+        form = self._forms.get(number)
+        if form is None:
+            raise WireError(f"answers of the form {number}, which was not announced")
+        calls, manual = self.calls, self._manual
+        for number, part in columns.read_parts(*form, frame, start, stop):
+            deliver = calls.pop(number, None)
+            if deliver is not None:
+                if manual:
+                    manual.discard(number)
+                try:
+                    deliver(part)
+                except Exception:  # as in _deliver
+                    log.exception("callback_failed")
 
     def _check(self, kind: int, payload: bytes) -> None:
         """Nothing is taken from a replica, and no call given to it, before it has proven to have the secret."""
@@ -350,6 +430,7 @@ class Link(Channel):
         calls, self.calls = self.calls, {}
         self._manual.clear()
         self._owed.clear()
+        self._filled.clear()
         for deliver in calls.values():
             self._deliver(deliver, self._loss())
         self._changed()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from modelworks.core.errors import InvalidInput
@@ -10,6 +11,7 @@ from modelworks.core.tensors import (
     DATATYPES,
     Tensor,
     check_size,
+    datatype_of,
     element_count,
     from_numpy,
     pack_bytes,
@@ -17,23 +19,14 @@ from modelworks.core.tensors import (
     unpack_bytes,
 )
 from modelworks.core.types import Signature, TensorSpec
+from modelworks.serve.columns import Kind, kind_of
 from modelworks.serve.shm import SHARED_FROM
 
 if TYPE_CHECKING:
     import numpy as np
 
-# name, datatype and shape after the first axis (None: a scalar) of each input, in the order given
-Kind = tuple[tuple[str, str, tuple[int, ...] | None], ...]
-
 
 _KNOWN_SHAPES = 1024
-
-
-def kind_of(tensors: Sequence[Tensor]) -> Kind:
-    """Calls of the same kind may run in one batch."""
-    return tuple(
-        [(tensor.name, tensor.datatype, tuple(tensor.shape[1:]) if tensor.shape else None) for tensor in tensors]
-    )
 
 
 def check_inputs(signature: Signature, tensors: Sequence[Tensor], known: dict[Kind, Shape] | None = None) -> None:
@@ -61,7 +54,8 @@ class Reading(NamedTuple):
     """A call's data, checked. `alone`: its rows cannot be joined with another call's."""
 
     rows: int
-    data: list[Any]  # of each input: bytes, or for BYTES the flat list of str (of bytes, where they are files)
+    # a list, of each input bytes or for BYTES the flat list of str (of bytes, where they are files); or one bytes of all
+    data: Any
     alone: bool
 
 
@@ -73,6 +67,12 @@ class Shape:
         _check_names(specs, [name for name, _, _ in kind])
         self.inputs = [_check_input(specs[name], datatype, trailing) for name, datatype, trailing in kind]
         self.batchable = bool(inputs) and all(spec.shape and spec.shape[0] == -1 for spec in inputs)
+        self.fixed = all(one.row >= 0 for one in self.inputs)  # no BYTES
+        self.row = sum(one.row for one in self.inputs)
+
+    def fits(self, rows: int) -> bool:
+        """Whether the model takes `rows` rows at once."""
+        return all(not spec.shape or spec.shape[0] in (-1, rows) for spec, _, _, _ in self.inputs)
 
     def read(self, tensors: Sequence[Tensor]) -> Reading:
         """InvalidInput where a size does not fit its shape, or a table's columns differ in length."""
@@ -105,27 +105,75 @@ class Shape:
                 data.append(texts)
         return Reading(max(rows, 0) if tensors else 1, data, alone)
 
-    def join(self, readings: Sequence[Reading], tensors: Sequence[Tensor]) -> dict[str, np.ndarray]:
-        """One array an input. `tensors` are the first call's: its shapes count where it runs by itself."""
+    def join(self, readings: Sequence[Reading], tensors: Sequence[Tensor] | None) -> dict[str, np.ndarray]:
+        """One array an input. `tensors` are the first call's: their shapes count where it runs by itself."""
         import numpy as np
 
+        whole = [reading.data for reading in readings if type(reading.data) is bytes]
+        if len(whole) == len(readings):
+            arrays = self._join_whole(readings, b"".join(whole))
+            if arrays is not None:
+                return arrays
+        if whole:
+            readings = [self._split(reading) for reading in readings]
         single = len(readings) == 1
         total = sum([reading.rows for reading in readings])
-        arrays: dict[str, np.ndarray] = {}
+        arrays = {}
         for index, (spec, trailing, _, row) in enumerate(self.inputs):
-            shape = tensors[index].shape if single else [total, *trailing]
+            shape = tensors[index].shape if single and tensors else [total, *trailing]
             if row < 0:
                 flat = [text for reading in readings for text in reading.data[index]]
                 array = np.empty(len(flat), dtype=object)
                 array[:] = flat
                 arrays[spec.name] = array.reshape(shape)
                 continue
-            raw = readings[0].data[index] if single else b"".join([reading.data[index] for reading in readings])
-            if spec.datatype == "BOOL" and spec.column:
-                arrays[spec.name] = np.frombuffer(raw, dtype=np.uint8).reshape(shape)  # the third value is "missing"
-            else:
-                arrays[spec.name] = to_numpy(Tensor(spec.name, spec.datatype, shape, raw))
+            raw: Any = readings[0].data[index] if single else b"".join([reading.data[index] for reading in readings])
+            arrays[spec.name] = _array(spec, shape, raw)
         return arrays
+
+    def _join_whole(self, readings: Sequence[Reading], raw: bytes) -> dict[str, np.ndarray] | None:
+        """The arrays of calls whose inputs lie one behind the other; None where they cannot be had without cutting."""
+        import numpy as np
+
+        if len(self.inputs) == 1:
+            spec, trailing, _, row = self.inputs[0]
+            return {spec.name: _array(spec, [len(raw) // row, *trailing], raw)} if row else None
+        count = len(readings)
+        if [reading.rows for reading in readings].count(1) != count:
+            return None
+        table = np.frombuffer(raw, dtype=np.uint8).reshape(count, self.row)
+        arrays = {}
+        at = 0
+        for spec, trailing, _, row in self.inputs:
+            arrays[spec.name] = _array(spec, [count, *trailing], table[:, at : at + row].tobytes())
+            at += row
+        return arrays
+
+    def _split(self, reading: Reading) -> Reading:
+        if type(reading.data) is not bytes:
+            return reading
+        data = []
+        at = 0
+        for one in self.inputs:
+            data.append(reading.data[at : at + one.row * reading.rows])
+            at += one.row * reading.rows
+        return Reading(reading.rows, data, reading.alone)
+
+
+def _array(spec: TensorSpec, shape: Sequence[int], raw: bytes) -> np.ndarray:
+    if spec.datatype == "BOOL" and spec.column:
+        import numpy as np
+
+        return np.frombuffer(raw, dtype=np.uint8).reshape(shape)  # the third value is "missing"
+    return to_numpy(Tensor(spec.name, spec.datatype, list(shape), raw))
+
+
+class Block(NamedTuple):
+    """The outputs of a batch, each as one piece: its kind, of each output all bytes, and of BYTES those of each call."""
+
+    kind: Kind
+    data: list[bytes]
+    sizes: list[list[int]]
 
 
 class NotSplittable(Exception):
@@ -153,6 +201,53 @@ def cut(outputs: dict[str, np.ndarray], rows: Sequence[int]) -> list[list[Tensor
             call.append(Tensor(name, whole.datatype, [count, *trailing], data))
             start = stop
     return calls
+
+
+def block(outputs: dict[str, np.ndarray], rows: Sequence[int], known: dict[str, bytes]) -> Block | None:
+    """The outputs of a batch of small calls, uncut; None where they must be cut. `known`: packed texts seen before."""
+    total = sum(rows)
+    kind = []
+    data = []
+    sizes: list[list[int]] = []
+    for name, array in outputs.items():
+        if not array.shape or array.shape[0] != total or array.nbytes >= SHARED_FROM:
+            return None
+        trailing = array.shape[1:]
+        if array.dtype.kind not in "OUS":
+            datatype = datatype_of(array)
+            if datatype is None:
+                return None
+            kind.append((name, datatype, trailing))
+            data.append(array.tobytes())
+            continue
+        packed = _packed(array.ravel().tolist(), known)
+        if sum(map(len, packed)) >= SHARED_FROM:
+            return None
+        kind.append((name, "BYTES", trailing))
+        data.append(b"".join(packed))
+        width = element_count(trailing)
+        if len(packed) == len(rows) == rows.count(1):
+            sizes.append([len(text) for text in packed])
+        else:
+            ends = [0, *accumulate([count * width for count in rows])]
+            sizes.append([sum(map(len, packed[start:stop])) for start, stop in pairwise(ends)])
+    return Block(tuple(kind), data, sizes)
+
+
+_KNOWN_TEXTS, _SHORT_TEXT = 4096, 64
+
+
+def _packed(texts: list[Any], known: dict[str, bytes]) -> list[bytes]:
+    """Each text as an element of a BYTES tensor. Labels are few: they are packed once."""
+    found = []
+    for text in texts:
+        packed = known.get(text)
+        if packed is None:
+            packed = pack_bytes([text])
+            if len(packed) <= _SHORT_TEXT and len(known) < _KNOWN_TEXTS:
+                known[text] = packed
+        found.append(packed)
+    return found
 
 
 def _whole(name: str, array: np.ndarray) -> Tensor:

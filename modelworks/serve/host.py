@@ -17,23 +17,25 @@ from typing import Any, cast
 
 from modelworks.core.errors import InvalidInput, ModelworksError, Unavailable
 from modelworks.core.telemetry import logger, resident
-from modelworks.serve import wire
-from modelworks.serve.batcher import Batch, Batcher, Item, Step
+from modelworks.core.tensors import Tensor
+from modelworks.serve import columns, wire
+from modelworks.serve.batcher import Batch, Batcher, Ran, Step
 from modelworks.serve.channel import TCP, WINDOW, Channel, tcp_address
+from modelworks.serve.checks import Block, Shape
+from modelworks.serve.columns import MAX_KINDS, Arrived, Kind, Layout
 from modelworks.serve.continuous import Continuous
 from modelworks.serve.wire import Part, WireError
 
 INLINE_BELOW = 300e-6  # a batch expected to take less runs in the loop: a thread costs more than it frees
 _HANDSHAKE = 5.0  # seconds for the secret to arrive
 _MAX_SESSIONS = 256
-_SMOOTHING = 0.2
+_SMOOTHING, _FALLING = 0.2, 0.5  # weights of a longer and of a shorter time: the first runs are not what is to come
 _FEW = 8  # parts of a stream that may always be on their way; as many as a gateway may owe us an acknowledgement for
 _AHEAD = 4 * 1024 * 1024  # bytes of parts beyond those few that may
 _BACKLOG = 1024  # parts kept for a reader that does not read, before its call fails
 _BACKLOG_BYTES = 16 * 1024 * 1024
 
 log = logger("replica")
-Results = list[tuple[Item, Part | ModelworksError]]
 
 
 class Host:
@@ -115,15 +117,23 @@ class Host:
 
     def admit(self, session: Session, number: int, frame: bytes, start: int, stop: int) -> None:
         head, tensors = wire.read_call(frame, start, stop, session.view)
+        self._admit(session, number, tensors, head.remaining, head.params, head.stream)
+
+    def _admit(
+        self,
+        session: Session,
+        number: int,
+        tensors: list[Tensor],
+        remaining: float,
+        params: dict[str, Any],
+        stream: bool,
+    ) -> None:
         id = (session, number)
         try:
-            if self.draining:
-                raise Unavailable("the replica is about to stop; try again", code="draining", retry_after=0.1)
-            if self._batcher.waiting >= self._queue_limit:
-                raise Unavailable("the replica's queue is full; try again", code="replica_full", retry_after=1.0)
-            deadline = time.monotonic() + head.remaining
+            self._refuse_more(1)
+            deadline = time.monotonic() + remaining
             if self._continuous is not None:
-                self._continuous.admit(id, tensors, deadline, head.params, head.stream)
+                self._continuous.admit(id, tensors, deadline, params, stream)
             else:
                 self._batcher.admit(id, tensors, deadline)
         except ModelworksError as error:
@@ -131,6 +141,41 @@ class Host:
             return
         session.numbers.add(number)
         self._wake()  # nothing to do with a continuous one, whose thread runs by itself
+
+    def _refuse_more(self, calls: int) -> None:
+        if self.draining:
+            raise Unavailable("the replica is about to stop; try again", code="draining", retry_after=0.1)
+        if self._batcher.waiting + calls > self._queue_limit:
+            raise Unavailable("the replica's queue is full; try again", code="replica_full", retry_after=1.0)
+
+    def admit_many(self, session: Session, calls: Arrived, frame: bytes) -> None:
+        """Calls of one kind that came together."""
+        layout, at = calls.layout, calls.at
+        numbers, rows, remaining = calls.numbers, calls.rows, calls.times
+        shape: Shape | None = None
+        try:
+            if isinstance(self._batcher, Batcher) and not layout.texts:
+                self._refuse_more(len(numbers))
+                shape = self._batcher.shape(layout.kind)
+        except ModelworksError:  # told of each call below
+            shape = None
+        if shape is None or not all(map(shape.fits, set(rows))):
+            texts, fixed = layout.texts, sum(width for width in layout.widths if width > 0)
+            for index, number in enumerate(numbers):
+                sizes = calls.sizes[index * texts : (index + 1) * texts]
+                tensors = layout.cut(frame, at, rows[index], sizes)
+                at += fixed * rows[index] + sum(sizes)
+                self._admit(session, number, tensors, remaining[index], {}, False)
+            return
+        width = layout.fixed
+        admitted = []
+        for number, count, seconds in zip(numbers, rows, remaining, strict=True):
+            stop = at + count * width
+            admitted.append(((session, number), count, frame[at:stop], seconds))
+            at = stop
+        session.numbers.update(numbers)
+        self._batcher.admit_whole(shape, admitted)
+        self._wake()
 
     def abort(self, session: Session, number: int) -> None:
         session.forget(number)
@@ -166,9 +211,9 @@ class Host:
             return
         if 0 < self.batch_seconds < INLINE_BELOW:
             begun = time.perf_counter()
-            results = self._batcher.run(batch)
+            ran = self._batcher.run(batch)
             self._measure(time.perf_counter() - begun)
-            self._send(self._batcher.settle(results))
+            self._settle(ran)
             if self._batcher.waiting:
                 self._wake()
             return
@@ -179,18 +224,37 @@ class Host:
         self._timer = None
         self._wake()
 
-    def _ran(self, future: asyncio.Future[tuple[Results, float]]) -> None:
+    def _ran(self, future: asyncio.Future[tuple[Ran, float]]) -> None:
         self._busy = False
         if future.cancelled():
             return
-        results, seconds = future.result()
+        ran, seconds = future.result()
         self._measure(seconds)
-        self._send(self._batcher.settle(results))
+        self._settle(ran)
         if self._batcher.waiting:
             self._wake()
 
     def _measure(self, seconds: float) -> None:
-        self.batch_seconds += (seconds - self.batch_seconds) * (_SMOOTHING if self.batch_seconds else 1.0)
+        weight = _SMOOTHING if seconds > self.batch_seconds else _FALLING
+        self.batch_seconds += (seconds - self.batch_seconds) * (weight if self.batch_seconds else 1.0)
+
+    def _settle(self, ran: Ran) -> None:
+        if not (isinstance(ran, Ran) and self._settle_whole(ran)):
+            self._send(self._batcher.settle(ran))
+
+    def _settle_whole(self, ran: Ran) -> bool:
+        """Send a batch's answers in one message, where they are uncut, all go to one gateway, and none of it streams."""
+        if ran.block is None:
+            return False
+        items = ran.batch.items
+        session = cast("tuple[Session, int]", items[0].id)[0]
+        for item in items:
+            if cast("tuple[Session, int]", item.id)[0] is not session:
+                return False
+        if session.streams or not self._batcher.settle_whole(ran):
+            return False
+        session.answer_block(ran, ran.block)
+        return True
 
     def _send_from_thread(self, steps: list[Step]) -> None:
         with contextlib.suppress(RuntimeError):  # the loop has ended: nobody is there to be told
@@ -211,7 +275,7 @@ def _loopback(host: str) -> bool:
         return host == "localhost"
 
 
-def _timed_run(run: Callable[[Batch], Results], batch: Batch) -> tuple[Results, float]:
+def _timed_run(run: Callable[[Batch], Ran], batch: Batch) -> tuple[Ran, float]:
     begun = time.perf_counter()
     return run(batch), time.perf_counter() - begun
 
@@ -344,6 +408,8 @@ class Session(Channel):
         self.host = host
         self.numbers: set[int] = set()  # calls aboard
         self._flows: dict[int, Flow] = {}  # those of them that stream
+        self._kinds: dict[int, Layout] = {}  # of calls, as the gateway numbers them
+        self._forms: dict[Kind, int] = {}  # of answers
         self._trusted = False
         self._nonces: tuple[bytes, bytes] | None = None  # the gateway's and ours, once we have challenged it
 
@@ -370,6 +436,8 @@ class Session(Channel):
             if number in self.numbers:
                 raise WireError(f"call id {number} is in use")
             self.host.admit(self, number, frame, start, stop)
+        elif kind == wire.CALLS:
+            self._calls(number, frame, start, stop)
         elif kind == wire.ABORT:
             self.host.abort(self, number)
         elif kind == wire.CREDIT:
@@ -377,8 +445,22 @@ class Session(Channel):
         elif kind == wire.PING:
             self.send(wire.pong(number, wire.Stats(memory=resident())))
             self.tidy()
+        elif kind == wire.KIND:
+            if number >= MAX_KINDS:
+                raise WireError(f"a kind of the number {number}")
+            self._kinds[number] = columns.read_kind(frame[start:stop])
         else:
             self.on_shared(kind, number, frame[start:stop])
+
+    def _calls(self, number: int, frame: bytes, start: int, stop: int) -> None:
+        layout = self._kinds.get(number)
+        if layout is None:
+            raise WireError(f"calls of the kind {number}, which was not announced")
+        calls = columns.read_calls(layout, frame, start, stop)
+        distinct = set(calls.numbers)
+        if len(distinct) != len(calls.numbers) or not self.numbers.isdisjoint(distinct):
+            raise WireError("a call id is in use")
+        self.host.admit_many(self, calls, frame)
 
     def _greet(self, kind: int, payload: bytes) -> None:
         if self._nonces is None:
@@ -418,6 +500,28 @@ class Session(Channel):
                 number,
                 Unavailable("the answer's reader was too slow for it; read faster or ask for less", code="slow_reader"),
             )
+
+    @property
+    def streams(self) -> bool:
+        return bool(self._flows)
+
+    def answer_block(self, ran: Ran, block: Block) -> None:
+        """Send the answers of a batch of which all calls are this gateway's."""
+        items = ran.batch.items
+        numbers = [cast("tuple[Session, int]", item.id)[1] for item in items]
+        self.numbers.difference_update(numbers)
+        form = self._forms.get(block.kind)
+        if form is None:
+            layout = Layout.of(block.kind)
+            if layout is None or len(self._forms) >= MAX_KINDS:
+                for item, part in ran.cut(self.host.model_version):
+                    self._write(cast("tuple[Session, int]", item.id)[1], part)
+                return
+            form = self._forms[block.kind] = len(self._forms)
+            self.send(columns.form(form, self.host.model_version, block.kind))
+        rows = [item.reading.rows for item in items]
+        sizes = [size for of_call in zip(*block.sizes, strict=True) for size in of_call]
+        self.send(columns.parts(form, numbers, rows, ran.queue_us(), sizes, ran.run_us, len(items), block.data))
 
     def forget(self, number: int) -> None:
         self.numbers.discard(number)

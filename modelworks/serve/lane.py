@@ -31,25 +31,22 @@ class Seat:
 class Pending:
     """A call on its way, from `submit` until its last part or its error was delivered."""
 
-    __slots__ = (
-        "begun", "call", "deaths", "deliver", "done", "fair", "hedge", "lane", "manual", "number", "peer", "retries",
-        "since",
-    )  # fmt: skip
+    # what most calls never change stands here, once for all of them
+    peer: Peer | None = None  # where it is aboard
+    number = 0  # its id there
+    hedge: Seat | None = None  # a second place
+    begun = False  # a part of its answer was delivered: it cannot be retried
+    done = False
+    retries = 0
+    deaths = 0  # replicas that died with it aboard
+    fair = False  # whether it waits, or last waited, in `Lane.waiting`
+    since = 0.0
+    manual = False  # its reader says what it has consumed, by `Router.took`
 
     def __init__(self, lane: Lane, call: Call, deliver: Deliver) -> None:
         self.lane = lane
         self.call = call
         self.deliver = deliver
-        self.peer: Peer | None = None  # where it is aboard
-        self.number = 0  # its id there
-        self.hedge: Seat | None = None  # a second place
-        self.begun = False  # a part of its answer was delivered: it cannot be retried
-        self.done = False
-        self.retries = 0
-        self.deaths = 0  # replicas that died with it aboard
-        self.fair = False  # whether it waits, or last waited, in `Lane.waiting`
-        self.since = 0.0
-        self.manual = False  # its reader says what it has consumed, by `Router.took`
 
 
 class Lane:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
+from functools import partial
 
 from modelworks.core.errors import DeadlineExceeded, ModelworksError, NotFound, RateLimited, Unavailable
 from modelworks.core.telemetry import logger
@@ -177,9 +178,7 @@ class Router:
         """Put a call aboard; its link may have gone since it was picked, or its tensors may be too large."""
         assert peer.link is not None
         try:
-            pending.number = peer.link.start(
-                pending.call, lambda item: self._arrived(pending, item), manual=pending.manual
-            )
+            pending.number = peer.link.start(pending.call, partial(self._arrived, pending), manual=pending.manual)
         except LinkLost:
             self._queue_again(pending)
             return

@@ -9,7 +9,8 @@ from struct import Struct
 from typing import Any
 
 from modelworks.core.types import Signature, TensorSpec
-from modelworks.serve.checks import Kind, Shape
+from modelworks.serve.checks import Shape
+from modelworks.serve.columns import Kind
 from modelworks.serve.features import Field, class_name, fields, numbers
 
 Key = tuple[str, str]  # project id, deployment name
@@ -84,6 +85,21 @@ class Route:
     def scores(self) -> Struct | None:
         """What unpacks one row of a classifier's probabilities."""
         return Struct(f"<{len(self.classes)}f") if self.classes else None
+
+    @cached_property
+    def floats(self) -> bool:
+        """Whether all inputs are plain floats."""
+        return all(spec.datatype in ("FP32", "FP64") for spec in self.signature.inputs)
+
+    @cached_property
+    def row_kind(self) -> Kind:
+        """The kind of calls as `encode_rows` makes them of a table's rows."""
+        return tuple((spec.name, spec.datatype, tuple(spec.shape[1:])) for spec in self.signature.inputs)
+
+    @cached_property
+    def memo(self) -> dict[str, Any]:
+        """What dialects derive from this route, each under its own name."""
+        return {}
 
     @cached_property
     def shapes(self) -> dict[Kind, Shape]:

@@ -28,7 +28,8 @@ HELLO, READY, CALL, PART, ERROR, ABORT, PING, PONG, DRAIN = range(1, 10)
 CHALLENGE, PROOF = 10, 11
 CREDIT = 12  # number: a call, payload: how many parts of its stream were consumed
 SEGMENT, MAPPED, FREE, DROP = range(13, 17)  # number: a segment, of FREE: a slot
-VERSION = 2
+KIND, CALLS, FORM, PARTS = range(17, 21)  # see columns.py
+VERSION = 3
 NONCE = 32
 MAX_FRAME = 256 * 1024 * 1024
 MAX_HELLO = 4096  # what a peer may send before it has shown the secret
@@ -181,6 +182,11 @@ def messages(frame: bytes, start: int, stop: int) -> Iterator[tuple[int, int, in
             raise WireError("a message runs past the end of its frame")
         yield kind, number, offset, offset + size
         offset += size
+
+
+def message(kind: int, number: int, size: int) -> bytes:
+    """What stands before a payload of `size` bytes."""
+    return _pack_message(size, kind, number)
 
 
 def plain(kind: int, number: int = 0, payload: bytes = b"") -> list[bytes]:

@@ -10,7 +10,8 @@ from modelworks.api.grpc.messages import message
 from modelworks.core.errors import InvalidInput
 from modelworks.core.tensors import DATATYPES, Tensor, element_count, pack, unpack
 from modelworks.core.types import Answer
-from modelworks.serve.checks import Shape, kind_of
+from modelworks.serve.checks import Shape
+from modelworks.serve.columns import kind_of
 from modelworks.serve.routes import Route
 
 MAX_TENSORS = 4096

@@ -10,7 +10,7 @@ from starlette.responses import Response
 
 from modelworks.api import schemas
 from modelworks.api.body import decode_json
-from modelworks.api.calls import JSON_TYPE, Prepared, Reply, respond
+from modelworks.api.calls import JSON_HEADERS, Prepared, Reply, respond
 from modelworks.api.parts import parts
 from modelworks.api.routes import NamePath, Routes, Use, Who
 from modelworks.core.errors import InvalidInput
@@ -124,7 +124,7 @@ def prepare_rows(gateway: Gateway, principal: Principal, name: str, inputs: list
 
     def reply(found: Answer) -> Reply:
         rows = decode_outputs(route, found)
-        return Reply((JSON_TYPE,), _encode({"outputs": rows, "model": found.model_version, "request_id": request_id}))
+        return Reply(JSON_HEADERS, _encode({"outputs": rows, "model": found.model_version, "request_id": request_id}))
 
     return Prepared(call, reply)
 
