@@ -21,8 +21,8 @@ class NetParams(Params):
     optimiser: Literal["adamw", "adam", "sgd", "momentum", "nesterov", "gradient-descent"] = Field(
         "adamw", description="gradient-descent: one step an epoch, by the gradient over all rows"
     )
-    learning_rate: float | Literal["auto"] = Field(
-        1e-3, gt=0, le=100, description="auto: a range test before training chooses it"
+    learning_rate: Annotated[float, Field(gt=0, le=100)] | Literal["auto"] = Field(
+        1e-3, description="auto: a range test before training chooses it"
     )
     momentum: float = Field(0.9, ge=0, lt=1, description="of momentum and nesterov")
     schedule: Literal["constant", "step", "cosine", "linear", "one-cycle"] = Field(
@@ -85,9 +85,9 @@ class SequenceParams(NetParams):
 
 
 class RnnParams(SequenceParams):
-    cell: Literal["lstm", "gru"] = "lstm"
+    cell: Literal["lstm", "gru"] = Field("lstm", description="the kind of recurrent unit")
     hidden: int = Field(64, ge=1, le=8192, description="units of each layer (in each direction)")
-    layers: int = Field(1, ge=1, le=16)
+    layers: int = Field(1, ge=1, le=16, description="layers on top of each other")
     bidirectional: bool = Field(False, description="whether it also reads from the end")
     embedding: int = Field(64, ge=1, le=8192, description="for token sequences: width of a token's vector")
     clip_norm: float | None = Field(1.0, gt=0, le=1e6, description="the gradient's norm at most")
@@ -96,7 +96,7 @@ class RnnParams(SequenceParams):
 class TransformerParams(SequenceParams):
     width: int = Field(64, ge=2, le=8192, description="of each position's vector")
     heads: int = Field(4, ge=1, le=128, description="attention heads; must divide width")
-    layers: int = Field(2, ge=1, le=48)
+    layers: int = Field(2, ge=1, le=48, description="layers on top of each other")
     feed_forward: int = Field(128, ge=1, le=65_536, description="width of the layer between two attentions")
     warmup: float = Field(0.1, ge=0, lt=1, description="share of all steps in which the learning rate rises from 0")
     clip_norm: float | None = Field(1.0, gt=0, le=1e6, description="the gradient's norm at most")

@@ -28,6 +28,10 @@ TRAINERS: Registry[type[Trainer]] = Registry(
         "sgd-classifier": "modelworks.ml.train.sgd:SgdClassifier",
         "sgd-regressor": "modelworks.ml.train.sgd:SgdRegressor",
         "gradient-boosted-trees": "modelworks.ml.train.boosted:GradientBoostedTrees",
+        "mlp": "modelworks.ml.nets.mlp:Mlp",
+        "cnn": "modelworks.ml.nets.cnn:Cnn",
+        "rnn": "modelworks.ml.nets.sequences:Rnn",
+        "transformer": "modelworks.ml.nets.sequences:Transformer",
     },
 )
 

@@ -60,10 +60,13 @@ class Span:
         self.ctx.spread(names, parallel, seconds)
 
     def checkpoint(self, name: str, data: bytes) -> None:
-        self.ctx.checkpoint(name, data)
+        self.ctx.checkpoint(self._own(name), data)
 
     def restore(self, name: str) -> bytes | None:
-        return self.ctx.restore(name)
+        return self.ctx.restore(self._own(name))
+
+    def _own(self, name: str) -> str:
+        return f"{self.label}: {name}" if self.label else name
 
 
 @dataclass(frozen=True)
