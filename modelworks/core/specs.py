@@ -117,6 +117,12 @@ class DatasetEdit(Spec):
             raise ValueError("set needs value; null makes it missing")
         if self.op == "drop" and self.rows is None and self.where is None:
             raise ValueError("drop needs rows or where")
+        taken = {
+            "set": ("column", "value", "type", "rows", "where"), "drop": ("rows", "where"), "rename": ("column", "name"),
+        }.get(self.op)  # fmt: skip
+        for field in self.model_fields_set - {"op", *(taken or self.model_fields_set)}:
+            if getattr(self, field) is not None:
+                raise ValueError(f"{self.op} takes no {field}")
         if self.type in ("image", "audio"):
             raise ValueError("a column of files cannot be added by an edit")
         if self.shares is not None and (abs(sum(self.shares.values()) - 1) > 1e-6 or min(self.shares.values()) <= 0):

@@ -25,6 +25,9 @@ LENIENT = {"oip.infer", *(name for name in policy.OPERATIONS if name.startswith(
 FAR = (2**63, 10**30, 10**300, -1, -(2**63) - 1)
 
 
+CELL = ("edits", 0, "value")  # what an edit puts into a table is data, whatever it is
+
+
 def test_no_field_of_ours_is_taken_from_a_body(estate: Estate) -> None:
     """Every object of every JSON body: a field that it does not declare is refused and named."""
     # what is data: rows by feature, parameters of algorithms and transforms. They are judged by what they belong to.
@@ -34,6 +37,8 @@ def test_no_field_of_ours_is_taken_from_a_body(estate: Estate) -> None:
                 continue
             example = way.body()
             for place in objects(example):
+                if place and place[-1] in ("shares", "where"):  # names of a split's parts and of columns
+                    continue
                 for name, value in OWNED.items():
                     known = example if not place else None
                     if known is not None and name in known:
@@ -140,6 +145,8 @@ def test_no_integer_is_beyond_all_machines(estate: Estate, number: int) -> None:
     taken = []
     with estate.probe() as probe:
         for way, place in numbers():
+            if place == CELL:
+                continue
             body = _meaningless(replaced(way.body(), place, number))
             answer = probe.send(way.method, way.to(estate.values), **way.request(body))
             if answer.status_code != 400:  # 404: the number passed, and only what it was asked for is not there
@@ -182,6 +189,8 @@ def test_an_error_does_not_send_back_what_it_was_sent(estate: Estate) -> None:
     with estate.probe() as probe:
         for way in with_json():
             for place in dict.fromkeys(declared(way.schema, "string")):
+                if place == CELL:
+                    continue
                 text = "x" * 1_000_000
                 answer = _send(probe, way, estate, _meaningless_but(place, replaced(way.body(), place, text)))
                 assert answer.status_code >= 400, (str(way), place)

@@ -78,6 +78,8 @@ def test_no_filter_is_sql(estate: Estate) -> None:
                 began = time.monotonic()
                 answer = probe.get(path, params={name: payload}, said=payload)
                 slowest = max(slowest, time.monotonic() - began)
+                if answer.status_code == 404 and str(way.rule.operation).startswith("openai."):
+                    continue  # no response is stored on this server
                 assert answer.status_code in (200, 400), (path, name, payload, answer.text[:300])
                 if answer.status_code == 200 and not (name == "after" and payload.isalnum()):
                     # a filter that takes any text finds nothing of that name

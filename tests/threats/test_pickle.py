@@ -84,9 +84,11 @@ def test_a_pickle_inside_of_json_is_a_text(estate: Estate, canary: Path) -> None
 # -- what the package itself could load --------------------------------------------------------------------------------
 
 LOADERS = frozenset({
-    "pickle", "_pickle", "cPickle", "pickletools", "joblib", "dill", "cloudpickle", "marshal", "shelve", "torch",
+    "pickle", "_pickle", "cPickle", "pickletools", "joblib", "dill", "cloudpickle", "marshal", "shelve",
     "jsonpickle", "multiprocessing", "copyreg", "yaml", "jinja2", "skops", "keras", "tensorflow", "xmlrpc", "code",
 })  # fmt: skip
+# torch computes; what of it reads or writes pickles and code is out, under any name
+TORCH = frozenset({"load", "save", "hub", "jit", "package", "serialization"})
 # templates run in the sandbox only
 ALLOWED = frozenset({"jinja2.sandbox", "jinja2.exceptions", "jinja2.ext"})
 RUNNERS = frozenset({"eval", "exec", "compile", "__import__", "execfile"})
@@ -101,9 +103,16 @@ def forbidden(source: str, file: str = "") -> Iterator[str]:
         at = f"{file}:{getattr(node, 'lineno', 0)}"
         if isinstance(node, ast.Import):
             yield from (f"{at} imports {name.name}" for name in node.names if name.name.split(".")[0] in LOADERS)
+            for name in node.names:
+                root, *parts = name.name.split(".")
+                if root == "torch" and (TORCH & set(parts) or (name.asname and not parts)):
+                    yield f"{at} imports {name.name} as {name.asname}"
         elif isinstance(node, ast.ImportFrom):
             module = node.module or ""
             if module.split(".")[0] in LOADERS and module not in ALLOWED and not node.level:
+                yield f"{at} imports from {module}"
+            names = {*module.split(".")[1:], *(name.name for name in node.names)}
+            if module.split(".")[0] == "torch" and TORCH & names:
                 yield f"{at} imports from {module}"
         elif isinstance(node, ast.Call):
             yield from (f"{at} {what}" for what in _called(node, file))
@@ -111,6 +120,9 @@ def forbidden(source: str, file: str = "") -> Iterator[str]:
 
 def _called(node: ast.Call, file: str) -> Iterator[str]:
     called = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+    dotted = ast.unparse(node.func).split(".")
+    if dotted[0] == "torch" and TORCH & set(dotted):
+        yield f"calls {'.'.join(dotted)}"
     if called in RUNNERS and isinstance(node.func, ast.Name):
         yield f"calls {called}"
     if called in METHODS and isinstance(node.func, ast.Attribute):
@@ -129,6 +141,10 @@ def _called(node: ast.Call, file: str) -> Iterator[str]:
         "import pickle",
         "import joblib.numpy_pickle as n",
         "from torch import load",
+        "import torch as t\nt.load('x')",
+        "import torch\ntorch.load('x', weights_only=True)",
+        "import torch\ntorch.jit.load('x')",
+        "from torch.hub import load_state_dict_from_url",
         "def f():\n    from dill import loads",
         "from jinja2 import Environment",
         "import numpy as np\nnp.load('x', allow_pickle=True)",
