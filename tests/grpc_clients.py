@@ -37,7 +37,18 @@ def triton(port: str, key: str, model: str) -> None:
     assert [item.state for item in server.get_model_repository_index(headers=headers).models if item.name == model] == [
         "READY"
     ]
+    server.load_model(model, headers=headers)
+    for call, word in ((server.unload_model, "UNIMPLEMENTED"), (server.load_model, "NOT_FOUND")):
+        try:
+            call(model if word == "UNIMPLEMENTED" else "nothing", headers=headers)
+            status = "ok"
+        except InferenceServerException as error:
+            status = str(error.status())
+        assert word in status
     found = server.infer(model, _inputs(client, names), headers=headers, request_id="42")
+    statistics = server.get_inference_statistics(model, headers=headers).model_stats[0]
+    assert (statistics.name, statistics.version) == (model, "1")
+    assert statistics.inference_stats.success.count >= 0
     assert found.get_response().id == "42"
     _check(found)
     _check(server.infer(model, _inputs(client, names), headers=headers, compression_algorithm="gzip"))

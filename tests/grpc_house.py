@@ -65,8 +65,7 @@ def grpc_house(house: House) -> Iterator[GrpcHouse]:
     thread.start()
 
     async def start() -> tuple[Any, Door, int]:
-        server, door = build(house.services, "127.0.0.1:0")
-        port = server.add_insecure_port("127.0.0.1:0")
+        server, door, port = build(house.services, "127.0.0.1:0")
         await server.start()
         return server, door, port
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import signal
 import subprocess
@@ -164,3 +165,88 @@ def test_a_second_server_does_not_share_the_grpc_port(server: RunningServer, tmp
     other = subprocess.run([*command, "--grpc-port", str(server.grpc_port)], capture_output=True, text=True, timeout=30)
     assert other.returncode != 0
     assert "--grpc-port" in other.stdout + other.stderr
+
+
+def test_over_tls_with_the_certificate_of_http(tmp_path: Path) -> None:
+    certificate, key = tls_pair(tmp_path)
+    server = RunningServer(tmp_path / "home", "--tls-cert", str(certificate), "--tls-key", str(key))
+    try:
+        address, live = f"127.0.0.1:{server.grpc_port}", "/inference.GRPCInferenceService/ServerLive"
+        metadata = (("authorization", f"Bearer {server.key}"),)
+
+        def code(channel: grpc.Channel, *, known: bool = True) -> grpc.StatusCode:
+            try:
+                channel.unary_unary(live)(b"", metadata=metadata if known else (), timeout=5)
+            except grpc.RpcError as error:
+                return error.code()
+            return grpc.StatusCode.OK
+
+        trusted = grpc.ssl_channel_credentials(certificate.read_bytes())
+        with grpc.secure_channel(address, trusted) as channel:
+            until(lambda: code(channel) == grpc.StatusCode.OK, 20)
+            assert code(channel, known=False) == grpc.StatusCode.UNAUTHENTICATED
+        with grpc.secure_channel(
+            address, grpc.ssl_channel_credentials(tls_pair(tmp_path, "other")[0].read_bytes())
+        ) as channel:
+            assert code(channel) == grpc.StatusCode.UNAVAILABLE
+        with grpc.insecure_channel(address) as channel:
+            assert code(channel) == grpc.StatusCode.UNAVAILABLE
+    finally:
+        server.stop()
+
+
+def tls_pair(folder: Path, name: str = "server") -> tuple[Path, Path]:
+    """A self-signed certificate for 127.0.0.1 and its key."""
+    from datetime import UTC, datetime, timedelta
+    from ipaddress import ip_address
+
+    from cryptography import x509
+    from cryptography.hazmat.primitives import hashes, serialization
+    from cryptography.hazmat.primitives.asymmetric import ec
+
+    key = ec.generate_private_key(ec.SECP256R1())
+    who = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, name)])
+    now = datetime.now(UTC)
+    made = (
+        x509.CertificateBuilder(
+            who, who, key.public_key(), x509.random_serial_number(), now - timedelta(1), now + timedelta(1)
+        )
+        .add_extension(x509.SubjectAlternativeName([x509.IPAddress(ip_address("127.0.0.1"))]), critical=False)
+        .sign(key, hashes.SHA256())
+    )
+    paths = folder / f"{name}.pem", folder / f"{name}.key"
+    paths[0].write_bytes(made.public_bytes(serialization.Encoding.PEM))
+    form = serialization.PrivateFormat.PKCS8
+    paths[1].write_bytes(key.private_bytes(serialization.Encoding.PEM, form, serialization.NoEncryption()))
+    return paths
+
+
+def test_the_documented_caller_lives_a_whole_life(iris: RunningServer, tmp_path: Path) -> None:
+    """docs/grpc_call.py, as docs/grpc.md tells it: no .proto file, JSON in and out."""
+    script = Path(__file__).parent.parent / "docs" / "grpc_call.py"
+    where = f"127.0.0.1:{iris.grpc_port}"
+
+    def run(*arguments: str, fails: bool = False) -> Any:
+        command = [sys.executable, str(script), where, *arguments]
+        environment = {**os.environ, "MODELWORKS_API_KEY": iris.key}
+        done = subprocess.run(command, capture_output=True, text=True, timeout=90, env=environment)
+        assert (done.returncode != 0) == fails, done.stdout + done.stderr
+        return done.stderr if fails else done.stdout.splitlines()
+
+    def call(service: str, body: dict[str, Any], *more: str) -> Any:
+        return [json.loads(line) for line in run(f"modelworks.v1.{service}", json.dumps(body), *more)]
+
+    assert "modelworks.v1.Training/FollowEvents" in run()
+    table = tmp_path / "prices.csv"
+    table.write_text(CSV)
+    dataset = call("Datasets/Upload", {"header": {"name": "by-hand"}}, "--file", str(table))[0]["dataset"]
+    assert int(dataset["rows"]) == 60
+    asked = {"model": "by-hand", "dataset": "by-hand", "target": "price", "algorithm": "ridge"}
+    job = call("Training/Create", asked)[0]
+    events = call("Training/FollowEvents", {"id": job["id"]})
+    assert [int(event["seq"]) for event in events] == list(range(1, len(events) + 1))
+    assert call("Training/Get", {"id": job["id"]})[0]["model_version"] == "by-hand:1"
+    assert call("Training/Cancel", {"id": job["id"]})[0]["status"] == "succeeded"
+    refused = run("modelworks.v1.Training/Create", json.dumps({**asked, "algorithm": "none"}), fails=True)
+    assert refused.startswith("INVALID_ARGUMENT: ")
+    assert "x-error-code: " in refused

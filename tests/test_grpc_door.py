@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import struct
+import threading
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -19,6 +20,7 @@ from modelworks.core.specs import KeySpec
 from modelworks.security import policy
 from tests.api_house import house
 from tests.grpc_house import OIP, GrpcHouse, grpc_house
+from tests.server import until
 
 HEALTH = {"/grpc.health.v1.Health/Check", "/grpc.health.v1.Health/Watch"}
 Code = grpc.StatusCode
@@ -122,7 +124,6 @@ def test_a_revoked_key_is_refused(rpc: GrpcHouse) -> None:
 
 
 def test_the_rate_limit_is_told_with_when_to_come_back(rpc: GrpcHouse) -> None:
-    key = rpc.house.make_key("invoke-only", requests_per_minute=2) if False else None
     spec = KeySpec(name="slow", role="invoke-only", requests_per_minute=2)
     key = rpc.house.services.access.create_key(rpc.house.caller(), spec)[1]
     metadata = (("authorization", f"Bearer {key}"),)
@@ -155,7 +156,7 @@ def test_errors_have_their_status_and_name_the_field(rpc: GrpcHouse) -> None:
     assert "nope" in caught.value.details()
     assert dict(caught.value.trailing_metadata())["x-error-code"] == "deployment_not_found"
     assert rpc.code(OIP + "ModelInfer", b"\xff\xff\xff") == Code.INVALID_ARGUMENT
-    assert rpc.code(OIP + "RepositoryModelLoad") == Code.UNIMPLEMENTED
+    assert rpc.code(OIP + "RepositoryModelLoad") == Code.NOT_FOUND
     assert rpc.code(OIP + "SystemSharedMemoryStatus") == Code.UNIMPLEMENTED
     assert rpc.code("/modelworks.v1.Training/Create") == Code.INVALID_ARGUMENT
 
@@ -201,3 +202,67 @@ def test_health_is_open_and_knows_the_services(rpc: GrpcHouse) -> None:
         found = health_pb2.HealthCheckResponse.FromString(rpc.call(check, request, metadata=()))
         assert found.status == health_pb2.HealthCheckResponse.SERVING
     assert rpc.code(check, health_pb2.HealthCheckRequest(service="nothing"), metadata=()) == Code.NOT_FOUND
+
+
+def test_large_messages_share_the_room_of_large_bodies(rpc: GrpcHouse) -> None:
+    """Two at a time have room here (2 x max_body); a third is refused, small ones never are, and the room comes back."""
+    large = infer_request()
+    large.raw_input_contents[1] = struct.pack("<I", 1_900_000) + bytes(1_900_000)
+    rpc.house.router.hold = True
+    method = rpc.channel.unary_unary(OIP + "ModelInfer")
+    try:
+        before = len(rpc.house.router.calls)
+        waiting = [method.future(large.SerializeToString(), metadata=rpc.metadata(), timeout=20) for _ in range(2)]
+        until(lambda: len(rpc.house.router.calls) == before + 2, 10)
+        with pytest.raises(grpc.RpcError) as caught:
+            rpc.call(OIP + "ModelInfer", large)
+        assert caught.value.code() == Code.RESOURCE_EXHAUSTED
+        assert dict(caught.value.trailing_metadata())["x-error-code"] == "too_many_large_bodies"
+        stream = rpc.channel.stream_stream(OIP + "ModelStreamInfer")(
+            iter([large.SerializeToString()]), metadata=rpc.metadata(), timeout=10
+        )
+        with pytest.raises(grpc.RpcError, match="too many large bodies"):
+            next(stream)
+        assert rpc.code(OIP + "ServerLive") == Code.OK
+    finally:
+        rpc.house.router.hold = False
+        for call in waiting:
+            call.cancel()
+    until(lambda: rpc.house.services.room.taken == 0, 5)
+    rpc.call(OIP + "ModelInfer", large)
+    assert rpc.house.services.room.taken == 0
+
+
+def test_a_stream_ends_when_its_key_is_revoked(rpc: GrpcHouse) -> None:
+    """An idle stream of inferences and an upload that waits for its next chunk."""
+    access, caller = rpc.house.services.access, rpc.house.caller()
+    key, text = access.create_key(caller, KeySpec(name="streaming", role="developer"))
+    metadata = (("authorization", f"Bearer {text}"),)
+    released = threading.Event()
+
+    def one(data: bytes) -> Iterator[bytes]:
+        yield data
+        released.wait(10)
+
+    upload = message("modelworks.v1.UploadDatasetRequest")(header={"name": "never"}).SerializeToString()
+    opened = [
+        rpc.channel.stream_stream(path)(one(data), metadata=metadata, timeout=10)
+        for path, data in (
+            (OIP + "ModelStreamInfer", infer_request().SerializeToString()),
+            ("/modelworks.v1.Datasets/Upload", upload),
+        )
+    ]
+    try:
+        next(opened[0])
+        access.revoke_key(caller, key.id)
+        rpc.house.services.authenticator.refresh()
+        begun = time.monotonic()
+        for call in opened:
+            with pytest.raises(grpc.RpcError) as caught:
+                next(call)
+            assert caught.value.code() == Code.UNAUTHENTICATED
+        assert time.monotonic() - begun < 5
+    finally:
+        released.set()
+    until(lambda: not rpc.door._open, 5)
+    assert not list((rpc.house.home / "tmp").glob("upload-*"))

@@ -12,7 +12,10 @@ from typing import Any
 
 import grpc
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
+from modelworks.api.grpc import quick
 from modelworks.api.grpc.messages import POOL, message
 from modelworks.api.grpc.tensors import CONTENTS, decode, encode
 from modelworks.core.errors import InvalidInput
@@ -109,6 +112,46 @@ def test_the_hand_written_answer_is_what_protobuf_writes() -> None:
         expected.raw_output_contents.append(tensor.data)
     assert message(ANSWER).FromString(data) == expected
     assert len(data) == expected.ByteSize()
+
+
+HEADS = st.tuples(
+    st.text(max_size=200), st.sampled_from(["FP32", "BYTES", "x"]), st.lists(st.integers(-2, 2**40), max_size=3)
+)
+
+
+@given(
+    texts=st.lists(st.text(max_size=5), min_size=3, max_size=3),
+    heads=st.lists(
+        st.tuples(
+            st.text(max_size=200), st.sampled_from(["FP32", "BYTES", "x"]), st.lists(st.integers(-2, 2**40), max_size=3)
+        ),
+        max_size=4,
+    ),
+    raw=st.lists(st.binary(max_size=300), max_size=4),
+    tail=st.binary(max_size=6),
+    cut=st.integers(0, 4),
+)
+def test_what_is_read_by_hand_is_what_protobuf_reads(
+    texts: list[str], heads: list[tuple[str, str, list[int]]], raw: list[bytes], tail: bytes, cut: int
+) -> None:
+    kind = message("inference.ModelInferRequest")
+    request = kind(model_name=texts[0], model_version=texts[1], id=texts[2], raw_input_contents=raw)
+    for name, datatype, shape in heads:
+        request.inputs.add(name=name, datatype=datatype, shape=shape)
+    whole = request.SerializeToString()
+    data = whole[: len(whole) - cut] + tail
+    found = quick.read(data)
+    if found is None:
+        assert cut or tail or len(raw) != len(heads) or not heads
+        return
+    expected = kind.FromString(data)
+    assert (found.model, found.version, found.id) == (expected.model_name, expected.model_version, expected.id)
+    assert found.tensors == [
+        Tensor(item.name, item.datatype, list(item.shape), content)
+        for item, content in zip(expected.inputs, expected.raw_input_contents, strict=True)
+    ]
+    assert not expected.parameters
+    assert not expected.outputs
 
 
 def broken(change: Any) -> Any:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 from typing import TYPE_CHECKING, Any, Protocol
 
 from modelworks.core.telemetry import logger
@@ -48,8 +49,10 @@ class GrpcServer:
             await asyncio.sleep(_LOOK)
         build = await asyncio.to_thread(_import)
         try:
-            server, door = build(self._services, self._address)
+            server, door, _ = build(self._services, self._address)
             await server.start()
+            gc.collect()
+            gc.freeze()  # what was loaded is never garbage: later collections skip it
         except RuntimeError as error:  # grpc's word for an address that it cannot have
             log.error("gRPC does not listen", address=self._address, reason=str(error)[:200])
             return

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import re
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass
 from time import monotonic
 from typing import Any
@@ -24,8 +24,9 @@ from modelworks.api.events import Stopping
 from modelworks.api.grpc.errors import render
 from modelworks.api.grpc.messages import POOL, message, parse
 from modelworks.api.guard import LOOKUP_THREADS, count, new_request_id
+from modelworks.api.intake import SMALL, Intake
 from modelworks.api.services import Services
-from modelworks.core.errors import InvalidInput, ModelworksError, RequestTimeout, Unauthenticated
+from modelworks.core.errors import CatalogUnavailable, InvalidInput, ModelworksError, RequestTimeout, Unauthenticated
 from modelworks.core.telemetry import logger
 from modelworks.core.types import Answer, Call, Caller, Principal
 from modelworks.security import policy
@@ -34,6 +35,7 @@ from modelworks.serve.observe import CANCELLED, rows_of
 log = logger("api.grpc")
 
 PUBLIC = None
+_LOOK_AGAIN = 0.4  # seconds between two looks at the keys of open streams
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:=+/-]{1,128}")
 
 Handler = Callable[..., Any]  # (rpc, request) -> awaitable of the answer, or async iterator of answers
@@ -43,8 +45,8 @@ class Rpc:
     """One call: who makes it, and the services that answer it. Of a public method, `principal` is not there."""
 
     __slots__ = (
-        "_carrier", "_door", "began", "call", "context", "metadata", "model_version", "operation", "principal",
-        "received", "request_id", "sent", "services", "status", "stopping",
+        "_door", "began", "call", "carrier", "context", "ended", "metadata", "model_version", "operation", "principal",
+        "received", "request_id", "sent", "services", "status", "stopping", "task",
     )  # fmt: skip
 
     def __init__(self, door: Door, carrier: _Carrier, method: Method, principal: Principal | None) -> None:
@@ -61,14 +63,16 @@ class Rpc:
         self.call: Call | None = None
         self.model_version = ""
         self._door = door
-        self._carrier = carrier
+        self.carrier = carrier
+        self.ended: ModelworksError | None = None  # why a stream was ended from here
+        self.task: asyncio.Task[Any] | None = None
         if principal is not None:
             self.principal = principal
 
     @property
     def caller(self) -> Caller:
         """For use cases. InvalidInput for an idempotency-key that cannot be one."""
-        key = self._carrier.idempotency_key
+        key = self.carrier.idempotency_key
         if key is not None and not (0 < len(key) <= 255 and key.isprintable()):
             raise InvalidInput("an idempotency-key has 1 to 255 printable characters", param="idempotency-key")
         return Caller(self.principal, self.request_id, key)
@@ -88,7 +92,7 @@ class Rpc:
 
     async def admit_again(self, operation: str) -> None:
         """One more request in a stream: its key must still be valid, and it counts."""
-        self.principal = await self._door.find_principal(self._carrier)
+        self.principal = await self._door.find_principal(self.carrier)
         policy.require(self.principal, operation)
         refusal = count(self.principal, self.services.limiter)[1]
         if refusal is not None:
@@ -181,6 +185,8 @@ class Door(grpc.GenericRpcHandler):
         self.methods: dict[str, Method] = {}
         self.names: list[str] = []
         self._lookups: anyio.CapacityLimiter | None = None
+        self._open: set[Rpc] = set()  # calls that may last
+        self._watcher: asyncio.Task[None] | None = None
 
     # registration
 
@@ -219,8 +225,11 @@ class Door(grpc.GenericRpcHandler):
 
         async def run(data: bytes, context: Any) -> bytes:
             rpc.context = context
-            rpc.received = len(data)
+            rpc.received = size = len(data)
+            intake = self.services.intake(rpc.began) if size > SMALL else None
             try:
+                if intake is not None:
+                    intake.hold(size)
                 if method.operation is not PUBLIC:
                     rpc.admit()
                 context.set_trailing_metadata(rpc.metadata)
@@ -231,6 +240,8 @@ class Door(grpc.GenericRpcHandler):
             except Exception as error:
                 raise await _refused(rpc, method, error) from None
             finally:
+                if intake is not None:
+                    intake.close()
                 rpc.observe()
 
         return grpc.unary_unary_rpc_method_handler(run)
@@ -260,11 +271,15 @@ class Door(grpc.GenericRpcHandler):
 
         async def one(messages: AsyncIterator[bytes], context: Any) -> bytes:
             try:
-                with self._span(method, carrier):
-                    request = await self._enter(rpc, method, carrier, messages, context)
+                with self._span(method, carrier), self._watched(rpc, method), contextlib.ExitStack() as held:
+                    request = await self._enter(rpc, method, carrier, messages, context, held)
                     answer = rpc.encoded(await method.handler(rpc, request))
                     rpc.status = 200
                     return answer
+            except asyncio.CancelledError:
+                if rpc.ended is None:
+                    raise
+                raise await _refused(rpc, method, rpc.ended) from None
             except Exception as error:
                 raise await _refused(rpc, method, error) from None
             finally:
@@ -272,11 +287,15 @@ class Door(grpc.GenericRpcHandler):
 
         async def many(messages: AsyncIterator[bytes], context: Any) -> AsyncIterator[bytes]:
             try:
-                with self._span(method, carrier):
-                    request = await self._enter(rpc, method, carrier, messages, context)
+                with self._span(method, carrier), self._watched(rpc, method), contextlib.ExitStack() as held:
+                    request = await self._enter(rpc, method, carrier, messages, context, held)
                     async for part in method.handler(rpc, request):
                         yield rpc.encoded(part)
                     rpc.status = 200
+            except asyncio.CancelledError:
+                if rpc.ended is None:
+                    raise
+                raise await _refused(rpc, method, rpc.ended) from None
             except Exception as error:
                 raise await _refused(rpc, method, error) from None
             finally:
@@ -305,10 +324,57 @@ class Door(grpc.GenericRpcHandler):
         finally:
             span.end(method.operation or "", status, carrier.request_id, "")
 
+    @contextlib.contextmanager
+    def _watched(self, rpc: Rpc, method: Method) -> Iterator[None]:
+        """While the call is open, its key is looked at again and again: one that is revoked ends it."""
+        if method.operation is PUBLIC:
+            yield
+            return
+        rpc.task = asyncio.current_task()
+        self._open.add(rpc)
+        if self._watcher is None or self._watcher.done():
+            self._watcher = asyncio.ensure_future(self._watch())
+        try:
+            yield
+        finally:
+            self._open.discard(rpc)
+
+    async def _watch(self) -> None:
+        while self._open:
+            await asyncio.sleep(_LOOK_AGAIN)
+            verdicts: dict[tuple[str | None, str | None, str | None], ModelworksError | None] = {}
+            for rpc in list(self._open):
+                if not hasattr(rpc, "principal"):
+                    continue  # it is not admitted yet
+                key = (rpc.carrier.authorization, rpc.carrier.project, rpc.operation)
+                if key not in verdicts:
+                    verdicts[key] = await self._no_longer(rpc)
+                error = verdicts[key]
+                if error is not None and rpc in self._open and rpc.task is not None:
+                    rpc.ended = error
+                    rpc.task.cancel()
+
+    async def _no_longer(self, rpc: Rpc) -> ModelworksError | None:
+        """Why this caller may not go on. While the catalog is away, it may."""
+        assert rpc.operation is not None
+        try:
+            policy.require(await self.find_principal(rpc.carrier), rpc.operation)
+        except CatalogUnavailable:
+            return None
+        except ModelworksError as error:
+            return error
+        return None
+
     async def _enter(
-        self, rpc: Rpc, method: Method, carrier: _Carrier, messages: AsyncIterator[bytes], context: Any
+        self,
+        rpc: Rpc,
+        method: Method,
+        carrier: _Carrier,
+        messages: AsyncIterator[bytes],
+        context: Any,
+        held: contextlib.ExitStack,
     ) -> Any:
-        """Admit the caller, then the request: one message, or an iterator of them."""
+        """Admit the caller, then the request: one message, in memory until `held` ends, or an iterator of them."""
         rpc.context = context
         if method.operation is not PUBLIC:
             rpc.principal = await self.find_principal(carrier)
@@ -325,13 +391,26 @@ class Door(grpc.GenericRpcHandler):
         except TimeoutError:
             raise RequestTimeout(f"the message did not come within {timeout:g} s; send it again") from None
         rpc.received = len(data)
+        held.callback(hold(self.services, len(data)).close)
         return data if method.request is None else parse(method.request, data)
 
 
+def hold(services: Services, size: int) -> Intake:
+    """So many bytes of a message are in memory, until it is closed. RateLimited when large messages leave no room."""
+    intake = services.intake(monotonic())
+    intake.hold(size)
+    return intake
+
+
 async def _messages(rpc: Rpc, method: Method, messages: AsyncIterator[bytes]) -> AsyncIterator[Any]:
+    """One at a time is in memory here."""
     async for data in messages:
         rpc.received += len(data)
-        yield data if method.request is None else parse(method.request, data)
+        intake = hold(rpc.services, len(data))
+        try:
+            yield data if method.request is None else parse(method.request, data)
+        finally:
+            intake.close()
 
 
 async def _refused(rpc: Rpc, method: Method, error: Exception) -> Exception:
@@ -357,12 +436,3 @@ async def _refused(rpc: Rpc, method: Method, error: Exception) -> Exception:
 async def _unknown(rpc: Rpc, messages: Any) -> AsyncIterator[Message]:
     raise NotImplementedHere("there is no such method; the services are listed by server reflection")
     yield
-
-
-def unsupported(what: str) -> Callable[[Rpc, Any], Awaitable[Message]]:
-    """The handler of a method that the protocol has and this server does not."""
-
-    async def refuse(rpc: Rpc, request: Any) -> Message:
-        raise NotImplementedHere(what)
-
-    return refuse

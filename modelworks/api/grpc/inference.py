@@ -5,20 +5,25 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import AsyncIterator
+from dataclasses import replace
+from time import monotonic
 from typing import Any
 
+from modelworks.api import oip_repository as repository
 from modelworks.api.docs import release
 from modelworks.api.errors import NotImplementedHere, problem
-from modelworks.api.grpc.door import Door, Rpc, unsupported
-from modelworks.api.grpc.messages import message
-from modelworks.api.grpc.tensors import decode, encode, wanted
+from modelworks.api.grpc import quick
+from modelworks.api.grpc.door import Door, Rpc
+from modelworks.api.grpc.messages import fill, message, parse
+from modelworks.api.grpc.tensors import check, decode, encode, encode_raw, wanted
+from modelworks.api.intake import SMALL
 from modelworks.core.errors import InvalidInput, ModelworksError
 from modelworks.core.types import Answer, Call
 from modelworks.serve.routes import Route
 from modelworks.serve.wire import Part
 
 SERVICE = "inference.GRPCInferenceService"
-EXTENSIONS = ["model_configuration", "model_repository"]
+EXTENSIONS = ["model_configuration", "model_repository", "statistics"]
 MAX_PIPELINED = 64  # requests of one stream that are under way at a time
 _VERSION = re.compile(r"[1-9][0-9]{0,8}")
 
@@ -28,11 +33,6 @@ _Response = message("inference.ModelInferResponse")
 
 
 def mount(door: Door) -> None:
-    load = unsupported("models are loaded by a deployment; put one with modelworks.v1.Deployment or the REST API")
-    unload = unsupported(
-        "models are unloaded with their deployment; delete it with modelworks.v1.Deployment or the REST API"
-    )
-    statistics = unsupported("statistics over gRPC are not supported; GET /metrics has them")
     door.add(
         SERVICE,
         {
@@ -42,14 +42,15 @@ def mount(door: Door) -> None:
             "ServerMetadata": ("oip.metadata", server_metadata),
             "ModelMetadata": ("oip.metadata", model_metadata),
             "ModelConfig": ("oip.metadata", model_config),
-            "ModelStatistics": ("oip.metadata", statistics),
+            "ModelStatistics": ("oip.metadata", model_statistics),
             "RepositoryIndex": ("oip.metadata", repository_index),
-            "RepositoryModelLoad": ("oip.metadata", load),
-            "RepositoryModelUnload": ("oip.metadata", unload),
+            "RepositoryModelLoad": ("oip.metadata", repository_load),
+            "RepositoryModelUnload": ("oip.metadata", repository_unload),
             "ModelInfer": ("oip.infer", infer),
             "ModelStreamInfer": ("oip.infer", stream_infer),
         },
     )
+    door.register(replace(door.methods[f"/{SERVICE}/ModelInfer"], request=None))  # it reads the bytes itself
 
 
 # -- what is there -----------------------------------------------------------------------------------------------------
@@ -86,41 +87,60 @@ async def model_metadata(rpc: Rpc, request: Any) -> Any:
 
 async def model_config(rpc: Rpc, request: Any) -> Any:
     """Triton's form of the signature. max_batch_size 0: each shape is given whole, the first axis included."""
-    route = _route(rpc, request.name, request.version)
-    tensors = {
-        side: [{"name": spec.name, "data_type": _data_type(spec.datatype), "dims": spec.shape} for spec in specs]
-        for side, specs in (("input", route.signature.inputs), ("output", route.signature.outputs))
-    }
-    config = message("inference.ModelConfig")(
-        name=route.name, platform="onnxruntime_onnx", backend="onnxruntime", max_batch_size=0, **tensors
-    )
-    return message("inference.ModelConfigResponse")(config=config)
+    config = repository.configuration(_route(rpc, request.name, request.version))
+    return fill(message("inference.ModelConfigResponse"), {"config": config})
 
 
-def _data_type(datatype: str) -> str:
-    return "TYPE_STRING" if datatype == "BYTES" else f"TYPE_{datatype}"
+async def model_statistics(rpc: Rpc, request: Any) -> Any:
+    """Of one model, or of all that the key may call: calls, failures and nanoseconds, over all gateways."""
+    gateway = rpc.services.gateway
+    asked = [_route(rpc, request.name, request.version)] if request.name else gateway.routes(rpc.principal)
+    found = await repository.statistics(rpc.services, asked)
+    return fill(message("inference.ModelStatisticsResponse"), {"model_stats": found})
 
 
 async def repository_index(rpc: Rpc, request: Any) -> Any:
     """The deployments that the key may call."""
-    response = message("inference.RepositoryIndexResponse")()
-    for route in rpc.services.gateway.routes(rpc.principal):
-        ready = rpc.services.gateway.ready(rpc.principal, route.name)
-        if ready or not request.ready:
-            version = route.model_version.rpartition(":")[2]
-            state, reason = ("READY", "") if ready else ("UNAVAILABLE", "no replica is ready")
-            response.models.add(name=route.name, version=version, state=state, reason=reason)
-    return response
+    found = repository.repository_index(rpc.services, rpc.caller, ready_only=request.ready)
+    return fill(message("inference.RepositoryIndexResponse"), {"models": found})
+
+
+async def repository_load(rpc: Rpc, request: Any) -> Any:
+    """Nothing is to be done for a deployment that is ready; NOT_FOUND where there is none, UNAVAILABLE while it is not."""
+    _no_parameters(request)
+    repository.load(rpc.services, rpc.caller, request.model_name)
+    return message("inference.RepositoryModelLoadResponse")()
+
+
+async def repository_unload(rpc: Rpc, request: Any) -> Any:
+    """UNIMPLEMENTED, with what to do in its place; NOT_FOUND where there is no such deployment."""
+    repository.unload(rpc.services, rpc.caller, request.model_name)
+    raise AssertionError("unload always refuses")
+
+
+def _no_parameters(request: Any) -> None:
+    for name in request.parameters:
+        if name != "unload_dependents":
+            raise InvalidInput(
+                f"the parameter {name[:80]!r} is not taken: deployments decide what is loaded", param="parameters"
+            )
 
 
 # -- inference ---------------------------------------------------------------------------------------------------------
 
 
-async def infer(rpc: Rpc, request: Any) -> bytes:
+async def infer(rpc: Rpc, data: bytes) -> bytes:
     """Named tensors in, named tensors out. A cancelled call is aborted in the replica too."""
-    call, names = _call(rpc, request)
-    found = await rpc.infer(call)
-    return encode(request.model_name, request, found, names)
+    plain = quick.read(data)
+    if plain is None:
+        request = parse(_Request, data)
+        call, names = _call(rpc, request)
+        return encode(request.model_name, request, await rpc.infer(call), names)
+    name, version = plain.model, _version(plain.version)
+    route = rpc.services.gateway.route(rpc.principal, name, version)
+    check(route, plain.tensors, plain.kind)
+    found = await rpc.infer(Call(name, plain.tensors, rpc.deadline(), rpc.request_id, version=version))
+    return encode_raw(name, plain.id, found.model_version, found.outputs)
 
 
 def _call(rpc: Rpc, request: Any) -> tuple[Call, list[str] | None]:
@@ -165,10 +185,11 @@ async def stream_infer(rpc: Rpc, requests: AsyncIterator[Any]) -> AsyncIterator[
             async for response in line.responses():
                 yield response
             under_way.discard(line)
+            line.end()
     finally:
         reader.cancel()
         for line in under_way:
-            line.abort()
+            line.end()
 
 
 class _Line:
@@ -181,6 +202,12 @@ class _Line:
         self._pending: Any = None
         self._names: list[str] | None = None
         self._refused = False
+        self._intake = rpc.services.intake(monotonic())
+        if (size := request.ByteSize()) > SMALL:
+            try:
+                self._intake.hold(size)
+            except ModelworksError as error:
+                self._refuse(error)
 
     async def admit(self) -> None:
         try:
@@ -188,7 +215,8 @@ class _Line:
         except ModelworksError as error:
             if error.status in (401, 403):  # the stream itself is not theirs any more
                 raise
-            self._refuse(error)
+            if not self._refused:
+                self._refuse(error)
 
     def begin(self) -> None:
         if self._refused:
@@ -206,7 +234,9 @@ class _Line:
         self._refused = True
         self._arrived.put_nowait(error)
 
-    def abort(self) -> None:
+    def end(self) -> None:
+        """It was answered, or nobody waits for it any more."""
+        self._intake.close()
         if self._pending is not None:
             self._rpc.services.gateway.abort(self._pending)
 

@@ -10,7 +10,7 @@ from grpc_reflection.v1alpha import reflection_pb2
 from grpc_reflection.v1alpha.reflection import aio
 
 from modelworks.api.grpc.door import PUBLIC, Door, Method, Rpc
-from modelworks.api.grpc.messages import POOL
+from modelworks.api.grpc.messages import POOL, parse
 from modelworks.core.errors import NotFound
 
 HEALTH = "grpc.health.v1.Health"
@@ -62,7 +62,7 @@ def _reflect(names: list[str]) -> Any:
     async def reflect(rpc: Rpc, messages: AsyncIterator[bytes]) -> AsyncIterator[Any]:
         async def requests() -> AsyncIterator[Any]:
             async for data in messages:
-                yield reflection_pb2.ServerReflectionRequest.FromString(data)
+                yield parse(reflection_pb2.ServerReflectionRequest, data)
 
         async for response in servicer.ServerReflectionInfo(requests(), rpc.context):
             yield response

@@ -14,8 +14,8 @@ from modelworks.core.settings import Settings
 MAX_STREAMS = 1024  # calls at a time on one connection
 
 
-def build(services: Services, address: str) -> tuple[Any, Door]:
-    """A server bound to `address`, not started yet, and its door. RuntimeError when the address is taken."""
+def build(services: Services, address: str) -> tuple[Any, Door, int]:
+    """A server bound to `address`, not started yet, its door and port. RuntimeError when the address is taken."""
     door = Door(services)
     inference.mount(door)
     lifecycle.mount(door)
@@ -24,10 +24,10 @@ def build(services: Services, address: str) -> tuple[Any, Door]:
     settings = services.settings
     if settings.tls_cert and settings.tls_key:
         pair = (settings.tls_key.read_bytes(), settings.tls_cert.read_bytes())
-        server.add_secure_port(address, grpc.ssl_server_credentials([pair]))
+        port = server.add_secure_port(address, grpc.ssl_server_credentials([pair]))
     else:
-        server.add_insecure_port(address)
-    return server, door
+        port = server.add_insecure_port(address)
+    return server, door, port
 
 
 def _options(settings: Settings) -> list[tuple[str, Any]]:

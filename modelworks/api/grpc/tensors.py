@@ -11,7 +11,7 @@ from modelworks.core.errors import InvalidInput
 from modelworks.core.tensors import DATATYPES, Tensor, element_count, pack, unpack
 from modelworks.core.types import Answer
 from modelworks.serve.checks import Shape
-from modelworks.serve.columns import kind_of
+from modelworks.serve.columns import Kind, kind_of
 from modelworks.serve.routes import Route
 
 MAX_TENSORS = 4096
@@ -60,8 +60,13 @@ def decode(route: Route, request: Any) -> list[Tensor]:
             )
         else:
             tensors.append(Tensor(given.name, given.datatype, shape, raw[index]))
-    _shape(route, tensors).read(tensors)
+    check(route, tensors, kind_of(tensors))
     return tensors
+
+
+def check(route: Route, tensors: list[Tensor], kind: Kind) -> None:
+    """InvalidInput unless the tensors, of this kind, fit the route's signature."""
+    _shape(route, kind).read(tensors)
 
 
 def _typed(given: Any, shape: list[int]) -> Tensor:
@@ -86,14 +91,14 @@ def _typed(given: Any, shape: list[int]) -> Tensor:
 _shapes: dict[tuple[int, Any], tuple[Any, Shape]] = {}
 
 
-def _shape(route: Route, tensors: list[Tensor]) -> Shape:
+def _shape(route: Route, kind: Kind) -> Shape:
     """The check of this kind of call against the route's signature, made once."""
-    key = (id(route.signature), kind_of(tensors))
+    key = (id(route.signature), kind)
     known = _shapes.get(key)
     if known is None:
         if len(_shapes) >= 1024:
             _shapes.clear()
-        known = _shapes[key] = (route.signature, Shape(route.signature.inputs, key[1]))  # kept, so the id stays its own
+        known = _shapes[key] = (route.signature, Shape(route.signature.inputs, kind))  # kept, so the id stays its own
     return known[1]
 
 
@@ -130,9 +135,14 @@ def encode(model: str, request: Any, found: Answer, names: list[str] | None) -> 
         outputs = [by_name[name] for name in names if name in by_name]
     if request.inputs and not request.raw_input_contents and all(tensor.datatype in CONTENTS for tensor in outputs):
         return _encode_typed(model, request.id, found, outputs)
-    parts = [_head(model, found.model_version)]
-    if request.id:
-        parts += _part(b"\x1a", request.id.encode())
+    return encode_raw(model, request.id, found.model_version, outputs)
+
+
+def encode_raw(model: str, id: str, model_version: str, outputs: list[Tensor]) -> bytes:
+    """The answer with raw contents."""
+    parts = [_head(model, model_version)]
+    if id:
+        parts += _part(b"\x1a", id.encode())
     parts += [_output(tensor.name, tensor.datatype, tuple(tensor.shape)) for tensor in outputs]
     for tensor in outputs:
         parts += _part(b"\x32", tensor.data)
