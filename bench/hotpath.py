@@ -107,7 +107,7 @@ class Stage:
         self.gateway = Gateway(self.router, observer=Observer(log=self.log))
         services: Any = Services(
             settings=Settings(home=folder), catalog=self.catalog, library=None, deployments=None, access=None,
-            authenticator=authenticator, limiter=RateLimiter(), gateway=self.gateway,
+            authenticator=authenticator, limiter=RateLimiter(), gateway=self.gateway, responses=None,
         )  # type: ignore[arg-type]  # fmt: skip
         self._services = services
         self.request = post("/v2/models/w1/infer", json.dumps(BODY).encode(), {"authorization": f"Bearer {key}"})
