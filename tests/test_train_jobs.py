@@ -17,7 +17,10 @@ from modelworks.ml.train.algorithms import TRAINERS
 from modelworks.ml.train.problem import pose
 from tests.learning import Context, Crash, Table, bundled, mixed, packaged, run
 
-QUICK: dict[str, dict[str, Any]] = {"gradient-boosted-trees": {"n_estimators": 10}}
+QUICK: dict[str, dict[str, Any]] = {
+    "gradient-boosted-trees": {"n_estimators": 10},
+    "cnn": {"shape": [1, 1, 11], "channels": [8], "head": [16], "epochs": 20},  # 11: the features of mixed()
+}
 CASES = [(name, task) for name in TRAINERS for task in TRAINERS.get(name).tasks]
 
 
