@@ -34,6 +34,7 @@ def main() -> int:
         return 1
     print("Installing Modelworks into .venv (once; a few minutes without a pip cache) ...", flush=True)
     command = [str(VENV / "bin" / "python"), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    command.append("--no-compile")  # Python compiles what is imported, when it is; pip would compile everything
     if want == "dev":
         warn_of_cuda(command)
     done = subprocess.run([*command, "-c", "constraints.txt", "-e", f".[{EXTRAS[want]}]"], cwd=ROOT, check=False)

@@ -253,7 +253,7 @@ class Encoder(nn.Module):
     def emit_pair(self, e: Emitter, x: str, mask: str | None) -> str:
         x = e.op("Add", x, e.constant(self.places))
         for layer in self.layers:
-            x = layer.emit_pair(e, x, mask)  # type: ignore[operator]
+            x = layer.emit_pair(e, x, mask)
         return e.module(self.norm, x)
 
 
@@ -277,7 +277,7 @@ class Bert(nn.Module):
     def emit_pair(self, e: Emitter, x: str, mask: str | None) -> str:
         x = e.module(self.norm, e.op("Add", x, e.constant(self.places)))
         for layer in self.layers:
-            x = layer.emit_pair(e, x, mask)  # type: ignore[operator]
+            x = layer.emit_pair(e, x, mask)
         return x
 
 
@@ -300,8 +300,8 @@ class Reader(nn.Module):
         return (x * mask[:, :, None]).sum(dim=1) / mask.sum(dim=1, keepdim=True).clamp(min=1)
 
     def emit(self, e: Emitter, x: str) -> str:
-        x, mask = self.front.emit_pair(e, x)  # type: ignore[operator]
-        x = self.body.emit_pair(e, x, mask)  # type: ignore[operator]
+        x, mask = self.front.emit_pair(e, x)
+        x = self.body.emit_pair(e, x, mask)
         axis = e.constant(np.array([1], dtype=np.int64))
         if mask is None:
             if self.last:
