@@ -2,7 +2,7 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 
-.PHONY: install demo test check bench docs proto clean
+.PHONY: install demo test check bench bench-llm docs proto clean
 
 install:
 	@$(PYTHON) bootstrap.py
@@ -21,6 +21,9 @@ check: install  ## style, types and the layers
 
 bench: install
 	@$(BIN)/python -m bench.predict
+
+bench-llm: install  ## language models beside other servers and the engines alone; ARGS=--quick for a short run
+	@$(BIN)/python -m bench.llm $(ARGS)
 
 docs: install  ## the references that are generated from the code
 	@$(BIN)/python -m modelworks.cli.reference

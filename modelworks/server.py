@@ -398,7 +398,9 @@ async def _gateway(config: dict[str, Any], settings: Settings) -> None:
     catalog = Catalog(home.catalog)
     blobs = Blobs(home.blobs)
     secret = Secret.load_or_create(home.secret)
-    authenticator = Authenticator(catalog, secret, default_rate=settings.requests_per_minute)
+    authenticator = Authenticator(
+        catalog, secret, default_rates=(settings.requests_per_minute, settings.tokens_per_minute)
+    )
     router = Router(config["secret"])
     observer = _observer(home, settings)
     services = Services(

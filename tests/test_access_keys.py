@@ -483,6 +483,7 @@ def test_who_am_i(house):
         "scopes": ["invoke"],
         "models": ["iris"],
         "requests_per_minute": None,
+        "tokens_per_minute": None,
         "expires_at": START + HOUR,
         "system_administrator": False,
     }

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import json
 import struct
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
+from modelworks.api.openai_generation import Patience
 from modelworks.core.errors import InvalidInput, RateLimited, Unavailable
 from modelworks.core.generation import MAX_DEPTH
 from tests.api_house import House, house
@@ -525,4 +528,71 @@ def test_tokens_are_counted_by_deployment_and_key(client: Any, api: House, model
     chat(client)
     list(chat(client, stream=True))
     after = counted()
-    assert {kind: after[kind] - before[kind] for kind in after} == {"prompt": 20, "completion": 6, "cached": 8}
+    assert {kind: after[kind] - before[kind] for kind in after} == {
+        "prompt": 20, "completion": 6, "cached": 8, "repeated": 0,
+    }  # fmt: skip
+
+
+def test_a_keys_tokens_a_minute_are_reserved_and_settled(api: House, model: TextRouter) -> None:
+    """The model reads 10 tokens and writes one for each piece; before it has, a text counts a token for four bytes."""
+    key = api.make_key("invoke-only", tokens_per_minute=100)
+    client = openai.OpenAI(base_url=f"{api.url}/v1", api_key=key, max_retries=0)
+
+    def left(**more: Any) -> int:
+        answer = client.chat.completions.with_raw_response.create(model="chat", messages=PARIS, **more)
+        assert answer.headers["x-ratelimit-limit-tokens"] == "100"
+        assert answer.headers["x-ratelimit-reset-tokens"].endswith("s")
+        b"".join(answer.http_response.iter_bytes())
+        return int(answer.headers["x-ratelimit-remaining-tokens"])
+
+    model.says = ["a", "b"]
+    reading = 100 - 10 - left(max_tokens=10)
+    assert 10 < reading < 25
+    assert left(max_tokens=10, stream=True) in (100 - 12 - reading - 10, 100 - 11 - reading - 10)  # 10 + 2 were used
+    with pytest.raises(openai.RateLimitError) as caught:
+        left(max_tokens=90)
+    assert (caught.value.type, caught.value.code) == ("tokens", "rate_limited")
+    assert 5 <= int(caught.value.response.headers["retry-after"]) <= 30
+    assert int(caught.value.response.headers["x-ratelimit-remaining-tokens"]) in range(74, 80)
+    vectors = client.embeddings.with_raw_response.create(model="embed", input="a b c")
+    assert vectors.headers["x-ratelimit-limit-tokens"] == "100"
+
+
+def test_an_answer_out_of_the_cache_is_counted_as_such_and_free(api: House, model: TextRouter) -> None:
+    model.says = ["a", "b", "c"]
+    route = model.texts["chat"]
+    model.texts["chat"] = replace(route, cache=(60.0, 10**6))
+    key = api.make_key("invoke-only", tokens_per_minute=1000)
+    client = openai.OpenAI(base_url=f"{api.url}/v1", api_key=key, max_retries=0)
+    try:
+        answers = [client.chat.completions.with_raw_response.create(model="chat", messages=PARIS) for _ in range(3)]
+    finally:
+        model.texts["chat"] = route
+    assert [answer.headers.get("x-cache") for answer in answers] == [None, "hit", "hit"]
+    usages = [answer.parse().usage for answer in answers]
+    assert [one.completion_tokens for one in usages] == [3, 3, 3]
+    assert [one.prompt_tokens_details.cached_tokens for one in usages] == [4, 10, 10]
+    remaining = [int(answer.headers["x-ratelimit-remaining-tokens"]) for answer in answers]
+    assert abs(remaining[2] - remaining[1]) <= 1
+    with api.client() as http:
+        text = http.get("/metrics").text
+    assert [line.rpartition(" ")[2] for line in text.splitlines() if 'kind="repeated"' in line and " 6.0" in line]
+
+
+def test_a_write_that_a_client_does_not_take_ends_and_waiting_for_the_model_does_not() -> None:
+    async def run() -> None:
+        with Patience(0.05) as patience:
+            await patience.write(asyncio.sleep(0))
+            await asyncio.sleep(0.2)  # nothing to write
+        with pytest.raises(TimeoutError), Patience(0.05) as patience:
+            await patience.write(asyncio.sleep(30))
+
+    asyncio.run(run())
+
+
+def test_usage_so_far_comes_with_each_event_when_it_is_asked_for(client: Any, model: TextRouter) -> None:
+    model.says = ["a", "b"]
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    chunks = list(chat(client, stream=True, stream_options=options))
+    assert all(chunk.usage.prompt_tokens == 10 for chunk in chunks)
+    assert chunks[-1].usage.completion_tokens == chunks[-2].usage.completion_tokens == 2

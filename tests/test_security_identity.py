@@ -214,8 +214,9 @@ def test_a_key_is_looked_up_once(house):
 def test_a_key_that_names_no_rate_has_the_default(house):
     _, text = house.key()
     _, limited = house.key(requests_per_minute=7)
-    authenticator = house.another(default_rate=100)
+    authenticator = house.another(default_rates=(100, 5000))
     assert authenticator.authenticate(bearer(text)).requests_per_minute == 100
+    assert authenticator.authenticate(bearer(text)).tokens_per_minute == 5000
     assert authenticator.authenticate(bearer(limited)).requests_per_minute == 7
     assert house.authenticator.authenticate(bearer(text)).requests_per_minute is None
 

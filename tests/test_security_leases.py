@@ -75,6 +75,18 @@ def test_a_new_limit_holds_at_once(table: int) -> None:
     assert sum(other.take("k", 5)[0] for _ in range(20)) == 5
 
 
+def test_gateways_share_a_keys_tokens(table: int) -> None:
+    clock, one, two = pair(table)
+    assert one.reserve("key_1", 600, 500)[:2] == (True, 100)
+    assert two.reserve("key_1", 600, 200) == (False, 100, pytest.approx(10.0))
+    one.give("key_1", 600, -100)
+    assert two.reserve("key_1", 600, 1)[:2] == (False, 0)
+    two.give("key_1", 600, -60)  # it owes
+    assert one.take("key_1", 10)[0]
+    clock.now += 6.0
+    assert one.reserve("key_1", 600, 1) == (False, 0, pytest.approx(0.1))
+
+
 def test_a_full_group_forgets_the_least_recently_used(table: int) -> None:
     buckets = Buckets(table)
     tags = [(7 + number * _GROUPS).to_bytes(4, "little") + bytes(12) for number in range(_SLOTS + 1)]

@@ -88,3 +88,18 @@ def test_threads_overshoot_by_nothing(clock):
     for thread in threads:
         thread.join()
     assert sum(allowed) == 100
+
+
+def test_tokens_are_reserved_and_given_back(clock):
+    limiter = RateLimiter(clock=clock)
+    assert limiter.reserve("key_1", 600, 500) == (True, 100, pytest.approx(50.0))
+    assert limiter.reserve("key_1", 600, 200) == (False, 100, pytest.approx(10.0))  # seconds until 200 are there
+    assert limiter.take("key_1", 1)[0]  # calls are counted apart
+    limiter.give("key_1", 600, 400)
+    assert limiter.reserve("key_1", 600, 0)[:2] == (True, 500)
+    limiter.give("key_1", 600, -700)  # used more than reserved
+    assert limiter.reserve("key_1", 600, 100) == (False, 0, pytest.approx(30.0))
+    clock.now += 3600
+    assert limiter.reserve("key_1", 600, 0)[1] == 600
+    limiter.give("key_1", 600, 50)
+    assert limiter.reserve("key_1", 600, 0)[1] == 600  # never more than a minute's

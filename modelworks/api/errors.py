@@ -61,7 +61,7 @@ def render(error: ModelworksError, path: str, request_id: str) -> tuple[int, lis
         body: dict[str, Any] = {"error": _public(error)}
         media = b"application/json"
     elif path.startswith("/v1"):
-        kind = "invalid_request_error" if error.status < 500 else "server_error"
+        kind = "server_error" if error.status >= 500 else error.detail.get("limit", "invalid_request_error")
         body = {"error": {"message": _public(error), "type": kind, "param": error.param, "code": error.code}}
         media = b"application/json"
     else:

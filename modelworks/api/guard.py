@@ -145,7 +145,7 @@ class Guard:
         assert rule.operation is not None
         policy.require(principal, rule.operation)
         self._count(principal, exchange)
-        scope["state"]["principal"] = principal
+        scope["state"].update(principal=principal, limits=exchange.limits)
         check_media(rule, headers)
         return rule
 
@@ -168,6 +168,9 @@ class Guard:
     def _count(self, principal: Principal, exchange: _Exchange) -> None:
         left, refusal = count(principal, self._services.limiter)
         exchange.limits = left.headers() if left is not None else []
+        most = principal.tokens_per_minute
+        if most is not None:
+            exchange.limits += token_headers(most, *self._services.limiter.reserve(principal.key_id, most, 0)[1:])
         if refusal is not None:
             raise refusal
 
@@ -223,7 +226,14 @@ def count(principal: Principal, limiter: RateLimiter | LeasingLimiter) -> tuple[
     if allowed:
         return left, None
     message = f"this key may make {limit} requests a minute; try again in {seconds} s"
-    return left, RateLimited(message, retry_after=reset)
+    return left, RateLimited(message, retry_after=reset, detail={"limit": "requests"})
+
+
+def token_headers(limit: int, remaining: int, reset: float) -> list[tuple[bytes, bytes]]:
+    """What a key's limit of tokens leaves: the headers beside those of its calls."""
+    values = (b"%d" % limit, b"%d" % remaining, b"%ds" % math.ceil(reset))
+    names = (b"x-ratelimit-limit-tokens", b"x-ratelimit-remaining-tokens", b"x-ratelimit-reset-tokens")
+    return list(zip(names, values, strict=True))
 
 
 _run = os.urandom(8).hex()

@@ -36,7 +36,7 @@ METRICS: dict[str, tuple[str, str, Sequence[str]]] = {
     "modelworks_model_seconds": ("histogram", "How long the model took for the batch that a call was in", CALL),
     "modelworks_batch_size": ("histogram", "How many calls ran together, as each call saw it", CALL),
     "modelworks_retries": ("counter", "Calls that were given to another replica because the first was lost or refused them", PLACE),
-    "modelworks_tokens": ("counter", "Tokens by kind: prompt, completion (as delivered), cached (of the prompt)", (*PLACE, "key", "kind")),
+    "modelworks_tokens": ("counter", "By kind: prompt, cached; completion (delivered), repeated (by the cache)", (*PLACE, "key", "kind")),
     "modelworks_calls_outstanding": ("gauge", "Calls that are aboard of replicas", PLACE),
     "modelworks_calls_waiting": ("gauge", "Calls that wait in gateways for a replica", PLACE),
     "modelworks_replicas": ("gauge", "Replicas that a gateway is connected to", PLACE),
@@ -142,7 +142,7 @@ def _families(
             found["modelworks_retries"].add_metric([names.get(project, project), name], count)
     for (project, name, key_id), counts in totals.tokens.items():
         if visible(project):
-            for kind, count in zip(("prompt", "completion", "cached"), counts, strict=True):
+            for kind, count in zip(("prompt", "completion", "cached", "repeated"), counts, strict=True):
                 found["modelworks_tokens"].add_metric([names.get(project, project), name, key_id, kind], count)
     connected: dict[tuple[str, str], tuple[int, int]] = dict.fromkeys(totals.loads, (0, 0))
     for replica in totals.replicas.values():

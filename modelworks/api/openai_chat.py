@@ -82,11 +82,11 @@ def read_chat(data: bytes) -> Asked:
     if tools.shown:
         params["tools"] = tools.shown
     read_sampling(params)
-    stream, with_usage = read_stream(body)
+    stream, with_usage, running = read_stream(body)
     messages = Tensor("messages", "BYTES", [1], pack_bytes([encode(check_messages(body.get("messages")))]))
     forced = bool(tools.names and tools.schema is not None)
     n = read_number(body, "n", 1, MAX_CHOICES, 1)
-    return Asked(model, [messages], params, n, stream, with_usage, tools.names, forced)
+    return Asked(model, [messages], params, n, stream, with_usage, running, tools.names, forced)
 
 
 class Chat(Exchange):
@@ -94,6 +94,7 @@ class Chat(Exchange):
         super().__init__(request, services, caller, asked)
         self.readers = [Reader(asked.tools, forced=asked.forced) for _ in self.choices]
         self.called = [0] * len(self.choices)
+        self._plain = not asked.running and "logprobs" not in asked.params  # an event has nothing new but its text
         self.id = f"chatcmpl-{os.urandom(12).hex()}"
 
     def head(self, kind: str) -> dict[str, Any]:
@@ -143,6 +144,8 @@ class Chat(Exchange):
         reader = self.readers[made.index]
         pieces = reader.feed(made.take())
         ended = made.done and not made.pending
+        if self._plain and not ended and len(pieces) == 1 and pieces[0].kind == "text":
+            return self.filled(made, pieces[0].text, lambda text: self._chunk(made, {"content": text}))
         if ended:
             pieces += reader.finish()
         deltas: list[dict[str, Any]] = []
@@ -177,7 +180,7 @@ class Chat(Exchange):
         choice = {"index": made.index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
         body: dict[str, Any] = {**self.head("chat.completion.chunk"), "choices": [choice]}
         if self.asked.usage:
-            body["usage"] = None
+            body["usage"] = usage(self.choices) if self.asked.running else None
         return b"data: " + encode(body) + b"\n\n"
 
 

@@ -73,8 +73,7 @@ def read_completion(data: bytes) -> Asked:
         raise InvalidInput(
             f"{len(prompts)} prompts of {n} choices; at most {MAX_CHOICES} choices a request are made", param="prompt"
         )
-    stream, with_usage = read_stream(body)
-    return Asked(model, prompts, params, n, stream, with_usage)
+    return Asked(model, prompts, params, n, *read_stream(body))
 
 
 def read_prompts(prompt: Any) -> list[Tensor]:
@@ -103,6 +102,7 @@ class Completion(Exchange):
     def __init__(self, request: Request, services: Services, caller: Caller, asked: Asked) -> None:
         super().__init__(request, services, caller, asked)
         self.offsets = [0] * len(self.choices)
+        self._plain = not asked.running and "logprobs" not in asked.params  # an event has nothing new but its text
         self.id = f"cmpl-{os.urandom(12).hex()}"
 
     def head(self) -> dict[str, Any]:
@@ -123,9 +123,14 @@ class Completion(Exchange):
         ended = made.done and not made.pending
         if not text and not ended and not made.logprobs:
             return b""
-        body: dict[str, Any] = {**self.head(), "choices": [self._choice(made, text, made.reason if ended else None)]}
+        if self._plain and not ended:
+            return self.filled(made, text, lambda text: self._event(made, text))
+        return self._event(made, text, made.reason if ended else None)
+
+    def _event(self, made: Generated, text: str, reason: str | None = None) -> bytes:
+        body: dict[str, Any] = {**self.head(), "choices": [self._choice(made, text, reason)]}
         if self.asked.usage:
-            body["usage"] = None
+            body["usage"] = self._usage() if self.asked.running else None
         return b"data: " + encode(body) + b"\n\n"
 
     async def closing(self) -> bytes:

@@ -14,6 +14,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from modelworks.api import openai_schemas as schemas
+from modelworks.api.allowance import Allowance
 from modelworks.api.body import decode_json
 from modelworks.api.calls import infer
 from modelworks.api.openai_generation import read_body, read_flag, read_number, task_route
@@ -136,14 +137,19 @@ async def _run(
 ) -> tuple[bytes, int]:
     """The first output's bytes, and the sum of the second, the rows' tokens."""
     call = Call(route.name, inputs, services.gateway.deadline(SECONDS), caller.request_id)
+    allowance = Allowance(services, caller, request)
+    allowance.reserve(inputs)
+    tokens = 0
     try:
         found = await infer(request, services, caller, call)
+        outputs = {tensor.name: tensor for tensor in found.outputs}
+        tokens = sum(array("i", outputs["tokens"].data)) if "tokens" in outputs else 0
     except ModelworksError as error:
         if error.param in ("text", "token_ids", "document", "query"):  # the model's names, not this API's
             error.param = param
         raise
-    outputs = {tensor.name: tensor for tensor in found.outputs}
-    tokens = sum(array("i", outputs["tokens"].data)) if "tokens" in outputs else 0
+    finally:
+        allowance.settle(tokens)
     services.gateway.observer.tokens(route.key, caller.principal.key_id, tokens, 0)
     return found.outputs[0].data, tokens
 

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import time
+from collections.abc import AsyncIterator, Awaitable, Callable
 from hashlib import blake2b
+from types import TracebackType
 from typing import Any
 
 import msgspec
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
+from modelworks.api.allowance import ANSWER, Allowance
 from modelworks.api.errors import render
 from modelworks.api.openai_stream import Generated, ready
 from modelworks.api.services import Services
@@ -45,6 +49,7 @@ class Asked(msgspec.Struct):
     n: int = 1
     stream: bool = False
     usage: bool = False  # in a stream's last event
+    running: bool = False  # and so far, in each
     tools: list[str] = []  # names that may be called
     forced: bool = False  # the answer is calls of them and nothing else
 
@@ -66,7 +71,10 @@ class Exchange:
         self.begun = time.monotonic()
         self.first: float | None = None
         self.end = "client_gone"
+        self.outcome = ""  # its end, once a stream's last event is written
         self.queued = self.gateway.router.waiting(self.route.key)
+        self.allowance = Allowance(services, caller, request)
+        self._frames: dict[int, tuple[bytes, bytes]] = {}
 
     # what a dialect writes
 
@@ -91,6 +99,15 @@ class Exchange:
         _, _, body = render(error, "/v1", self.caller.request_id)
         return b"data: " + body + b"\n\n"
 
+    def filled(self, made: Generated, text: str, event: Callable[[str], bytes]) -> bytes:
+        """The event for a text, as `event` makes it; all but the text is encoded once for each choice."""
+        frame = self._frames.get(made.index)
+        if frame is None:
+            mark = os.urandom(16).hex()
+            before, _, after = event(mark).partition(b'"' + mark.encode() + b'"')
+            frame = self._frames[made.index] = before, after
+        return frame[0] + encode(text) + frame[1]
+
     # its way
 
     async def answer(self) -> Response:
@@ -107,7 +124,7 @@ class Exchange:
             state = self.request.scope["state"]
             state["model_version"] = self.version
             headers = {QUEUE_HEADER: str(self.queued)}
-            if any(isinstance(pending, Errand) and pending.cached for pending in self.pending):
+            if any(made.repeated for made in self.choices):
                 headers[CACHE_HEADER] = "hit"
             if self.asked.stream:
                 response = Events(self, headers)
@@ -120,6 +137,7 @@ class Exchange:
                 self.close()
 
     def _submit(self) -> None:
+        self.allowance.reserve(self.asked.prompts, len(self.choices) * self.asked.params.get("max_tokens", ANSWER))
         for made in self.choices:
             number, copy = divmod(made.index, self.asked.n)
             params = self.asked.params
@@ -138,7 +156,9 @@ class Exchange:
             hint(call, self.caller.principal, headers.get(PRIORITY_HEADER), headers.get(STICKY_HEADER))
             call.sticky = call.sticky or prefix_key(self.caller, call)
             self.request.scope["state"]["call"] = call
-            self.pending.append(self.gateway.submit(self.caller.principal, call, made.deliver))
+            pending = self.gateway.submit(self.caller.principal, call, made.deliver)
+            made.repeated = isinstance(pending, Errand) and pending.cached
+            self.pending.append(pending)
 
     def _check(self) -> None:
         for made in self.choices:
@@ -160,8 +180,11 @@ class Exchange:
         heads = self.choices[:: self.asked.n]
         prompt, cached = (sum(getattr(one, name) for one in heads) for name in ("prompt_tokens", "cached_tokens"))
         delivered = sum(made.delivered for made in self.choices)
+        repeated = sum(made.delivered for made in self.choices if made.repeated)
         key = self.caller.principal.key_id
-        self.gateway.observer.tokens(self.route.key, key, prompt, delivered, cached)
+        self.gateway.observer.tokens(self.route.key, key, prompt, delivered, cached, repeated)
+        read = sum(one.prompt_tokens for one in heads if not one.repeated)
+        self.allowance.settle(read + delivered - repeated)
         log.info(
             "generation",
             request_id=self.caller.request_id,
@@ -181,6 +204,42 @@ class Exchange:
             made.leave()
 
 
+class Patience:
+    """Ends a task by TimeoutError when one write has kept it for `seconds`: one timer a stream, not one a write."""
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+        self._since: float | None = None
+        self._over = False
+
+    async def write(self, writing: Awaitable[None]) -> None:
+        self._since = self._loop.time()
+        await writing
+        self._since = None
+
+    def __enter__(self) -> Patience:
+        self._loop = asyncio.get_running_loop()
+        self._task = asyncio.current_task()
+        self._timer = self._loop.call_later(self._seconds, self._look)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._timer.cancel()
+        if self._over and kind is asyncio.CancelledError and self._task is not None and not self._task.uncancel():
+            raise TimeoutError from None
+
+    def _look(self) -> None:
+        now = self._loop.time()
+        due = (now if self._since is None else self._since) + self._seconds
+        self._over = due <= now
+        if not self._over:
+            self._timer = self._loop.call_at(due, self._look)
+        elif self._task is not None:
+            self._task.cancel()
+
+
 class Events(Response):
     """Server-sent events. What has come while the client was slow goes out as one event, so nothing piles up."""
 
@@ -198,36 +257,40 @@ class Events(Response):
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         exchange = self.exchange
-
-        async def put(data: bytes, more: bool = True) -> None:
-            async with asyncio.timeout(STALLED):
-                await send({"type": "http.response.body", "body": data, "more_body": more})
-
         try:
-            await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-            if opening := exchange.opening():
-                await put(opening)
-            open_ = list(exchange.choices)
-            while open_:
-                await ready(open_, exchange.news)
-                if open_[0].gone:
-                    return
-                for made in list(open_):
-                    if made.error is not None:
-                        exchange.end = made.error.code
-                        await put(exchange.failure(made.error), more=False)
-                        return
-                    ended = made.done
-                    if (made.pending or ended) and (events := exchange.news_of(made)):
-                        await put(events)
-                    if ended and not made.pending:
-                        open_.remove(made)
-            await put(await exchange.closing(), more=False)
-            exchange.end = exchange.choices[0].reason
+            with Patience(STALLED) as patience:
+                await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+                async for events, last in self._events():
+                    await patience.write(send({"type": "http.response.body", "body": events, "more_body": not last}))
+                    if last:
+                        exchange.end = exchange.outcome
         except TimeoutError:
             exchange.end = "client_stalled"  # the server closes the connection: the answer is not complete
         finally:
             exchange.close()
+
+    async def _events(self) -> AsyncIterator[tuple[bytes, bool]]:
+        """What to write, and whether it is the last; nothing more once the client has gone."""
+        exchange = self.exchange
+        if opening := exchange.opening():
+            yield opening, False
+        open_ = list(exchange.choices)
+        while open_:
+            await ready(open_, exchange.news)
+            if open_[0].gone:
+                return
+            for made in list(open_):
+                if made.error is not None:
+                    exchange.outcome = made.error.code
+                    yield exchange.failure(made.error), True
+                    return
+                ended = made.done
+                if (made.pending or ended) and (events := exchange.news_of(made)):
+                    yield events, False
+                if ended and not made.pending:
+                    open_.remove(made)
+        exchange.outcome = exchange.choices[0].reason
+        yield await exchange.closing(), True
 
 
 def prefix_key(caller: Caller, call: Call) -> str:
@@ -282,14 +345,15 @@ def read_body(data: bytes, decode: Any) -> tuple[dict[str, Any], str]:
     return body, model
 
 
-def read_stream(body: dict[str, Any]) -> tuple[bool, bool]:
-    """(whether to stream, whether with usage)."""
+def read_stream(body: dict[str, Any]) -> tuple[bool, bool, bool]:
+    """(whether to stream, whether with usage at the end, whether with usage so far in each event)."""
     stream, options = body.get("stream"), body.get("stream_options")
     if stream not in (None, True, False):
         raise InvalidInput("stream must be true or false", param="stream")
     if options is not None and (not stream or not isinstance(options, dict)):
         raise InvalidInput("stream_options is an object, and goes with stream", param="stream_options")
-    return bool(stream), bool((options or {}).get("include_usage"))
+    found = options or {}
+    return bool(stream), bool(found.get("include_usage")), bool(found.get("continuous_usage_stats"))
 
 
 def read_number(body: dict[str, Any], name: str, least: int, most: int, default: int) -> int:

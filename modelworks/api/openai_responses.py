@@ -171,11 +171,11 @@ def read_asked(body: dict[str, Any], model: str, items: list[dict[str, Any]]) ->
     if tools.shown:
         params["tools"] = tools.shown
     read_sampling(params)
-    stream, _ = read_stream({"stream": body.get("stream")})
+    stream, *_ = read_stream({"stream": body.get("stream")})
     messages = to_messages(items, body.get("instructions"))
     prompt = Tensor("messages", "BYTES", [1], pack_bytes([encode(check_messages(messages))]))
     forced = bool(tools.names and tools.schema is not None)
-    return Asked(model, [prompt], params, 1, stream, True, tools.names, forced)
+    return Asked(model, [prompt], params, 1, stream, True, False, tools.names, forced)
 
 
 class Answering(Exchange):
@@ -214,7 +214,7 @@ class Answering(Exchange):
         try:
             body = await self._end()
         except ModelworksError as error:  # it could not be kept
-            self.end = error.code
+            self.outcome = error.code
             return self.failure(error)
         return self._event(f"response.{body['status']}", response=body)
 

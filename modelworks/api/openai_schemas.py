@@ -66,7 +66,13 @@ _SAMPLING: dict[str, Any] = {
     },
     "n": _maybe("integer", minimum=1, maximum=128, default=1),
     "stream": _maybe("boolean"),
-    "stream_options": _maybe("object", properties={"include_usage": {"type": "boolean"}}),
+    "stream_options": _maybe(
+        "object",
+        properties={
+            "include_usage": {"type": "boolean"},
+            "continuous_usage_stats": {"type": "boolean", "description": "usage so far in each event; not OpenAI's"},
+        },
+    ),
     "response_format": _maybe(
         "object",
         required=["type"],

@@ -28,6 +28,7 @@ class Generated:
         self.logprobs: list[Logprob] = []  # those of its tokens
         self.prompt_tokens = self.completion_tokens = self.cached_tokens = 0
         self.delivered = 0  # completion tokens whose text was taken
+        self.repeated = False  # out of the deployment's cache of answers
         self.reason = ""
         self.model_version = ""
         self.error: ModelworksError | None = None
@@ -52,6 +53,8 @@ class Generated:
         if "logprobs" in found:
             self.logprobs += _logprobs(unpack_bytes(found["logprobs"])[0])
         self.prompt_tokens, self.completion_tokens, self.cached_tokens = struct.unpack("<3i", found["usage"])
+        if self.repeated:  # nothing of it was read again
+            self.cached_tokens = self.prompt_tokens
         self.model_version = part.model_version
         self.done = part.done
         if part.done:

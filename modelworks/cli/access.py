@@ -56,12 +56,14 @@ def create_key(
     ] = None,
     days: Annotated[float | None, typer.Option(help="Days until it expires.")] = None,
     requests_per_minute: Annotated[int | None, typer.Option(help="Rate limit.")] = None,
+    tokens_per_minute: Annotated[int | None, typer.Option(help="Limit of tokens of language models.")] = None,
     user: Annotated[str | None, typer.Option(help="Id of the user it acts for.")] = None,
 ) -> None:
     """Make a key and print it, this once. In the table form the key alone goes to stdout."""
     given = {
         "name": name, "role": _role(role), "scopes": scope or None, "models": deployment or None,
-        "expires_in": None if days is None else days * _DAY, "requests_per_minute": requests_per_minute, "user": user,
+        "expires_in": None if days is None else days * _DAY, "requests_per_minute": requests_per_minute,
+        "tokens_per_minute": tokens_per_minute, "user": user,
     }  # fmt: skip
     key = session.client.keys.create({field: value for field, value in given.items() if value is not None})
     if session.json:

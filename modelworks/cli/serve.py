@@ -56,6 +56,7 @@ def up(
     ] = None,
     queue_limit: Annotated[int | None, Optional(help="Calls that may wait for one deployment.")] = None,
     requests_per_minute: Annotated[int | None, Optional(help="Rate limit of a key that names none.")] = None,
+    tokens_per_minute: Annotated[int | None, Optional(help="The same for tokens of language models.")] = None,
     with_parent: Annotated[bool, Optional("--with-parent", hidden=True)] = False,
 ) -> None:
     """Start the server on this machine, in the foreground.

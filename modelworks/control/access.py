@@ -71,6 +71,7 @@ class Access:
             "scopes": sorted(principal.scopes),
             "models": None if principal.models is None else sorted(principal.models),
             "requests_per_minute": principal.requests_per_minute,
+            "tokens_per_minute": principal.tokens_per_minute,
             "expires_at": principal.expires_at,
             "system_administrator": policy.is_system(principal),
         }
@@ -248,9 +249,13 @@ class Access:
         models = _models_given(principal, spec)
         if own.expires_at is not None and (expires_at is None or expires_at > own.expires_at):
             raise Forbidden("a key cannot outlive the key that makes it; give a shorter expires_in", param="expires_in")
-        rate, most = spec.requests_per_minute or own.requests_per_minute, own.requests_per_minute
-        if most is not None and rate is not None and rate > most:
-            raise Forbidden(f"you have {most} requests a minute and cannot give more", param="requests_per_minute")
+        rates = {}
+        for what in ("requests", "tokens"):
+            name = f"{what}_per_minute"
+            most = getattr(own, name)
+            rates[name] = getattr(spec, name) or most
+            if most is not None and rates[name] > most:
+                raise Forbidden(f"you have {most} {what} a minute and cannot give more", param=name)
         user_id = spec.user or own.user_id
         if user_id:
             _check_member(tx, user_id, project)
@@ -262,11 +267,11 @@ class Access:
             user_id=user_id,
             scopes=scopes,
             models=models,
-            requests_per_minute=rate,
+            **rates,
             expires_at=expires_at,
         )
         told = key.model_dump(
-            include={"name", "role", "scopes", "models", "user_id", "requests_per_minute", "expires_at"}
+            include={"name", "role", "scopes", "models", "user_id", *rates, "expires_at"}
         )
         audit.record(tx, caller, "keys.create", key.id, **told)
         return tx.add(key)

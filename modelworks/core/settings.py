@@ -49,6 +49,7 @@ class Settings(BaseSettings):
     job_log_days: float = Field(30.0, gt=0, description="days that the log of a job is kept after its end")
     queue_limit: int = Field(1024, description="calls that may wait for one deployment before 429")
     requests_per_minute: int | None = Field(None, description="rate limit of a key that names none; unset: unlimited")
+    tokens_per_minute: int | None = Field(None, description="the same for tokens of language and embedding models")
 
     # clients
     url: str | None = Field(None, description="server address for the CLI and the SDK")

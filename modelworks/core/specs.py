@@ -469,6 +469,7 @@ class KeySpec(Spec):
     models: list[Name] | None = Field(None, description="the deployments it may call; by default all of the project")
     expires_in: float | None = Field(None, gt=0, le=10 * 365 * 86400, description="seconds from now")
     requests_per_minute: int | None = Field(None, ge=1)
+    tokens_per_minute: int | None = Field(None, ge=1, description="of language and embedding models, read and generated")
     user: str | None = Field(None, description="id of the user it acts for; its role then never exceeds the user's")
 
 

@@ -125,6 +125,7 @@ class Key(Noun):
     scopes: list[str] | None = Field(None, description="narrows the role; null: all that the role may do")
     models: list[str] | None = Field(None, description="the deployments it may call; null: all of the project")
     requests_per_minute: int | None = None
+    tokens_per_minute: int | None = None
     expires_at: float | None = None
     revoked_at: float | None = None
 
@@ -139,6 +140,7 @@ class Principal(msgspec.Struct, frozen=True):
     scopes: frozenset[str]
     models: frozenset[str] | None = None
     requests_per_minute: int | None = None
+    tokens_per_minute: int | None = None  # of language and embedding models
     expires_at: float | None = None
 
 

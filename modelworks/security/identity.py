@@ -31,6 +31,7 @@ KEY_PREFIX = "mw_"
 _KEY = re.compile(r"mw_[A-Za-z0-9_-]{43}")
 _BEARER = re.compile(r"(?i:bearer) {1,4}(mw_[A-Za-z0-9_-]{43})")
 _SECRET_BYTES = 32
+Rates = tuple[int | None, int | None]  # calls and tokens a minute of keys that name none
 _NEGATIVE_SECONDS = 1.0  # how long a refusal is remembered
 _EXPIRED = "this key has expired; ask an administrator for another"
 _CHUNK = 500  # keys verified anew by one query
@@ -108,7 +109,7 @@ def write_private(path: Path, content: bytes, *, replace: bool = True) -> None:
 
 
 def principals(
-    tx: Tx, keys: Iterable[Key], *, now: float, default_rate: int | None = None
+    tx: Tx, keys: Iterable[Key], *, now: float, default_rates: Rates = (None, None)
 ) -> dict[str, Principal | Unauthenticated]:
     """Key id -> who calls with it, or why nobody does: revoked, expired, its user disabled or no member any more."""
     keys = list(keys)
@@ -135,7 +136,8 @@ def principals(
             role=policy.weaker(key.role, member) if member else key.role,
             scopes=policy.granted(key.role, projects.get(key.project_id, ""), scopes=key.scopes, member=member),
             models=None if key.models is None else frozenset(key.models),
-            requests_per_minute=key.requests_per_minute or default_rate,
+            requests_per_minute=key.requests_per_minute or default_rates[0],
+            tokens_per_minute=key.tokens_per_minute or default_rates[1],
             expires_at=key.expires_at,
         )
     return found
@@ -173,13 +175,13 @@ class Authenticator:
         catalog: Catalog,
         secret: Secret,
         *,
-        default_rate: int | None = None,
+        default_rates: Rates = (None, None),
         clock: Callable[[], float] = time.time,
         capacity: int = 4096,
     ) -> None:
         self._catalog = catalog
         self._secret = secret
-        self._default_rate = default_rate
+        self._default_rates = default_rates
         self._clock = clock
         self._capacity = capacity
         self._salt = os.urandom(32)
@@ -297,7 +299,7 @@ class Authenticator:
         found: dict[str, Principal | Unauthenticated] = {}
         for start in range(0, len(digests), _CHUNK):
             keys = tx.list(Key, digest=digests[start : start + _CHUNK])
-            verdicts = principals(tx, keys, now=self._clock(), default_rate=self._default_rate)
+            verdicts = principals(tx, keys, now=self._clock(), default_rates=self._default_rates)
             found.update({key.digest: verdicts[key.id] for key in keys})
         return found
 

@@ -16,8 +16,11 @@ import struct
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+from modelworks.security.quota import TOKENS, reserved
 
 _SLOT = struct.Struct("<16sdd")  # hash of the key's id, tokens, seconds on the machine's monotonic clock
 _SLOTS = 8  # that a key may be in; the least recently used of more is forgotten
@@ -26,6 +29,7 @@ _GROUPS = 4096
 SIZE = _GROUP * _GROUPS
 _TRIES = 200  # a holder needs microseconds; one that was stopped meanwhile must not stop the others
 _DRAWS_A_MINUTE = 1200
+_MOST_OWED = -1e12
 
 
 def create(folder: Path) -> int:
@@ -37,6 +41,13 @@ def create(folder: Path) -> int:
     return descriptor
 
 
+class _Slot:
+    __slots__ = ("tokens",)
+
+    def __init__(self, tokens: float) -> None:
+        self.tokens = tokens
+
+
 class Buckets:
     """The table behind `descriptor`: one token bucket a key, of `per_minute` tokens at most."""
 
@@ -46,14 +57,32 @@ class Buckets:
 
     def draw(self, tag: bytes, per_minute: int, want: int, now: float) -> tuple[int, float]:
         """Take up to `want` whole tokens of the key with the hash `tag`: (how many there were, what is left)."""
+        with self._slot(tag, per_minute, now) as slot:
+            granted = max(0, min(want, int(slot.tokens)))
+            slot.tokens -= granted
+            return granted, slot.tokens
+
+    def reserve(self, tag: bytes, per_minute: int, want: int, now: float) -> tuple[bool, float, float]:
+        """Take `want` tokens or none, as `quota.reserved`."""
+        with self._slot(tag, per_minute, now) as slot:
+            allowed, slot.tokens, seconds = reserved(slot.tokens, per_minute, want)
+            return allowed, slot.tokens, seconds
+
+    def give(self, tag: bytes, per_minute: int, tokens: int, now: float) -> None:
+        """Give tokens back, or take more if negative: the key may owe some."""
+        with self._slot(tag, per_minute, now) as slot:
+            slot.tokens = min(float(per_minute), slot.tokens + tokens)
+
+    @contextmanager
+    def _slot(self, tag: bytes, per_minute: int, now: float) -> Iterator[_Slot]:
+        """The key's slot, locked, and written at the end."""
         start = int.from_bytes(tag[:4], "little") % _GROUPS * _GROUP
         locked = self._lock(start)
         try:
             place, tokens = self._find(start, tag, per_minute, now)
-            granted = min(want, int(tokens))
-            tokens -= granted
-            _SLOT.pack_into(self._memory, place, tag, tokens, now)
-            return granted, tokens
+            slot = _Slot(tokens)
+            yield slot
+            _SLOT.pack_into(self._memory, place, tag, slot.tokens, now)
         finally:
             if locked:
                 fcntl.lockf(self._descriptor, fcntl.LOCK_UN, _GROUP, start)
@@ -73,7 +102,7 @@ class Buckets:
         for offset in range(start, start + _GROUP, _SLOT.size):
             owner, tokens, at = _SLOT.unpack_from(self._memory, offset)
             if owner == tag:
-                if not (0.0 <= tokens <= per_minute) or not (0.0 <= at <= now + 1.0):
+                if not (_MOST_OWED <= tokens <= per_minute) or not (0.0 <= at <= now + 1.0):
                     return offset, float(per_minute)  # the limit was lowered, or a write was cut off
                 return offset, min(float(per_minute), tokens + max(0.0, now - at) * per_minute / 60.0)
             if at < oldest:
@@ -85,12 +114,16 @@ class _Lease:
     __slots__ = ("left", "limit", "refused_until", "reset", "tag", "tokens")
 
     def __init__(self, key_id: str, limit: int) -> None:
-        self.tag = hashlib.blake2b(key_id.encode(), digest_size=16).digest()
+        self.tag = _tag(key_id)
         self.limit = limit
         self.tokens = 0  # drawn and not handed out
         self.left = 0.0  # in the table, when it was last looked at
         self.reset = 0.0
         self.refused_until = 0.0
+
+
+def _tag(name: str) -> bytes:
+    return hashlib.blake2b(name.encode(), digest_size=16).digest()
 
 
 class LeasingLimiter:
@@ -115,6 +148,17 @@ class LeasingLimiter:
                 lease.tokens -= 1
                 return True, int(lease.left) + lease.tokens, lease.reset
             return self._draw(lease)
+
+    def reserve(self, key_id: str, per_minute: int, tokens: int) -> tuple[bool, int, float]:
+        """As RateLimiter.reserve."""
+        with self._lock:
+            allowed, left, seconds = self._buckets.reserve(_tag(TOKENS + key_id), per_minute, tokens, self._clock())
+        return allowed, max(0, int(left)), seconds
+
+    def give(self, key_id: str, per_minute: int, tokens: int) -> None:
+        """As RateLimiter.give."""
+        with self._lock:
+            self._buckets.give(_tag(TOKENS + key_id), per_minute, tokens, self._clock())
 
     def _lease(self, key_id: str, per_minute: int) -> _Lease:
         lease = self._leases[key_id] = _Lease(key_id, per_minute)

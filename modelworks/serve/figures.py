@@ -8,7 +8,7 @@ SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0,
 MICROSECONDS = tuple(int(bound * 1e6) for bound in SECONDS)
 SIZES = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0)
 CANCELLED = 499  # the caller went away first; what proxies write for it
-FORMAT = 1  # of what is kept on disk; a file of another format is ignored
+FORMAT = 2  # of what is kept on disk; a file of another format is ignored
 MAX_SERIES = 2000  # deployments and versions counted apart; those after them are counted together
 OTHER = ("", "other", "")
 
@@ -106,4 +106,4 @@ class Snapshot(msgspec.Struct, array_like=True):
     loads: list[Load] = []
     replicas: list[ReplicaNow] = []
     # a counter again
-    tokens: list[tuple[Spender, list[int]]] = []  # of prompts, generated, and of prompts found in a cache
+    tokens: list[tuple[Spender, list[int]]] = []  # as `Observer.tokens` has them

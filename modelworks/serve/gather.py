@@ -80,7 +80,7 @@ class Totals:
         for spender, counts in one.tokens:
             if spender not in self.tokens and len(self.tokens) >= MAX_SERIES:
                 spender = OTHER
-            known = self.tokens.setdefault(spender, [0, 0, 0])
+            known = self.tokens.setdefault(spender, [0, 0, 0, 0])
             self.tokens[spender] = [mine + theirs for mine, theirs in zip(known, counts, strict=True)]
         self.lag.merge(one.lag)
         self.log_dropped += one.log_dropped

@@ -87,13 +87,16 @@ class Observer:
             found = self.tallies.setdefault(key, Tally())
         return found
 
-    def tokens(self, place: tuple[str, str], key_id: str, prompt: int, completion: int, cached: int = 0) -> None:
-        """Count the tokens of one request at a deployment (project id, name): `cached` are those of the prompt."""
+    def tokens(
+        self, place: tuple[str, str], key_id: str, prompt: int, completion: int, cached: int = 0, repeated: int = 0
+    ) -> None:
+        """Count the tokens of one request at a deployment (project id, name): `cached` are those of the prompt that were
+        not read, `repeated` those of the completion that came out of the cache of answers."""
         spender = (*place, key_id)
         if spender not in self.spent and len(self.spent) >= MAX_SERIES:
             spender = OTHER
-        known = self.spent.setdefault(spender, [0, 0, 0])
-        for at, count in enumerate((prompt, completion, cached)):
+        known = self.spent.setdefault(spender, [0, 0, 0, 0])
+        for at, count in enumerate((prompt, completion, cached, repeated)):
             known[at] += count
 
     def request(

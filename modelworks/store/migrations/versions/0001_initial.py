@@ -196,6 +196,7 @@ def upgrade() -> None:
         sa.Column("scopes", sa.JSON(), nullable=True),
         sa.Column("models", sa.JSON(), nullable=True),
         sa.Column("requests_per_minute", sa.BigInteger(), nullable=True),
+        sa.Column("tokens_per_minute", sa.BigInteger(), nullable=True),
         sa.Column("expires_at", sa.Float(), nullable=True),
         sa.Column("revoked_at", sa.Float(), nullable=True),
         sa.PrimaryKeyConstraint("id", name="pk_keys"),
