@@ -88,6 +88,7 @@ def show_report(session: Session, report: Report) -> None:
     session.facts([("report", report.id), ("model", model), ("data", report.dataset), ("method", method)])
     metrics_table(session, report.metrics)
     details_tables(session, report.details)
+    baselines_table(session, report.metrics, report.details.get("baselines") or {})
     slices_table(session, report.details.get("slices") or [])
     comparison = report.details.get("comparison")
     if isinstance(comparison, dict):
@@ -106,6 +107,19 @@ def details_tables(session: Session, details: dict[str, Any]) -> None:
         session.table(
             ("true - predicted", *(f"p{float(name) * 100:g}" for name in residuals)),
             [("quantile", *map(number, residuals.values()))],
+        )
+
+
+def baselines_table(session: Session, report_metrics: dict[str, Any], baselines: dict[str, Any]) -> None:
+    """What a forecast would be without learning, on the same steps."""
+    if baselines:
+        names = [name for name in ("mase", "smape", "mae", "rmse") if name in report_metrics]
+        session.table(
+            ("forecast", *names),
+            (
+                (name, *(interval(found.get(metric) or {}) for metric in names))
+                for name, found in (("model", report_metrics), *baselines.items())
+            ),
         )
 
 
@@ -171,5 +185,6 @@ def show(session: Session, report: Annotated[str, typer.Argument(help="Id of the
 
 def _headline(report: Report) -> str:
     task = "tabular-classification" if "accuracy" in report.metrics else "tabular-regression"
+    task = "forecast" if "mase" in report.metrics else task
     first = headline(report.metrics, task)
     return f"{first[0]} {interval(first[1])}" if first else "-"

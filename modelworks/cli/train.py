@@ -34,7 +34,9 @@ def train(
     holdout: Annotated[float | None, typer.Option(help="Evaluate on this share of rows.  [default: 0.2]")] = None,
     test: Annotated[str | None, typer.Option(help="Evaluate on this dataset.")] = None,
     group: Annotated[str | None, typer.Option(help="Rows that share this column's value stay together.")] = None,
-    time: Annotated[str | None, typer.Option(help="Split along this column: past and future.")] = None,
+    time: Annotated[
+        str | None, typer.Option(help="Split along this column: past and future. Of a forecast: its time.")
+    ] = None,
     metric: Annotated[list[str] | None, typer.Option(help="A metric to compute; by default all. Repeatable.")] = None,
     gate: Annotated[
         list[str] | None, typer.Option(help="Register only if it holds: --gate 'accuracy>=0.9'. Repeatable.")
@@ -67,13 +69,15 @@ def train(
     """Train a model, evaluate it, and register it as a new version."""
     from modelworks.cli import values
 
+    alone = time is not None and kfold is None and holdout is None and test is None  # of a forecast
     given: dict[str, Any] = {
         "model": model,
         "dataset": dataset,
         "target": target,
+        "time": time if alone else None,
         "algorithm": algorithm,
         "hyperparameters": values.settings(set_),
-        "validation": values.method(kfold=kfold, holdout=holdout, test=test, repeats=repeats, group=group, time=time),
+        "validation": values.method(kfold=kfold, holdout=holdout, test=test, repeats=repeats, group=group, time=None if alone else time),
         "metrics": metric or None,
         "gates": values.gates(gate),
         "transforms": values.transforms(transforms),
@@ -102,9 +106,11 @@ def train(
     show_version(session, version)
     leaderboard(session, job.result.get("leaderboard") or [])
     if version.report_id:
-        from modelworks.cli.evaluate import details_tables
+        from modelworks.cli.evaluate import baselines_table, details_tables
 
-        details_tables(session, session.client.reports.get(version.report_id).details)
+        report = session.client.reports.get(version.report_id)
+        details_tables(session, report.details)
+        baselines_table(session, report.metrics, report.details.get("baselines") or {})
 
 
 def show_version(session: Session, version: ModelVersion, aliases: Sequence[str] | None = None) -> None:

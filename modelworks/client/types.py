@@ -95,6 +95,8 @@ def shorthand(fields: Mapping[str, Any], method: str) -> dict[str, Any]:
     rest = {name: value for name, value in fields.items() if name not in Method.model_fields}
     if not given:
         return rest
+    if set(given) == {"time"} and method == "validation":  # of a forecast
+        return {**rest, **given}
     if rest.get(method) is not None:
         raise InvalidInput(f"give {method}={{...}} or {next(iter(given))}=..., not both", param=method)
     return {**rest, method: given}

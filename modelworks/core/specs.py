@@ -313,9 +313,10 @@ class TrainingSpec(Spec):
         description="one of `GET /api/v1/algorithms`, or `auto`: the best of those that fit",
         examples=["logistic-regression"],
     )
-    task: Literal["tabular-classification", "tabular-regression"] | None = Field(
+    task: Literal["tabular-classification", "tabular-regression", "forecast"] | None = Field(
         None, description="by default told from the algorithm and the target's type"
     )
+    time: str | None = Field(None, max_length=1000, description="of a forecast: the column that the series runs along")
     hyperparameters: dict[str, Any] = Field({}, description="of the algorithm; those not given have its defaults")
     features: list[str] | None = Field(
         None, description="the columns to learn from; by default all but target, group and time"

@@ -48,13 +48,17 @@ _FAST_TYPES = {"number": (float, int), "integer": (int, int), "boolean": (bool, 
 class Field:
     """One input, ready to encode."""
 
-    __slots__ = ("code", "datatype", "first", "kind", "name", "one", "pack_one", "plain", "second", "single", "spec")
+    __slots__ = (
+        "code", "datatype", "first", "kind", "name", "one", "pack_one", "plain", "second", "series", "single", "spec",
+    )  # fmt: skip
 
     def __init__(self, spec: TensorSpec) -> None:
         self.spec = spec
         self.name = spec.name
         self.datatype = spec.datatype
         self.kind = _kind(spec)
+        # the history of a forecast: of a longer one the end counts, and none is the training's own
+        self.series = spec.nullable and not spec.column and len(spec.shape) == 2 and spec.shape[1] > 1
         self.plain = bool(spec.shape) and spec.shape[1:] in ([], [1])
         self.single = self.plain and spec.shape[0] in (-1, 1) and self.kind not in _MEDIA
         self.one = [1] * len(spec.shape)
@@ -110,6 +114,8 @@ def _encode(plan: list[Field], rows: Any) -> list[Tensor]:
         _refuse_rows(rows)
     count = len(rows)
     width = len(plan)
+    if width == 1 and plan[0].series:
+        rows = [{plan[0].name: None} if row == {} else row for row in rows]
     for row in rows:
         if type(row) is not dict or len(row) != width:
             _refuse(plan, rows)
@@ -222,10 +228,11 @@ def _text(field: Field, value: Any, row: int) -> str:
 
 def _parse_time(text: str) -> str | None:
     """The form in which times travel (`2024-01-31T12:00:00`, `Z` if it has a zone); None when it is not ISO 8601."""
-    if not 8 <= len(text) <= 64:
+    text = text.strip()
+    if not 7 <= len(text) <= 64:
         return None
     try:
-        moment = datetime.fromisoformat(text.strip())
+        moment = datetime.fromisoformat(text + "-01" if len(text) == 7 else text)  # a month is its first day
         if moment.tzinfo is None:
             return moment.isoformat()
         return moment.astimezone(UTC).replace(tzinfo=None).isoformat() + "Z"
@@ -271,6 +278,8 @@ def _scalar(field: Field, value: Any, row: int) -> Any:
 def _encode_nested(field: Field, values: list[Any]) -> Tensor:
     """Inputs that are no columns: every row's value is a nested list of the shape after the first axis."""
     wanted = field.spec.shape[1:]
+    if field.series:
+        values = [_history(field, value, row) for row, value in enumerate(values)]
     if not field.spec.shape or field.spec.shape[0] not in (-1, len(values)):
         raise InvalidInput(
             f"the input {field.name!r} has shape {field.spec.shape} and cannot be given row by row; use /v2 infer",
@@ -290,6 +299,16 @@ def _encode_nested(field: Field, values: list[Any]) -> Tensor:
         _collect(value, len(wanted), leaves)
         rows += [row] * (len(leaves) - before)
     return Tensor(field.name, field.datatype, [len(values), *(shape or ())], _flat(field, leaves, rows))
+
+
+def _history(field: Field, value: Any, row: int) -> list[Any]:
+    """The last steps of a history; of none, missing values."""
+    steps = field.spec.shape[1]
+    if value is None:
+        return [None] * steps
+    if type(value) is not list or len(value) < steps or None in value[-steps:]:
+        _mistyped(field, value, row, f"a list of {steps} numbers or more, the newest last, or null")
+    return value[-steps:]
 
 
 def _shape_of(value: Any, depth: int) -> tuple[int, ...] | None:

@@ -145,8 +145,10 @@ def rows_to_batch(rows: Sequence[dict[str, Any]], inputs: Sequence[TensorSpec]) 
                 code="bad_row",
                 param=f"inputs[{index}]",
             )
-        if row.keys() != names:
+        if row.keys() != names and not (len(inputs) == 1 and not row and is_series(inputs[0])):
             _refuse_names(index, row, [spec.name for spec in inputs])
+    if len(inputs) == 1 and is_series(inputs[0]):
+        rows = [{inputs[0].name: None, **row} for row in rows]
     return {spec.name: _column([row[spec.name] for row in rows], spec) for spec in inputs}
 
 
@@ -307,10 +309,11 @@ def _time(value: str, row: int, spec: TensorSpec) -> str:
 
 def parse_time(text: str) -> datetime | None:
     """An ISO 8601 date or date and time, with or without offset (turned to UTC); None when it is not one."""
-    if len(text) < 8:
+    text = text.strip()
+    if len(text) < 7:
         return None
     try:
-        parsed = datetime.fromisoformat(text.strip())
+        parsed = datetime.fromisoformat(text + "-01" if len(text) == 7 else text)  # a month is its first day
         return parsed if parsed.tzinfo is None else parsed.astimezone(UTC)
     except (ValueError, OverflowError):
         return None
@@ -325,7 +328,9 @@ def format_time(moment: datetime) -> str:
 def _nested(values: list[Any], spec: TensorSpec) -> np.ndarray:
     """Tensors given as nested lists: every row must have the shape `spec.shape[1:]` (-1: free, equal in all rows)."""
     wanted = spec.shape[1:]
-    flat_spec = spec.model_copy(update={"shape": [-1], "nullable": False})
+    if is_series(spec):
+        values = [series_row(value, row, spec) for row, value in enumerate(values)]
+    flat_spec = spec.model_copy(update={"shape": [-1], "nullable": is_series(spec)})
     shape: tuple[int, ...] | None = None
     leaves: list[Any] = []
     for row, value in enumerate(values):
@@ -337,6 +342,21 @@ def _nested(values: list[Any], spec: TensorSpec) -> np.ndarray:
         leaves.extend(_leaves(value, len(wanted)))
     array = _column(leaves, flat_spec)
     return array.reshape(len(values), *(shape or (0,) * len(wanted)))
+
+
+def is_series(spec: TensorSpec) -> bool:
+    """Whether it is the history of a forecast: of a longer one the end counts, and none is the training's own."""
+    return spec.nullable and not spec.column and len(spec.shape) == 2 and spec.shape[1] > 1
+
+
+def series_row(value: Any, row: int, spec: TensorSpec) -> list[Any]:
+    """The last steps of a history; of none, missing values."""
+    steps = spec.shape[1]
+    if value is None:
+        return [None] * steps
+    if not isinstance(value, list) or len(value) < steps or None in value[-steps:]:
+        raise _mistyped(value, row, spec, f"a list of {steps} numbers or more, the newest last, or null")
+    return value[-steps:]
 
 
 def _shape_of(value: Any, depth: int) -> tuple[int, ...] | None:

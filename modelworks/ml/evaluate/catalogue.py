@@ -10,7 +10,7 @@ from typing import Any
 from modelworks.core.errors import InvalidInput
 from modelworks.core.specs import Gate
 
-CLASSIFICATION, REGRESSION = "tabular-classification", "tabular-regression"
+CLASSIFICATION, REGRESSION, FORECAST = "tabular-classification", "tabular-regression", "forecast"
 
 
 @dataclass(frozen=True)
@@ -18,11 +18,18 @@ class Metric:
     """`low` and `high` are the values a metric can take; intervals are clipped to them."""
 
     id: str
-    task: str
+    tasks: tuple[str, ...] | str
     greater_is_better: bool
     low: float
     high: float
     description: str
+
+    def __post_init__(self) -> None:
+        if isinstance(self.tasks, str):
+            object.__setattr__(self, "tasks", (self.tasks,))
+
+
+_NUMBERS = (REGRESSION, FORECAST)
 
 
 METRICS: dict[str, Metric] = {
@@ -60,14 +67,24 @@ METRICS: dict[str, Metric] = {
             2,
             "Brier score: mean squared error of the probabilities (summed over classes if more than two)",
         ),
-        Metric("mse", REGRESSION, False, 0, math.inf, "mean squared error"),
-        Metric("rmse", REGRESSION, False, 0, math.inf, "root of the mean squared error"),
-        Metric("mae", REGRESSION, False, 0, math.inf, "mean absolute error"),
-        Metric("mape", REGRESSION, False, 0, math.inf, "mean absolute error as a share of the true value"),
-        Metric("r2", REGRESSION, True, -math.inf, 1, "share of the variance that is explained"),
+        Metric(
+            "mase",
+            FORECAST,
+            False,
+            0,
+            math.inf,
+            "mean absolute error in units of the naive forecast's error in training: of the value a season before when a "
+            "season is given, else of the step before",
+        ),
+        Metric("smape", FORECAST, False, 0, 2, "mean of the absolute error's share of the mean of truth and forecast"),
+        Metric("mse", _NUMBERS, False, 0, math.inf, "mean squared error"),
+        Metric("rmse", _NUMBERS, False, 0, math.inf, "root of the mean squared error"),
+        Metric("mae", _NUMBERS, False, 0, math.inf, "mean absolute error"),
+        Metric("mape", _NUMBERS, False, 0, math.inf, "mean absolute error as a share of the true value"),
+        Metric("r2", _NUMBERS, True, -math.inf, 1, "share of the variance that is explained"),
     )
 }
-PRIMARY = {CLASSIFICATION: "accuracy", REGRESSION: "r2"}
+PRIMARY = {CLASSIFICATION: "accuracy", REGRESSION: "r2", FORECAST: "mase"}
 
 
 def describe() -> list[dict[str, Any]]:
@@ -75,7 +92,8 @@ def describe() -> list[dict[str, Any]]:
     return [
         {
             "id": metric.id,
-            "task": metric.task,
+            "task": metric.tasks[0],
+            "tasks": list(metric.tasks),
             "greater_is_better": metric.greater_is_better,
             "low": None if math.isinf(metric.low) else metric.low,
             "high": None if math.isinf(metric.high) else metric.high,
@@ -86,7 +104,7 @@ def describe() -> list[dict[str, Any]]:
 
 
 def metrics_of(task: str) -> list[str]:
-    return [metric.id for metric in METRICS.values() if metric.task == task]
+    return [metric.id for metric in METRICS.values() if task in metric.tasks]
 
 
 def check_metrics(task: str, names: Sequence[str] | None, gates: Sequence[Gate] = ()) -> list[str]:

@@ -13,16 +13,20 @@ from modelworks.core.errors import InvalidInput
 from modelworks.core.specs import EvaluationSpec, TrainingSpec
 from modelworks.core.types import Column
 from modelworks.ml.base import JobContext
-from modelworks.ml.evaluate.catalogue import CLASSIFICATION, REGRESSION, check_metrics, gate_results
+from modelworks.ml.evaluate.catalogue import CLASSIFICATION, FORECAST, REGRESSION, check_metrics, gate_results
 from modelworks.ml.evaluate.compare import compare
 from modelworks.ml.evaluate.folds import predict_folds, summarise
 from modelworks.ml.evaluate.inputs import coerce
 from modelworks.ml.evaluate.metrics import Predictions
 from modelworks.ml.evaluate.slices import measure
-from modelworks.ml.evaluate.splits import Plan, describe_method, plan
+from modelworks.ml.evaluate.splits import Plan, describe_method
+from modelworks.ml.forecast.forecasting import describe as describe_forecast
+from modelworks.ml.forecast.forecasting import on_series
+from modelworks.ml.forecast.series import read_series
 from modelworks.ml.package import Manifest, Package
 from modelworks.ml.runtimes.registry import RUNTIMES
-from modelworks.ml.train.problem import Problem, pose, pose_test, split_values, target_column
+from modelworks.ml.train.checks import find
+from modelworks.ml.train.problem import Problem, divide, pose, pose_test, target_column
 from modelworks.ml.train.rows import split_leading
 
 if TYPE_CHECKING:
@@ -58,7 +62,7 @@ def evaluate(
     enforced. InvalidInput when the model cannot be evaluated this way.
     """
     task = package.manifest.task
-    if task not in (CLASSIFICATION, REGRESSION):
+    if task not in (CLASSIFICATION, REGRESSION, FORECAST):
         raise InvalidInput(
             f"a model of task {task!r} cannot be evaluated on a table yet; tabular ones can", param="model"
         )
@@ -66,17 +70,22 @@ def evaluate(
         _check_pair(package.manifest, other.manifest)
     wanted = check_metrics(task, spec.metrics, spec.gates)
     ends = (1.0,) if other is None else (0.5, 1.0)
+    problem = None
     if spec.method.test:
         made = Plan([], {"name": "test", "dataset": spec.method.test})
         sides = [
             [_answer(side, table, columns, ctx, end)] for side, end in zip((package, other), ends, strict=False) if side
         ]
     else:
-        made, sides = _retrain(spec, [side for side in (package, other) if side], table, columns, wanted, ctx, ends)
+        problem, made, sides = _retrain(spec, [side for side in (package, other) if side], table, columns, wanted, ctx, ends)
     metrics, details = summarise(task, sides[0], wanted, package.manifest.classes, spec.seed)
     details |= {"splitter": made.splitter, "notes": [*made.notes, *details["notes"]]}
+    if problem is not None and problem.series is not None:
+        details |= describe_forecast(problem, made.parts, sides[0], wanted)
     if other is not None:
         details["comparison"] = {"with": spec.compare} | compare(task, sides[0], sides[1], wanted, spec.seed)
+    if spec.slices and problem is not None and problem.series is not None and problem.series.resampled:
+        raise InvalidInput("the steps of a resampled series are no rows of the dataset; leave slices out", param="slices")
     if spec.slices:
         whole = Predictions.join(sides[0])
         details["slices"] = measure(task, spec.slices, whole, table, columns, wanted, spec.seed)
@@ -118,6 +127,8 @@ def _check_pair(model: Manifest, other: Manifest) -> None:
 def _answer(package: Package, table: pa.Table, columns: Sequence[Column], ctx: JobContext, end: float) -> Predictions:
     """What the packaged graph itself says about a test set."""
     manifest = package.manifest
+    if manifest.task == FORECAST:
+        return _answer_series(package, table, columns, ctx, end)
     if wide := [spec for spec in manifest.signature.inputs if not spec.column]:
         raise InvalidInput(
             f"the model's input {wide[0].name[:80]!r} has shape {wide[0].shape}, which a dataset's columns do not fill; "
@@ -145,6 +156,17 @@ def _answer(package: Package, table: pa.Table, columns: Sequence[Column], ctx: J
     return Predictions(test.rows, test.target[test.rows], np.concatenate(outputs).astype(np.float64))
 
 
+def _answer_series(
+    package: Package, table: pa.Table, columns: Sequence[Column], ctx: JobContext, end: float
+) -> Predictions:
+    spec = _recorded(package.manifest)
+    time, target = (find(columns, str(name), "dataset") for name in (spec.time, spec.target))
+    series = read_series(table, time, target, spec.transforms)
+    found = on_series(package, series.values, series.order, ctx.threads)
+    ctx.progress(end, "testing")
+    return found
+
+
 def _retrain(
     spec: EvaluationSpec,
     sides: Sequence[Package],
@@ -153,19 +175,18 @@ def _retrain(
     wanted: list[str],
     ctx: JobContext,
     ends: Sequence[float],
-) -> tuple[Plan, list[list[Predictions]]]:
-    """Each side's recorded spec, trained and tested on the same parts.
+) -> tuple[Problem, Plan, list[list[Predictions]]]:
+    """(the first side's problem, ...): each side's recorded spec, trained and tested on the same parts.
 
     The parts are made from the first side's rows.
     """
     problems = [_pose(side, table, columns) for side in sides]
     first = problems[0]
-    along = split_values(table, columns, spec.method, first.spec.target)
-    made = plan(spec.method, first.task, first.rows, first.target, along, spec.seed)
+    made = divide(first, spec.method, table, columns, spec.seed)
     for note in made.notes:
         ctx.event("warning", note)
     starts = (0.0, *ends)
-    return made, [
+    return first, made, [
         predict_folds(problem, made, wanted, ctx, (starts[index], ends[index]), "fold" if not index else "other-fold")
         for index, problem in enumerate(problems)
     ]
@@ -175,6 +196,9 @@ def _pose(package: Package, table: pa.Table, columns: Sequence[Column]) -> Probl
     """The recorded problem over a dataset, whose columns are read in the types that the model was trained on."""
     manifest = package.manifest
     recorded = _recorded(manifest).model_copy(update={"validation": None})
+    if manifest.task == FORECAST:
+        typed = [find(columns, str(name), "dataset") for name in (recorded.time, recorded.target)]
+        return pose(table, typed, recorded)
     known = {spec.name: spec.column for spec in manifest.signature.inputs if spec.column}
     if manifest.classes is not None:
         known[recorded.target] = target_column(recorded.target, manifest.classes).type

@@ -21,6 +21,7 @@ from modelworks.ml.evaluate.catalogue import CLASSIFICATION
 from modelworks.ml.evaluate.intervals import LEVEL, over_folds, over_rows
 from modelworks.ml.evaluate.metrics import Predictions
 from modelworks.ml.evaluate.splits import Plan
+from modelworks.ml.forecast.forecasting import forecast
 from modelworks.ml.train.fit import Span, fit
 from modelworks.ml.train.problem import Problem, class_text
 from modelworks.ml.train.streaming import predict_stored
@@ -82,6 +83,8 @@ def predict_folds(
 
 
 def _predict(problem: Problem, train: np.ndarray, test: np.ndarray, ctx: Span) -> Predictions:
+    if problem.series is not None:
+        return forecast(problem, train, test, ctx)
     model = fit(problem, train, ctx)
     if problem.stored is not None:
         return Predictions(test, problem.target[test], predict_stored(problem, model, test))
@@ -160,6 +163,7 @@ def _write(predictions: Predictions) -> bytes:
             "row": predictions.rows,
             "true": predictions.true,
             "output": output.ravel() if not width else pa.FixedSizeListArray.from_arrays(output.ravel(), width),
+            **{f"beside:{name}": values for name, values in predictions.beside.items()},
         }
     ).replace_schema_metadata({"modelworks": json.dumps({"width": width})})
     sink = pa.BufferOutputStream()
@@ -173,4 +177,9 @@ def _read(data: bytes) -> Predictions:
     width = json.loads(table.schema.metadata[b"modelworks"])["width"]
     output = table.column("output").combine_chunks()
     values = output.flatten().to_numpy().reshape(-1, width) if width else output.to_numpy()
-    return Predictions(table.column("row").to_numpy(), table.column("true").to_numpy(), values)
+    beside = {
+        name.removeprefix("beside:"): table.column(name).to_numpy()
+        for name in table.column_names
+        if name.startswith("beside:")
+    }
+    return Predictions(table.column("row").to_numpy(), table.column("true").to_numpy(), values, beside)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -19,11 +19,13 @@ class Predictions:
 
     `rows` [n]: the rows' numbers in the table, from 0. `true` [n]: class indices int64, or values float64.
     `output`: probabilities [n, classes] or values [n], float64.
+    `beside`: by name [n] float64: of forecasts `scale` (the naive error in training), `low` and `high`.
     """
 
     rows: np.ndarray
     true: np.ndarray
     output: np.ndarray
+    beside: dict[str, np.ndarray] = field(default_factory=dict)
 
     @property
     def labels(self) -> np.ndarray:
@@ -31,10 +33,15 @@ class Predictions:
 
     @classmethod
     def join(cls, parts: Sequence[Predictions]) -> Predictions:
-        return cls(*(np.concatenate([getattr(part, name) for part in parts]) for name in ("rows", "true", "output")))
+        rows, true, output = (
+            np.concatenate([getattr(part, name) for part in parts]) for name in ("rows", "true", "output")
+        )
+        beside = {name: np.concatenate([part.beside[name] for part in parts]) for name in parts[0].beside}
+        return cls(rows, true, output, beside)
 
     def take(self, mask: np.ndarray) -> Predictions:
-        return Predictions(self.rows[mask], self.true[mask], self.output[mask])
+        beside = {name: values[mask] for name, values in self.beside.items()}
+        return Predictions(self.rows[mask], self.true[mask], self.output[mask], beside)
 
 
 def labels(probabilities: np.ndarray) -> np.ndarray:
@@ -46,7 +53,7 @@ def score(task: str, predictions: Predictions, wanted: Sequence[str]) -> dict[st
     """Each wanted metric by scikit-learn; None where it is undefined (a class that is absent, a constant target)."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of ill-defined metrics, which are handled here
-        values = _CLASSIFICATION if task == CLASSIFICATION else _REGRESSION
+        values = _CLASSIFICATION if task == CLASSIFICATION else _NUMBERS
         found = {name: values[name](predictions) for name in wanted}
     return {name: float(value) if value is not None and math.isfinite(value) else None for name, value in found.items()}
 
@@ -78,6 +85,19 @@ def _of_values(name: str) -> Any:
         return float(getattr(metrics, name)(p.true, p.output))
 
     return compute
+
+
+def _mase(p: Predictions) -> float | None:
+    return float(np.mean(np.abs(p.true - p.output) / p.beside["scale"])) if "scale" in p.beside else None
+
+
+def _smape(p: Predictions) -> float:
+    return float(np.mean(_shares(p)))
+
+
+def _shares(p: Predictions) -> np.ndarray:
+    """The error of each row as a share of the mean of truth and forecast; 0 where both are 0."""
+    return 2 * _ratio(np.abs(p.true - p.output), np.abs(p.true) + np.abs(p.output))
 
 
 def _roc_auc(p: Predictions) -> float | None:
@@ -119,7 +139,9 @@ _CLASSIFICATION = {
     "log_loss": _log_loss,
     "brier": _brier,
 }
-_REGRESSION = {
+_NUMBERS = {
+    "mase": _mase,
+    "smape": _smape,
     "mse": _of_values("mean_squared_error"),
     "rmse": _of_values("root_mean_squared_error"),
     "mae": _of_values("mean_absolute_error"),
@@ -184,15 +206,21 @@ class WeightedScorer:
     def _prepare_values(self, p: Predictions) -> None:
         self._true = p.true
         error = p.true - p.output
+        scale = p.beside.get("scale", np.full(len(error), math.nan))
         self._errors = np.column_stack(
-            [error**2, np.abs(error), np.abs(error) / np.maximum(np.abs(p.true), np.finfo(np.float64).eps)]
-        )
+            [
+                error**2, np.abs(error), np.abs(error) / np.maximum(np.abs(p.true), np.finfo(np.float64).eps),
+                np.abs(error) / scale, _shares(p),
+            ]
+        )  # fmt: skip
 
     def _values(self, w: np.ndarray) -> dict[str, float]:
         total = w.sum()
-        mse, mae, mape = w @ self._errors / total
+        mse, mae, mape, mase, smape = w @ self._errors / total
         spread = w @ (self._true - w @ self._true / total) ** 2 / total
         return {
+            "mase": mase,
+            "smape": smape,
             "mse": mse,
             "rmse": math.sqrt(mse),
             "mae": mae,

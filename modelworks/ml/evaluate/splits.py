@@ -32,14 +32,24 @@ def describe_method(method: Method) -> dict[str, Any]:
     return method.model_dump(mode="json", exclude_none=True, exclude_defaults=True, exclude={"parallel"})
 
 
-def plan(method: Method, task: str, rows: np.ndarray, target: np.ndarray, along: np.ndarray | None, seed: int) -> Plan:
+def plan(
+    method: Method,
+    task: str,
+    rows: np.ndarray,
+    target: np.ndarray,
+    along: np.ndarray | None,
+    seed: int,
+    *,
+    ahead: int | None = None,
+) -> Plan:
     """Split `rows` by `method` (holdout or kfold).
 
     rows [m]: the rows that count. target [n], along [n] (group or time of each row): for all rows of the table.
+    ahead: with kfold along time, how many rows each fold tests; by default all folds have about as many.
     InvalidInput when there are too few rows, groups or rows of a class.
     """
     made = (
-        _folds(method, task, rows, target, along, seed)
+        _folds(method, task, rows, target, along, seed, ahead)
         if method.kfold
         else _holdout(method, task, rows, target, along, seed)
     )
@@ -56,7 +66,13 @@ def plan(method: Method, task: str, rows: np.ndarray, target: np.ndarray, along:
 
 
 def _folds(
-    method: Method, task: str, rows: np.ndarray, target: np.ndarray, along: np.ndarray | None, seed: int
+    method: Method,
+    task: str,
+    rows: np.ndarray,
+    target: np.ndarray,
+    along: np.ndarray | None,
+    seed: int,
+    ahead: int | None,
 ) -> Plan:
     from sklearn import model_selection as ms
 
@@ -65,8 +81,9 @@ def _folds(
     notes: list[str] = []
     if method.time:
         order = rows[np.argsort(_needed(along)[rows], kind="stable")]
-        _enough(len(rows), k + 1, f"{k} folds along time")
-        return _plan(ms.TimeSeriesSplit(k), order, y, None, {"name": "TimeSeriesSplit", "folds": k}, notes)
+        _enough(len(rows), k * (ahead or 1) + 1, f"{k} folds along time")
+        described = {"name": "TimeSeriesSplit", "folds": k} | ({"test_rows": ahead} if ahead else {})
+        return _plan(ms.TimeSeriesSplit(k, test_size=ahead), order, y, None, described, notes)
     if method.group:
         groups = _needed(along)[rows]
         _enough(len(np.unique(groups)), k, f"{k} folds by {method.group!r}", "groups")

@@ -132,6 +132,21 @@ class Steps(nn.Module):
         return e.module(self.widen, x), None
 
 
+class Corrected(nn.Module):
+    """straight(x) + bent(x)"""
+
+    def __init__(self, straight: nn.Module, bent: nn.Module) -> None:
+        super().__init__()
+        self.straight, self.bent = straight, bent
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = self.straight(x) + self.bent(x)
+        return found
+
+    def emit(self, e: Emitter, x: str) -> str:
+        return e.op("Add", e.module(self.straight, x), e.module(self.bent, x))
+
+
 class Recurrent(nn.Module):
     """An LSTM or GRU over the sequence: [n, l, d] -> [n, l, hidden (x 2)]."""
 

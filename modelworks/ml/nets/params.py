@@ -106,3 +106,34 @@ class TransformerParams(SequenceParams):
         if self.width % self.heads:
             raise ValueError("heads must divide width")
         return self
+
+
+class ForecasterParams(NetParams):
+    season: int | None = Field(
+        None, ge=2, le=10_000, description="steps after which the series repeats: 12 of months, 7 of days; null: none"
+    )
+    horizon: int | None = Field(
+        None, ge=1, le=1000, description="steps ahead of one forecast; null: a season, or 12 where there is none"
+    )
+    window: int | None = Field(
+        None, ge=2, le=10_000, description="steps that are looked back on; null: two seasons, or 24 and more"
+    )
+    log: bool | None = Field(
+        None, description="learn the logarithm, for swings that grow with the level; null: told from the series"
+    )
+    level: float = Field(0.9, gt=0, lt=1, description="share of what comes that is to lie between low and high")
+    hidden: list[Width] = Field(
+        [32], max_length=16, description="widths of the net that corrects the linear forecast; [] leaves it linear"
+    )
+    dropout: float = Field(
+        0.1, ge=0, lt=1, description="share of hidden units left out at random in each step",
+        json_schema_extra={"search": {"low": 0.0, "high": 0.5}},
+    )  # fmt: skip
+    learning_rate: Annotated[float, Field(gt=0, le=100)] | Literal["auto"] = Field(
+        1e-3, description="auto: a range test before training chooses it",
+        json_schema_extra={"search": {"low": 1e-4, "high": 1e-2, "log": True}},
+    )  # fmt: skip
+    l2: float = Field(
+        1e-3, ge=0, le=1e6, description="L2 penalty on the weights; decoupled (weight decay) with adamw",
+        json_schema_extra={"search": {"low": 1e-4, "high": 1.0, "log": True}},
+    )  # fmt: skip

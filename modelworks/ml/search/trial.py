@@ -12,9 +12,9 @@ from modelworks.ml.base import JobContext
 from modelworks.ml.evaluate import metrics as m
 from modelworks.ml.evaluate.folds import predict_folds
 from modelworks.ml.evaluate.intervals import over_folds
-from modelworks.ml.evaluate.splits import Plan, plan
+from modelworks.ml.evaluate.splits import Plan
 from modelworks.ml.search.sampler import Pruner, Tried
-from modelworks.ml.train.problem import Problem, pose, split_values
+from modelworks.ml.train.problem import Problem, divide, pose
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -32,8 +32,7 @@ def outer_plan(spec: TrainingSpec, problem: Problem, table: pa.Table, columns: S
     method = spec.validation or Method(holdout=0.2)
     if method.test:
         return None
-    along = split_values(table, columns, method, spec.target)
-    return plan(method, problem.task, problem.rows, problem.target, along, spec.seed)
+    return divide(problem, method, table, columns, spec.seed)
 
 
 def score(
@@ -79,8 +78,7 @@ def _inner_plan(
     method = search.validation or Method(
         kfold=_FOLDS, group=given.group, time=given.time, stratify=given.stratify, shuffle=given.shuffle
     )
-    along = split_values(table, columns, method, spec.target)
-    return plan(method.model_copy(update={"parallel": 1}), problem.task, rows, problem.target, along, spec.seed)
+    return divide(problem, method.model_copy(update={"parallel": 1}), table, columns, spec.seed, rows)
 
 
 class _Watch:

@@ -14,6 +14,7 @@ from modelworks.core.registry import Registry
 from modelworks.ml.base import Trainer
 
 CLASSIFICATION, REGRESSION = "tabular-classification", "tabular-regression"
+FORECAST = "forecast"  # of a series, from its own past
 AUTO = "auto"  # in place of an algorithm: the best of those that fit the task
 
 TRAINERS: Registry[type[Trainer]] = Registry(
@@ -32,6 +33,7 @@ TRAINERS: Registry[type[Trainer]] = Registry(
         "cnn": "modelworks.ml.nets.cnn:Cnn",
         "rnn": "modelworks.ml.nets.sequences:Rnn",
         "transformer": "modelworks.ml.nets.sequences:Transformer",
+        "forecaster": "modelworks.ml.nets.forecaster:Forecaster",
     },
 )
 

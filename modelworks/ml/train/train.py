@@ -13,11 +13,13 @@ from modelworks.ml.base import JobContext
 from modelworks.ml.evaluate.catalogue import check_metrics, failed_gate, gate_results
 from modelworks.ml.evaluate.folds import predict_folds, summarise
 from modelworks.ml.evaluate.metrics import Predictions, score
-from modelworks.ml.evaluate.splits import Plan, describe_method, plan
+from modelworks.ml.evaluate.splits import Plan, describe_method
+from modelworks.ml.forecast import forecasting
+from modelworks.ml.forecast.forecasting import describe as describe_forecast
 from modelworks.ml.package import Manifest
 from modelworks.ml.train.fit import Span, fit
 from modelworks.ml.train.packaging import lineage_of, package
-from modelworks.ml.train.problem import Problem, class_text, pose, pose_test, split_values
+from modelworks.ml.train.problem import Problem, class_text, divide, pose, pose_test
 from modelworks.ml.train.rows import split_leading
 
 if TYPE_CHECKING:
@@ -66,7 +68,17 @@ def train(
     if searched:
         report["details"] |= {"search": searched, "notes": [searched["note"], *report["details"]["notes"]]}
     check_gates(spec.gates, report)
-    model = fit(problem, problem.rows, Span(listening, 0.8, 0.95, spec.seed, "final fit"))
+    final = Span(listening, 0.8, 0.95, spec.seed, "final fit")
+    lineage = lineage_of(spec, dataset_ref, dataset_digest, code_version)
+    if searched:
+        lineage["search"] = {
+            name: searched[name] for name in ("metric", "trials", "parallel", "space", "best", "reported")
+        }
+    if problem.series is not None:
+        series_model = forecasting.learn(problem, problem.rows, final)
+        made = forecasting.package(problem, series_model, report["metrics"], lineage, ctx.workdir, ctx.threads)
+        return Trained(*made, report, list(listening.warnings))
+    model = fit(problem, problem.rows, final)
     if problem.classes is not None and len(model.seen) < len(problem.classes):
         lost = next(name for index, name in enumerate(problem.classes) if index not in set(model.seen.tolist()))
         raise InvalidInput(
@@ -74,11 +86,6 @@ def train(
             param="transforms",
         )
     ctx.progress(0.95, "packaging")
-    lineage = lineage_of(spec, dataset_ref, dataset_digest, code_version)
-    if searched:
-        lineage["search"] = {
-            name: searched[name] for name in ("metric", "trials", "parallel", "space", "best", "reported")
-        }
     manifest, files = package(problem, model, report["metrics"], lineage, ctx.workdir, ctx.threads)
     ctx.progress(1.0, "packaged")
     return Trained(manifest, files, report, list(listening.warnings))
@@ -100,19 +107,26 @@ def _validate(
         shown = {name: value for name, value in score(problem.task, found[0], wanted).items() if value is not None}
         ctx.progress(0.8, "tested", **shown)
     else:
-        along = split_values(table, columns, method, problem.spec.target)
-        made = plan(method, problem.task, problem.rows, problem.target, along, problem.spec.seed)
+        made = divide(problem, method, table, columns, problem.spec.seed)
         found = predict_folds(problem, made, wanted, ctx, (0.0, 0.8))
     for note in made.notes:
         ctx.event("warning", note)
     metrics, details = summarise(problem.task, found, wanted, problem.classes, problem.spec.seed)
     details |= {"splitter": made.splitter, "notes": [*made.notes, *details["notes"]]}
+    if problem.series is not None:
+        details |= describe_forecast(problem, made.parts, found, wanted)
     if problem.spec.gates:
         details["gates"] = gate_results(problem.spec.gates, metrics)
     return {"metrics": metrics, "details": details, "method": describe_method(method)}
 
 
 def _on_test(problem: Problem, test_table: pa.Table, ctx: JobContext) -> Predictions:
+    if problem.series is not None:
+        raise InvalidInput(
+            "a forecast is validated on the tail of its own series: give holdout or kfold; evaluate the model on another "
+            "series with POST /api/v1/evaluations",
+            param="validation.test",
+        )
     leading, _ = split_leading(problem.spec.transforms)
     test = pose_test(test_table, problem.columns, problem.spec.target, problem.classes, leading)
     model = fit(problem, problem.rows, Span(ctx, 0.0, 0.8, problem.spec.seed, "test"))
