@@ -119,6 +119,11 @@ def test_duplicates(look):
     found, warnings = look(pa.table({"x": [*NOISE, NOISE[0], NOISE[0]], "c": [*TARGET, "a", "a"]}))
     assert found[""]["duplicate_rows"] == 2
     only(warnings, "2 rows repeat earlier ones")
+    names = [f"A{i}" for i in range(N)]
+    warnings = look(pa.table({"k": [*names, "A0"], "x": [*NOISE, NOISE[0]]}))[1]
+    assert [warning.split(";")[0] for warning in warnings] == [
+        "1 row repeats an earlier one", "column 'k' looks like an id, as each row has its own value",
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(

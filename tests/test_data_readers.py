@@ -147,8 +147,28 @@ def test_row_of_many_bytes_is_bounded(load):
 def test_header_of_years_is_a_header(load):
     _, values = load("country,2019,2020\nat,1,2\nde,3,4\n")
     assert list(values) == ["country", "2019", "2020"]
+    _, values = load("2019,2020\n1,2\n3,4\n")
+    assert list(values) == ["2019", "2020"]
     _, values = load("0,1,2\n0.5,0.1,2\n0.7,0.2,3\n")
     assert list(values) == ["0", "1", "2"]
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["1,2,3\n4,5,6\n", "0,1\n1,0\n0,1\n", "-1,2\n3,4\n", "1e3,2\n3,4\n", "1990,2001\n1985,2003\n", "7\n8\n",
+     "a,1,2\nb,3,4\na,5,6\n", "product,1,2,3\nnut,4,5,6\n"],
+)  # fmt: skip
+def test_a_first_row_of_numbers_is_no_header_unless_it_is_said(load, content):
+    with pytest.raises(InvalidInput, match=r"no header row; give the names .* as schema\.header, or false") as caught:
+        load(content)
+    assert caught.value.code == "no_header"
+    rows = content.strip().split("\n")
+    result, values = load(content, header=False)
+    assert list(values) == [f"column_{number}" for number in range(1, rows[0].count(",") + 2)]
+    assert result.rows == len(rows)
+    result, values = load(content, header=True)
+    assert list(values) == rows[0].split(",")
+    assert result.rows == len(rows) - 1
 
 
 def test_hostile_names_stay_names(load):

@@ -11,7 +11,7 @@ import sys
 import pytest
 
 from modelworks.core.errors import Conflict, InvalidInput, NotFound
-from tests.server import RunningServer
+from tests.server import RunningServer, until
 
 
 def people(count: int = 120) -> bytes:
@@ -122,6 +122,42 @@ def test_what_is_in_use_is_not_deleted_and_numbers_are_not_given_twice(house: Ru
     with pytest.raises(NotFound):
         client.datasets.delete("gone")
     assert client.datasets.upload(people(60), name="gone").version == 4
+
+
+def test_a_model_version_in_use_stays_and_its_number_is_not_given_twice(house: RunningServer) -> None:
+    client = house.client
+    client.datasets.upload(people(60), name="spare")
+
+    def trained(strength: float) -> str:
+        job = client.training_jobs.create(
+            model="spare", dataset="spare", target="ill", algorithm="logistic-regression", hyperparameters={"C": strength}
+        )
+        return str(client.training_jobs.wait(job).model_version)
+
+    assert [trained(1.0), trained(2.0)] == ["spare:1", "spare:2"]
+    client.models.set_alias("spare", "champion", 1)
+    client.deployments.put("spare", model="spare:2")
+    with pytest.raises(Conflict, match="spare:1 is what alias spare@champion points at"):
+        client.models.delete("spare:1")
+    with pytest.raises(Conflict, match="spare:2 is in use by deployment spare"):
+        client.models.delete("spare:2")
+    with pytest.raises(Conflict):
+        client.models.delete("spare")
+    assert len(client.models.get("spare").versions) == 2, "a refusal deleted some"
+    client.models.delete_alias("spare", "champion")
+    with house.http(client.keys.create(name="viewer-of-spare", role="viewer").key) as http:
+        assert http.delete("/api/v1/models/spare/versions/1").status_code == 403
+    with house.http() as http:
+        answer = http.delete("/api/v1/models/spare/versions/1")
+        assert (answer.status_code, answer.json()) == (200, {"deleted": True, "name": "spare", "versions": [1]})
+        assert http.get("/api/v1/models/spare/versions/1").status_code == 404
+        assert http.delete("/api/v1/models/spare/versions/1").status_code == 404
+        audit = http.get("/api/v1/audit").json()["data"]
+    assert [row["object"] for row in audit if row["action"] == "models.delete"] == ["spare:1"]
+    client.deployments.delete("spare")
+    until(lambda: "spare" not in [one.name for one in client.deployments.list(limit=100)], 20)
+    assert client.models.delete("spare") == (2,)
+    assert trained(1.0) == "spare:3"
 
 
 def test_the_command_line(house: RunningServer) -> None:

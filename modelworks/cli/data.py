@@ -9,7 +9,7 @@ import typer
 
 from modelworks.cli.exits import SCHEMA_FLAGS, named
 from modelworks.cli.session import Session, command, group
-from modelworks.cli.text import bars, counted, number, plain, short, size, when
+from modelworks.cli.text import bars, counted, deleted, number, plain, short, size, when
 
 if TYPE_CHECKING:
     from modelworks.core.types import Dataset
@@ -28,7 +28,8 @@ def upload(
         list[str] | None, typer.Option(help="Correct a column's type: --column 'zip=category'. Repeatable.")
     ] = None,
     header: Annotated[
-        str | None, typer.Option(help="Column names, comma-separated, of a file without a header.")
+        str | None,
+        typer.Option(help="Column names, comma-separated, of a file without a header; false: number them; true: the first row it is."),
     ] = None,
     delimiter: Annotated[str | None, typer.Option(help="Of a CSV file; else told from the file.")] = None,
     encoding: Annotated[str | None, typer.Option(help="Of a text file.  [default: UTF-8]")] = None,
@@ -188,7 +189,7 @@ def delete(
     if session.json:
         session.emit({"deleted": True, "versions": list(gone)})
         return
-    session.say(f"deleted {dataset.partition(':')[0]}: version{'s' if len(gone) > 1 else ''} {', '.join(map(str, gone))}")
+    session.say(deleted(dataset, gone))
 
 
 def profile_table(session: Session, dataset: Dataset, *, spread: bool = False) -> None:
@@ -249,14 +250,20 @@ def _schema(
 
     given: dict[str, Any] = {
         "columns": dict(pairs(column, "--column", "zip=category")),
-        "header": [name.strip() for name in header.split(",")] if header else None,
+        "header": _header(header),
         "delimiter": {"\\t": "\t"}.get(delimiter or "", delimiter),
         "encoding": encoding,
         "missing": missing or None,
         "on_corrupt": "skip" if skip_corrupt else None,
     }
-    schema = {field: value for field, value in given.items() if value}
+    schema = {field: value for field, value in given.items() if value or value is False}
     return schema or None
+
+
+def _header(text: str | None) -> list[str] | bool | None:
+    if text in ("true", "false"):
+        return text == "true"
+    return [name.strip() for name in text.split(",")] if text else None
 
 
 def _name_from(source: str) -> str:

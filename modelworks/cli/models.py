@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from modelworks.cli.session import Session, command, group
-from modelworks.cli.text import headline, interval, short, size, when
+from modelworks.cli.text import deleted, headline, interval, short, size, when
 
 app = group("Look at models, move their aliases, take packages in and out.")
 
@@ -168,6 +168,19 @@ def alias(
         return
     row = session.client.models.set_alias(name, alias, _number(session, name, version))
     session.emit(row) if session.json else session.say(f"{name}@{alias} is {name}:{row.version}")
+
+
+@command(app, "delete")
+def delete(
+    session: Session,
+    model: Annotated[str, typer.Argument(help="NAME:VERSION, or NAME for all versions.")],
+) -> None:
+    """Delete a version, or all; refused while an alias, a deployment or a job uses one."""
+    gone = session.client.models.delete(model)
+    if session.json:
+        session.emit({"deleted": True, "versions": list(gone)})
+        return
+    session.say(deleted(model, gone))
 
 
 def _number(session: Session, name: str, text: str) -> int:

@@ -132,8 +132,10 @@ def _console(*, stderr: bool) -> Console:
 def _jsonable(value: Any) -> Any:
     from pydantic import BaseModel
 
-    from modelworks.core.types import Page
+    from modelworks.core.types import Noun, Page
 
+    if isinstance(value, Noun):
+        return value.public()
     if isinstance(value, BaseModel):
         return value.model_dump(mode="json")
     if isinstance(value, Page):

@@ -58,6 +58,12 @@ def counted(count: int, noun: str) -> str:
     return f"{count:,} {noun}" + ("" if count == 1 else "s")
 
 
+def deleted(ref: str, versions: Sequence[int]) -> str:
+    """`deleted iris: versions 1, 3`."""
+    plural = "s" if len(versions) > 1 else ""
+    return f"deleted {ref.partition(':')[0]}: version{plural} {', '.join(map(str, versions))}"
+
+
 def bars(counts: Sequence[float]) -> str:
     """A histogram in one line, a character a bin; an empty bin is a blank."""
     most = max(counts, default=0)

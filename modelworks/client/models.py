@@ -119,6 +119,19 @@ class Models(Resource[Mode]):
     async def delete_alias(self, name: str, alias: str) -> None:
         await self._http.send(Request("DELETE", path("/api/v1/models/{}/aliases/{}", name, alias)))
 
+    @call
+    async def delete(self, name: str) -> tuple[int, ...]:
+        """Delete `name:version`, or with a bare name all versions; the numbers of those that are gone.
+
+        Conflict while an alias, a deployment or a job uses one.
+        """
+        ref = Ref.parse(name)
+        if ref.alias:
+            raise InvalidInput(f"an alias goes by delete_alias; to delete a version write {ref.name}:VERSION", param="model")
+        where = path("/api/v1/models/{}", ref.name) + (f"/versions/{ref.version}" if ref.version else "")
+        found = await self._http.json(Request("DELETE", where))
+        return tuple(int(number) for number in found["versions"])
+
     async def _get(self, name: str) -> Model:
         return await self._http.model(Request("GET", path("/api/v1/models/{}", name)), Model)
 

@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from modelworks.core.errors import InvalidInput
+from modelworks.core.errors import InvalidInput, shown
 from modelworks.core.specs import Method
 from modelworks.core.types import Key, ModelVersion
 
@@ -86,7 +86,9 @@ def build(model: type[B], given: B | Mapping[str, Any] | None, fields: Mapping[s
         if fields:
             given = model.model_validate({**given.model_dump(exclude_unset=True), **fields})
         return given
-    return parse(model, {**(given or {}), **fields}, what)  # type: ignore[dict-item]
+    if given is not None and not isinstance(given, Mapping):
+        raise InvalidInput(f"{what}: give {model.__name__}(...), or its fields by name, not {shown(given)}")
+    return parse(model, {**(given or {}), **fields}, what)
 
 
 def shorthand(fields: Mapping[str, Any], method: str) -> dict[str, Any]:

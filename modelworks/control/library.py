@@ -265,6 +265,11 @@ class Library:
             audit.record(tx, caller, "models.delete_alias", f"{name}@{alias}", version=known.version)
             tx.delete(known)
 
+    def delete_model(self, caller: Caller, name: str, version: int | None = None) -> list[int]:
+        """Delete one version, or all; the numbers of those. Conflict names what uses one."""
+        with self._catalog.write() as tx:
+            return versions.delete_model(tx, caller, name, version)
+
     def import_version(
         self,
         caller: Caller,

@@ -1,19 +1,30 @@
-"""Versions of datasets beside each other: what to compare, what may be deleted."""
+"""Versions of datasets and models: which to compare, which may be deleted."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
-from modelworks.control.references import dataset_versions, resolve_dataset
+from modelworks.control.references import dataset_versions, find_model, model_versions, resolve_dataset
 from modelworks.core.errors import Conflict, InvalidInput
 from modelworks.core.specs import DatasetEdit
-from modelworks.core.types import FINAL_JOB_STATES, Caller, Dataset, Job, ModelVersion
+from modelworks.core.types import (
+    FINAL_JOB_STATES,
+    Alias,
+    Artifact,
+    Caller,
+    Dataset,
+    Deployment,
+    DeploymentRevision,
+    Job,
+    ModelVersion,
+    Replica,
+)
 from modelworks.security import audit
 from modelworks.store.catalog import Tx
 
 _SHOWN = 5
-_OF_JOBS = ("dataset_id", "test_dataset_id", "from_id", "to_id")
+_PLURALS = {"alias": "aliases"}
 
 
 def find_version(tx: Tx, project_id: str, name: str, version: int | None) -> Dataset:
@@ -96,7 +107,7 @@ def delete(tx: Tx, caller: Caller, name: str, version: int | None, *, force: boo
     if version is not None:
         chosen = [find_version(tx, caller.project_id, name, version)]
     for dataset in chosen:
-        _refuse_jobs(tx, dataset)
+        _refuse_jobs(tx, dataset, "dataset_in_use")
         if not force:
             _refuse_models(tx, dataset)
     for dataset in chosen:
@@ -105,19 +116,15 @@ def delete(tx: Tx, caller: Caller, name: str, version: int | None, *, force: boo
     return [dataset.version for dataset in chosen]
 
 
-def _refuse_jobs(tx: Tx, dataset: Dataset) -> None:
+def _refuse_jobs(tx: Tx, one: Dataset | ModelVersion, code: str) -> None:
     jobs = tx.table(Job)
     waiting = jobs.c.status.not_in(sorted(FINAL_JOB_STATES))
-    found = [
-        job.id
-        for job in tx.list(Job, waiting, project_id=dataset.project_id, limit=10_000)
-        if dataset.id in [job.spec.get(field) for field in _OF_JOBS]
-    ]
+    found = [job.id for job in tx.list(Job, waiting, project_id=one.project_id) if one.id in job.spec.values()]
     if found:
         raise Conflict(
-            f"{dataset.ref} is in use by {_listed(found, 'job')}; wait until it ends, or cancel it",
-            code="dataset_in_use",
-            detail={"dataset": dataset.ref, "jobs": found[:100]},
+            f"{one.ref} is in use by {_listed(found, 'job')}; wait until it ends, or cancel it",
+            code=code,
+            detail={_word(one): one.ref, "jobs": found[:100]},
         )
 
 
@@ -138,6 +145,61 @@ def _refuse_models(tx: Tx, dataset: Dataset) -> None:
         )
 
 
+def delete_model(tx: Tx, caller: Caller, name: str, version: int | None) -> list[int]:
+    """Delete one version of `name`, or all of them; their numbers, none of which is ever given again.
+
+    Conflict (model_in_use) while an alias, a deployment or a job uses one. Its reports stay.
+    """
+    chosen = model_versions(tx, caller.project_id, name)
+    if version is not None:
+        chosen = [find_model(tx, caller.project_id, name, version)]
+    for model in chosen:
+        _refuse_deployments(tx, model)
+        _refuse_aliases(tx, model)
+        _refuse_jobs(tx, model, "model_in_use")
+    for model in chosen:
+        tx.delete(model)
+        tx.delete_where(Artifact, tx.table(Artifact).c.owner_id == model.id)
+        audit.record(tx, caller, "models.delete", model.ref, digest=model.digest)
+    return [model.version for model in chosen]
+
+
+def _refuse_deployments(tx: Tx, model: ModelVersion) -> None:
+    """Those that ask for it, those whose last ready revision has it, and those that still run it."""
+    running = tx.list(
+        Replica, project_id=model.project_id, model_version=model.ref, status=["starting", "ready", "draining"]
+    )
+    serving = {row.deployment_id for row in running}
+    found = []
+    for one in tx.list(Deployment, project_id=model.project_id):
+        kept = tx.find(DeploymentRevision, deployment_id=one.id, number=one.serving_revision or 0)
+        if one.model_version_id == model.id or one.id in serving or (kept and kept.model_version == model.ref):
+            found.append(one.name)
+    if found:
+        raise Conflict(
+            f"{model.ref} is in use by {_listed(found, 'deployment')}; deploy another version there, or delete it, first",
+            code="model_in_use",
+            detail={"model": model.ref, "deployments": found[:100]},
+        )
+
+
+def _refuse_aliases(tx: Tx, model: ModelVersion) -> None:
+    found = [
+        f"{one.model}@{one.alias}"
+        for one in tx.list(Alias, project_id=model.project_id, model=model.name, version=model.version)
+    ]
+    if found:
+        raise Conflict(
+            f"{model.ref} is what {_listed(found, 'alias')} points at; move or delete it first",
+            code="model_in_use",
+            detail={"model": model.ref, "aliases": found[:100]},
+        )
+
+
+def _word(one: Dataset | ModelVersion) -> str:
+    return "dataset" if isinstance(one, Dataset) else "model"
+
+
 def _listed(names: list[str], what: str) -> str:
     more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return f"{what}{'s' if len(names) > 1 else ''} {', '.join(names[:_SHOWN])}{more}"
+    return f"{what if len(names) == 1 else _PLURALS.get(what, what + 's')} {', '.join(names[:_SHOWN])}{more}"

@@ -58,7 +58,11 @@ class TableSchema(Spec):
     """Corrections to what ingest would infer."""
 
     columns: dict[str, ColumnType] = Field({}, description="type by column name; columns not named are inferred")
-    header: list[str] | None = Field(None, description="column names, for a file that has no header row")
+    header: list[str] | bool | None = Field(
+        None,
+        description="for a text file without a header row: the names of its columns, or false to call them column_1, "
+        "column_2...; true: the first row is the header, whatever it looks like; otherwise told from the file",
+    )
     delimiter: str | None = Field(None, min_length=1, max_length=1, description="for CSV; otherwise told from the file")
     encoding: str | None = Field(None, description="for text files; UTF-8 when not given", examples=["latin-1"])
     missing: list[str] | None = Field(

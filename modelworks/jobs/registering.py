@@ -118,13 +118,11 @@ def _next_version(tx: Tx, noun: type[Dataset] | type[ModelVersion], project_id: 
 
 def _deleted(tx: Tx, noun: type[Dataset] | type[ModelVersion], project_id: str, name: str) -> int:
     """The highest version that was deleted: a number is never given twice, as reports and lineages name it."""
-    if noun is not Dataset:
-        return 0
     audit = tx.table(AuditRecord)
     rows = tx.execute(
         sa.select(audit.c.object).where(
             audit.c.project_id == project_id,
-            audit.c.action == "datasets.delete",
+            audit.c.action == ("datasets.delete" if noun is Dataset else "models.delete"),
             audit.c.object.startswith(f"{name}:", autoescape=True),
         )
     )

@@ -61,6 +61,7 @@ OPERATIONS: dict[str, str] = {
     "models.export": "models:read",
     "models.set_alias": "models:write",
     "models.delete_alias": "models:write",
+    "models.delete": "models:write",
     # deployments
     "deployments.put": "deployments:write",
     "deployments.list": "deployments:read",

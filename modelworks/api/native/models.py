@@ -15,7 +15,7 @@ from starlette.responses import FileResponse, Response
 
 from modelworks.api import errors, schemas
 from modelworks.api.body import check_depth, decode_json
-from modelworks.api.native.datasets import finished
+from modelworks.api.native.datasets import DELETED, finished
 from modelworks.api.routes import (
     After,
     AliasPath,
@@ -75,7 +75,7 @@ MODEL = schemas.plain(
     },
     {"name": "iris", "versions": [schemas.EXAMPLES["ModelVersion"]], "aliases": {"champion": 1}},
 )
-DELETED = schemas.plain(
+DELETED_ALIAS = schemas.plain(
     {"type": "object", "properties": {"deleted": {"type": "boolean"}}}, {"deleted": True, "id": "champion"}
 )
 
@@ -155,6 +155,26 @@ async def create_model_version(request: Request, services: Use, caller: Who, nam
     return answer(version.public(), 201, {"location": where})
 
 
+@routes.delete("/api/v1/models/{name}", "models.delete", "Delete a model", answer=DELETED, errors=(409,))
+def delete_model(services: Use, caller: Who, name: NamePath) -> Response:
+    """All its versions. 409, and nothing is deleted, while an alias, a deployment or a job uses one."""
+    gone = services.library.delete_model(caller, name)
+    return answer({"deleted": True, "name": name, "versions": gone})
+
+
+@routes.delete(
+    "/api/v1/models/{name}/versions/{version}",
+    "models.delete",
+    "Delete a model version",
+    answer=DELETED,
+    errors=(409,),
+)
+def delete_model_version(services: Use, caller: Who, name: NamePath, version: VersionPath) -> Response:
+    """One version; its number is never given again and its reports stay. 409 while something uses it, which it names."""
+    gone = services.library.delete_model(caller, name, version)
+    return answer({"deleted": True, "name": name, "versions": gone})
+
+
 @routes.get(
     "/api/v1/models/{name}/versions/{version}/export",
     "models.export",
@@ -190,7 +210,7 @@ def set_alias(services: Use, caller: Who, name: NamePath, alias: AliasPath, spec
     return answer(services.library.set_alias(caller, name, alias, spec.version).public())
 
 
-@routes.delete("/api/v1/models/{name}/aliases/{alias}", "models.delete_alias", "Delete an alias", answer=DELETED)
+@routes.delete("/api/v1/models/{name}/aliases/{alias}", "models.delete_alias", "Delete an alias", answer=DELETED_ALIAS)
 def delete_alias(services: Use, caller: Who, name: NamePath, alias: AliasPath) -> Response:
     """The version itself stays."""
     services.library.delete_alias(caller, name, alias)

@@ -22,7 +22,8 @@ DELIMITERS = (",", "\t", ";", "|")
 _SNIFFED_ROWS = 30
 _SNIFFED_CHARS = 1 << 18
 _HEADER_ADVICE = (
-    "name it in the file's first row, or, if the file has no header row, give the names of the columns as schema.header"
+    "name it in the file's first row, or, if the file has no header row, give the names of the columns as schema.header "
+    "(false numbers them)"
 )
 
 
@@ -46,7 +47,7 @@ def prose(path: Path, schema: TableSchema) -> Lines | None:
 
 
 class Delimited:
-    """A delimited text file with a header row, or with names from schema.header. Every value is a text."""
+    """A delimited text file with a header row, or with names by schema.header. Every value is a text."""
 
     lexical = True
 
@@ -54,7 +55,7 @@ class Delimited:
         """InvalidInput, naming row and column, for text that is no table. `tabs`: the file is named as TSV."""
         text = open_text(path, schema.encoding)
         self._delimiter = schema.delimiter or ("\t" if tabs else sniff_delimiter(text))
-        self._has_header = schema.header is None
+        self._has_header = schema.header in (None, True)
         if self._delimiter in '"\r\n\x00':
             raise InvalidInput("schema.delimiter cannot be a quote or a line end", param="schema.delimiter")
         kind, quoted = trouble(text)
@@ -76,7 +77,11 @@ class Delimited:
         if first is None:
             raise InvalidInput("the file is empty; upload one with a header row and data", code="empty", param="file")
         line, cells = first
-        if schema.header is not None:
+        if schema.header is False:
+            self.names = [f"column_{number}" for number in range(1, len(cells) + 1)]
+            check_names(self.names, line=None, advice="check the delimiter")
+            return
+        if isinstance(schema.header, list):
             self.names = list(schema.header)
             if len(self.names) != len(cells) and len(self.names) <= MAX_COLUMNS:
                 raise InvalidInput(

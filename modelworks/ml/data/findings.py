@@ -45,7 +45,7 @@ def warnings(profile: dict[str, Any], target: str | None = None) -> list[str]:
         said = "1 row repeats an earlier one" if count == 1 else f"{count} rows repeat earlier ones"
         out.append(f"{said}; the transform drop-duplicates removes them")
     for column in columns:
-        out += _of_column(column, rows)
+        out += _of_column(column, rows, rows - (profile["duplicate_rows"] or 0))
     chosen = [column for column in columns if column["name"] == target] if target else columns[-1:]
     for column in chosen:
         if target or column["type"] in ("category", "boolean"):
@@ -53,7 +53,8 @@ def warnings(profile: dict[str, Any], target: str | None = None) -> list[str]:
     return out
 
 
-def _of_column(column: dict[str, Any], rows: int) -> list[str]:
+def _of_column(column: dict[str, Any], rows: int, different: int) -> list[str]:
+    """`different`: how many rows there are without those that repeat others."""
     name, missing = _name(column["name"]), column["missing"]
     out = []
     if missing == rows:
@@ -65,7 +66,7 @@ def _of_column(column: dict[str, Any], rows: int) -> list[str]:
         out.append(f"column {name}: {count} files repeat earlier ones; the transform drop-duplicates removes them")
     if column["distinct"] == 1 and rows > 1:
         out.append(f"column {name} has the same value in every row; it tells a model nothing")
-    elif _is_id(column, rows):
+    elif _is_id(column, different):
         out.append(f"column {name} looks like an id, as each row has its own value; leave it out of the features")
     steps = column.get("steps")
     if steps and not steps["regular"] and _is_series(column, steps, rows):

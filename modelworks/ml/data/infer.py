@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from modelworks.core.errors import InvalidInput
@@ -23,6 +22,7 @@ MOSTLY = (
     0.9  # a column with this share of numbers (or booleans, or times) has mixed types if the rest is something else
 )
 _DISTINCT_LIMIT = 20_000  # distinct texts of a column that are remembered
+_YEARS = range(1900, 2101)
 _PADDED = r"^[+-]?0[0-9xX]"
 
 
@@ -93,8 +93,8 @@ def infer(
         else _typed(name, types[name], tallies.get(name), schema, table.lexical)
         for name in table.names
     ]
-    if table.header_cells is not None:
-        _check_header(table.header_cells, found, tallies)
+    if table.header_cells is not None and schema.header is None:
+        _check_header(table, table.header_cells, found, tallies)
     return found
 
 
@@ -325,7 +325,7 @@ def _from_arrow(name: str, kind: pa.DataType) -> tuple[ColumnType, bool]:
 # the header
 
 
-def _check_header(cells: list[str], found: list[Inferred], tallies: dict[str, _Tally]) -> None:
+def _check_header(table: Table, cells: list[str], found: list[Inferred], tallies: dict[str, _Tally]) -> None:
     """InvalidInput when the first row is of the same kind as those below it."""
     values = [
         (cell, column) for cell, column in zip(cells, found, strict=True) if column.type not in ("category", "text")
@@ -335,14 +335,14 @@ def _check_header(cells: list[str], found: list[Inferred], tallies: dict[str, _T
     if values:
         if not all(_fits(cell, column.type) for cell, column in values):
             return
-        if _could_be_names([cell for cell, _ in values]) and not repeated:
+        if not repeated and _could_be_names(table, [cell for cell, _ in values]):
             return
     elif not repeated:
         return
     cell, column = values[0] if values else (texts[0].name, texts[0])
     raise fault(
         f"{shown(cell)} is of the same kind as the values below it, so the file seems to have no header row; "
-        "give the names of its columns as schema.header",
+        "give the names of its columns as schema.header, or false to have them numbered, or true if this row is the header",
         row=0,
         line=1,
         field=found.index(column) + 1,
@@ -362,10 +362,18 @@ def _fits(cell: str, kind: ColumnType) -> bool:
     return any(cast.cast(pa.array([cell]), kind, zoned=zoned)[1] is None for zoned in both)
 
 
-def _could_be_names(cells: list[str]) -> bool:
-    """Years, and counts such as 0, 1, 2 that pandas writes, are names of columns as often as they are values."""
-    if not all(cell.isascii() and cell.isdigit() for cell in cells):
+def _could_be_names(table: Table, cells: list[str]) -> bool:
+    """Whether numbers are names of columns: years above other values, or the 0, 1, 2... that pandas writes."""
+    if not all(cell.isascii() and cell.isdigit() and len(cell) < 6 for cell in cells):
         return False
-    numbers = [int(cell[:18]) for cell in cells]
-    consecutive = len(numbers) > 1 and all(b == a + 1 for a, b in pairwise(numbers))
-    return consecutive or all(1900 <= number <= 2100 for number in numbers)
+    numbers = [int(cell) for cell in cells]
+    below = next(table.batches(), None)
+    values = [set(below.column(name).to_pylist()) for name in cells] if below is not None else []
+    if all(number in _YEARS for number in numbers):
+        return not all(_is_year(value) for column in values for value in column)
+    counted = len(numbers) > 1 and numbers == list(range(len(numbers)))
+    return counted and not all(cell in column for cell, column in zip(cells, values, strict=False))
+
+
+def _is_year(value: str) -> bool:
+    return value.isascii() and value.isdigit() and len(value) < 6 and int(value) in _YEARS

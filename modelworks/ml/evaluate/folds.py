@@ -53,8 +53,8 @@ def predict_folds(
         left, right = start + (end - start) * (index / count), start + (end - start) * (number / count)
         kept = ctx.restore(name)
         found = _read(kept) if kept else None
+        label = f"fold {number} of {count}" if count > 1 else "hold-out"
         if found is None:
-            label = f"fold {number} of {count}" if count > 1 else "hold-out"
             part, began = Span(ctx, left, right, problem.spec.seed, label), time.monotonic()
             found = _predict(problem, train[np.isin(train, problem.rows)], test[np.isin(test, problem.rows)], part)
             ctx.checkpoint(name, _write(found))
@@ -66,7 +66,7 @@ def predict_folds(
         shown = "undefined" if scores[first] is None else f"{scores[first]:.4f}"
         ctx.event(
             "fold",
-            f"fold {number} of {count}: {first} {shown}",
+            f"{label}: {first} {shown}",
             fold=number,
             folds=count,
             metrics=scores,
@@ -75,9 +75,7 @@ def predict_folds(
             resumed=kept is not None,
         )
         ctx.metric(number, {key: value for key, value in scores.items() if value is not None}, unit=prefix)
-        ctx.progress(
-            right, f"fold {number} of {count}", **{name: value for name, value in scores.items() if value is not None}
-        )
+        ctx.progress(right, label, **{name: value for name, value in scores.items() if value is not None})
         done.append(found)
     return done
 

@@ -56,9 +56,9 @@ def plan(
     if task == CLASSIFICATION:
         for number, (train, _) in enumerate(made.parts, start=1):
             if len(np.unique(target[train])) < 2:
+                where, mend = (f"fold {number}", "fewer folds") if method.kfold else ("the hold-out", "a smaller one")
                 raise InvalidInput(
-                    f"the training part of fold {number} has rows of one class only; give more data, or use "
-                    "fewer folds",
+                    f"the training part of {where} has rows of one class only; give more data, or use {mend}",
                     code="too_few_rows",
                     param="validation",
                 )
