@@ -7,6 +7,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from modelworks.core.errors import NotFound
+
 
 def check_trainer(trainer: Any, *, hyperparameters: dict[str, Any] | None = None) -> None:
     """That a trainer (own net or other algorithm) keeps the contract of `modelworks.ml.base`, on small data of its own.
@@ -104,3 +106,6 @@ class QuietContext:
 
     def restore(self, name: str) -> bytes | None:
         return self.kept.get(name)
+
+    def model(self, ref: str) -> Any:
+        raise NotFound(f"there is no model {ref!r} here", code="model_not_found")

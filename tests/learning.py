@@ -25,6 +25,7 @@ class Context:
         self.workdir = workdir
         self.kept = {} if kept is None else kept
         self.fail_after = fail_after
+        self.models: dict[str, Package] = {}
         self.events: list[tuple[str, str, dict[str, Any]]] = []
         self.points: list[tuple[str, str, int, dict[str, float]]] = []
         self.reports: list[tuple[float, str, dict[str, Any]]] = []
@@ -48,6 +49,9 @@ class Context:
 
     def restore(self, name: str) -> bytes | None:
         return self.kept.get(name)
+
+    def model(self, ref: str) -> Package:
+        return self.models[ref]
 
 
 class Crash(BaseException):

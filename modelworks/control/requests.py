@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import modelworks
+from modelworks.control import backbones
 from modelworks.control.references import resolve_dataset, resolve_model
 from modelworks.core.errors import InvalidInput
 from modelworks.core.specs import ALIAS_PATTERN, NAME_PATTERN, EvaluationSpec, Method, TrainingSpec
@@ -28,7 +29,7 @@ MAX_CLASSES = 100_000
 def training(tx: Tx, project_id: str, spec: TrainingSpec) -> dict[str, Any]:
     """The job's spec: `spec` with defaults filled in and each dataset by its version, beside their ids."""
     dataset = resolve_dataset(tx, project_id, spec.dataset)
-    checked = check_training(spec, dataset.columns)
+    checked = backbones.resolved(tx, project_id, check_training(spec, dataset.columns))
     search = check_search(checked, task_of(checked, find(dataset.columns, spec.target, "target")))
     if search and search.validation:
         check_method(search.validation, dataset.columns, spec.target)

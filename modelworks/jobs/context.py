@@ -10,11 +10,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from modelworks.core.errors import CatalogUnavailable
+from modelworks.core.errors import CatalogUnavailable, NotFound
 from modelworks.core.types import Job
 from modelworks.jobs.parts import Delivered, spread_folds
 from modelworks.jobs.queue import Queue, patiently
 from modelworks.jobs.usage import Usage
+from modelworks.ml.package import Manifest, Package
 from modelworks.store.blobs import Blobs
 
 _APART = 0.2  # seconds between two progress writes
@@ -118,6 +119,13 @@ class Context:
     def restore(self, name: str) -> bytes | None:
         blob = patiently(lambda: self._queue.restore(self._id, name))
         return self._blobs.get(blob) if blob else None
+
+    def model(self, ref: str) -> Package:
+        name, _, version = ref.rpartition(":")
+        digest = patiently(lambda: self._queue.package_of(self.job.project_id, name, int(version or 0)))
+        if digest is None:
+            raise NotFound(f"the model {ref!r} is not there any more; name another", code="model_not_found")
+        return Package(Manifest.parse(self._blobs.get(digest)), self._blobs.path)
 
     def _flush(self, now: float) -> None:
         points = self._points

@@ -13,7 +13,16 @@ from typing import Any, Literal, TypeVar
 import sqlalchemy as sa
 
 from modelworks.core.errors import CatalogUnavailable, Conflict, LeaseLost
-from modelworks.core.types import FINAL_JOB_STATES, Artifact, Checkpoint, Job, JobEvent, JobKind, JobStatus
+from modelworks.core.types import (
+    FINAL_JOB_STATES,
+    Artifact,
+    Checkpoint,
+    Job,
+    JobEvent,
+    JobKind,
+    JobStatus,
+    ModelVersion,
+)
 from modelworks.ml.base import Cancelled
 from modelworks.store.catalog import Catalog, Tx
 
@@ -293,6 +302,12 @@ class Queue:
         else:
             tx.add(Checkpoint(job_id=parent.id, name=name, blob=blob))
         tx.update(parent, idle_deaths=_PROGRESSED)
+
+    def package_of(self, project_id: str, name: str, version: int) -> str | None:
+        """The digest of a model version's package."""
+        with self._catalog.read() as tx:
+            found = tx.find(ModelVersion, project_id=project_id, name=name, version=version)
+        return found.digest if found else None
 
     def restore(self, job_id: str, name: str) -> str | None:
         """The digest of the blob kept under `name`."""

@@ -9,7 +9,7 @@ The same arrays enter training, evaluation and the replica, so there is one impl
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     from modelworks.ml.package import Package
 
     Batch = dict[str, np.ndarray]
+
+
+Models = Callable[[str], "Package"]  # a registered model's reference -> its package
 
 
 class JobContext(Protocol):
@@ -58,6 +61,10 @@ class JobContext(Protocol):
         """Keep `data` under `name`: after a crash the retried job finds it with `restore`."""
 
     def restore(self, name: str) -> bytes | None: ...
+
+
+    def model(self, ref: str) -> Package:
+        """The registered model version `ref` ("minilm:1"), to build on. NotFound where there is none."""
 
 
 class Cancelled(Exception):

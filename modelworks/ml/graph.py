@@ -70,9 +70,9 @@ class Graph:
 
     def constant(self, values: Any, kind: int = FLOAT) -> str:
         """A constant tensor. `values` are numbers, or texts when kind is STRING."""
-        dtype: Any = {FLOAT: np.float32, DOUBLE: np.float64, INT64: np.int64, STRING: object}[kind]
+        dtype: Any = {FLOAT: np.float32, DOUBLE: np.float64, INT64: np.int64, STRING: object, BOOL: np.bool_}[kind]
         name = self._fresh("c")
-        self._constants[name] = np.array(values, dtype=dtype)
+        self._constants[name] = np.asarray(values, dtype=dtype)
         self.kinds[name] = kind
         return name
 

@@ -43,12 +43,18 @@ class Emitter:
         self.nodes.append(helper.make_node(kind, list(inputs), names, name=names[0], **attributes))
         return names[0]
 
+    def add(self, kind: str, inputs: list[str], outputs: int, domain: str, attributes: dict[str, Any]) -> list[str]:
+        """A node; the names of all its outputs."""
+        self.op(kind, *inputs, outputs=outputs, domain=domain, **attributes)
+        return list(self.nodes[-1].output)
+
     def constant(self, values: Any) -> str:
-        """A constant of `values`: a tensor, an array (float32 or int64), or numbers of one of these."""
+        """A constant of `values`: a tensor, an array (float32, int64 or bool), or numbers of one of these."""
         from onnx import numpy_helper
 
         array = values.detach().cpu().numpy() if hasattr(values, "detach") else np.asarray(values)
-        array = np.array(array, dtype=np.float32 if array.dtype.kind == "f" else np.int64, order="C")
+        kept: Any = {"f": np.float32, "b": np.bool_}.get(array.dtype.kind, np.int64)
+        array = np.array(array, dtype=kept, order="C")
         key = (array.tobytes(), str(array.dtype), array.shape)
         if key not in self._known:
             self._known[key] = self._name("c")
@@ -108,6 +114,20 @@ def write(
     output = helper.make_tensor_value_info(name, FLOAT, ["n"] if width is None else ["n", width])
     graph = helper.make_graph(emitter.nodes, "net", [features], [output], initializer=emitter.constants)
     return finish(graph)
+
+
+def write_vectors(net: torch.nn.Module, shape: tuple[int, ...]) -> Any:
+    """The model: "features" FP32 [n, *shape] -> "vectors" FP32 [n, d]. `net` emits itself."""
+    from onnx import helper
+
+    from modelworks.ml.graph import finish
+
+    emitter = Emitter()
+    last = emitter.module(net, "features")
+    emitter.nodes.append(helper.make_node("Identity", [last], ["vectors"], name="vectors"))
+    features = helper.make_tensor_value_info("features", FLOAT, ["n", *shape])
+    vectors = helper.make_tensor_value_info("vectors", FLOAT, ["n", "d"])
+    return finish(helper.make_graph(emitter.nodes, "vectors", [features], [vectors], initializer=emitter.constants))
 
 
 def _export(emitter: Emitter, net: torch.nn.Module, shape: tuple[int, ...]) -> str:

@@ -28,10 +28,11 @@ class NetFitted:
     model: onnx.ModelProto
     threads: int = 1
     history: list[dict[str, Any]] = field(default_factory=list)
+    rows: int | None = None  # that are predicted at a time
 
     def predict(self, features: np.ndarray) -> dict[str, np.ndarray]:
         name = self.model.graph.output[0].name
-        size = chunk_of(features.shape[1:])
+        size = self.rows or chunk_of(features.shape[1:])
         found = [
             self._session.run(
                 None, {"features": np.ascontiguousarray(features[start : start + size], dtype=np.float32)}
@@ -58,7 +59,13 @@ def chunk_of(shape: tuple[int, ...]) -> int:
 
 
 def fitted_of(
-    net: torch.nn.Module, shape: tuple[int, ...], objective: Objective, probe: np.ndarray, threads: int, history: Any
+    net: torch.nn.Module,
+    shape: tuple[int, ...],
+    objective: Objective,
+    probe: np.ndarray,
+    threads: int,
+    history: Any,
+    rows: int | None = None,
 ) -> NetFitted:
     """`net` written down. ModelworksError when the graph answers otherwise than the net for the rows `probe`."""
     import torch
@@ -71,7 +78,7 @@ def fitted_of(
         both = e.op("Concat", e.op("Neg", last), last, axis=1)
         return e.op("Sigmoid", both), 2
 
-    made = NetFitted(emit.write(net, shape, scores), threads, history)
+    made = NetFitted(emit.write(net, shape, scores), threads, history, rows)
     with torch.inference_mode():
         want = net(torch.from_numpy(np.ascontiguousarray(probe))).float()
         if objective.link == "scale":

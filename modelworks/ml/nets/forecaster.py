@@ -114,9 +114,9 @@ def _correct(
     """(the corrected net, the epochs that were best on `held`: 0 when the line alone is as good there)"""
     from modelworks.ml.nets.examples import MemoryExamples
     from modelworks.ml.nets.loop import Loop
-    from modelworks.ml.nets.trainer import _torch
+    from modelworks.ml.nets.trainer import set_up
 
-    torch = _torch(ctx)
+    torch = set_up(ctx)
     torch.manual_seed(ctx.seed)
     net = _network(line, params)
     examples, last = (

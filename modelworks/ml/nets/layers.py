@@ -58,6 +58,24 @@ class Shift(nn.Module):
         return x
 
 
+class Standardise(nn.Module):
+    """Rows [n, d] with each place at mean 0 and deviation 1, by figures that do not change."""
+
+    def __init__(self, mean: np.ndarray, deviation: np.ndarray) -> None:
+        super().__init__()
+        self.factor: torch.Tensor
+        self.offset: torch.Tensor
+        scale = np.where(deviation > 1e-8, deviation, 1.0)
+        self.register_buffer("factor", torch.from_numpy((1 / scale).astype(np.float32)))
+        self.register_buffer("offset", torch.from_numpy((-mean / scale).astype(np.float32)))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * self.factor + self.offset
+
+    def emit(self, e: Emitter, x: str) -> str:
+        return e.op("Add", e.op("Mul", x, e.constant(self.factor)), e.constant(self.offset))
+
+
 class Part(nn.Module):
     """The block of flattened features [n, f] in its own shape."""
 

@@ -74,6 +74,32 @@ class CnnParams(NetParams):
         return self
 
 
+class PretrainedParams(NetParams):
+    """A head on a registered model: first alone, then, with `fine_tune`, together with it."""
+
+    backbone: str | None = Field(
+        None, max_length=300, description="the registered model to build on: its name, name:version or name@alias; by default "
+        "the newest there is",
+    )  # fmt: skip
+    epochs: int = Field(40, ge=1, le=100_000, description="passes in which the head learns while the backbone stays")
+    batch_size: int = Field(32, ge=1, le=1_000_000, description="rows of one step")
+    l2: float = Field(0.1, ge=0, le=1e6, description="L2 penalty on the weights; decoupled (weight decay) with adamw")
+    hidden: list[Width] = Field([], max_length=8, description="widths of layers between the backbone and the answer")
+    dropout: float = Field(0.3, ge=0, lt=1, description="share of units left out before each layer of the head")
+    fine_tune: int = Field(0, ge=0, le=1000, description="passes after that, in which the backbone learns too; 0: it stays")
+    fine_tune_rate: float = Field(2e-5, gt=0, le=1, description="learning rate of those passes, rising and then falling")
+
+
+class TextClassifierParams(PretrainedParams):
+    pass
+
+
+class ImageClassifierParams(PretrainedParams):
+    copies: int = Field(
+        4, ge=1, le=100, description="with the transform augment: how many changed copies of each image the head learns from"
+    )
+
+
 class SequenceParams(NetParams):
     """What nets over sequences have in common."""
 

@@ -48,13 +48,13 @@ class NetTrainer:
         """Train a net from scratch with the job's seed and threads. InvalidInput where `net`, the loss or the run
         refuses.
         """
-        torch = _torch(ctx)
+        torch = set_up(ctx)
         from modelworks.ml.nets import advice
         from modelworks.ml.nets.fitted import fitted_of
         from modelworks.ml.nets.loop import Loop
         from modelworks.ml.nets.objective import Objective
 
-        examples, held = _set_aside(examples, stopping, ctx.seed)
+        examples, held = set_aside(examples, stopping, ctx.seed)
         objective = Objective(examples, params)
         torch.manual_seed(ctx.seed)
         net = self.net(examples, objective.outputs, params)
@@ -65,7 +65,8 @@ class NetTrainer:
         return fitted_of(net, examples.shape, objective, probe, ctx.threads, history)
 
 
-def _torch(ctx: JobContext) -> Any:
+def set_up(ctx: JobContext) -> Any:
+    """torch, with the job's threads. MissingExtra where it is not installed."""
     try:
         import accelerate  # noqa: F401
         import safetensors  # noqa: F401
@@ -76,7 +77,7 @@ def _torch(ctx: JobContext) -> Any:
     return torch
 
 
-def _set_aside(examples: Examples, stopping: Stopping | None, seed: int) -> tuple[Examples, Examples | None]:
+def set_aside(examples: Examples, stopping: Stopping | None, seed: int) -> tuple[Examples, Examples | None]:
     """(rows to train on, rows that tell when to stop)"""
     if stopping is None or stopping.patience is None:
         return examples, None

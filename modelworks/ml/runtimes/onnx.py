@@ -10,7 +10,7 @@ import numpy as np
 from modelworks.core.errors import InvalidInput, ModelworksError
 from modelworks.core.types import Signature, TensorSpec
 from modelworks.ml import graph
-from modelworks.ml.data.transforms.host import compile_host
+from modelworks.ml.data.transforms.host import compile_host, rows_at_once
 from modelworks.ml.data.transforms.rows import missing_mask
 from modelworks.ml.package import Package
 
@@ -35,6 +35,7 @@ class OnnxRuntime:
         self._session: Any = None
         self._signature: Signature | None = None
         self._host: Callable[[Batch], Batch] | None = None
+        self._rows: int | None = None
         self._refusals: tuple[type[Exception], ...] = ()
         self._failures: tuple[type[Exception], ...] = ()
 
@@ -52,6 +53,7 @@ class OnnxRuntime:
         self._signature = manifest.signature
         try:
             self._host = compile_host(manifest.host_transforms) if manifest.host_transforms else None
+            self._rows = rows_at_once(manifest.host_transforms)
         except (KeyError, TypeError, ValueError) as error:
             raise InvalidInput(
                 f"the package's host transforms are malformed: {error!r:.200}", code="bad_package"
@@ -69,13 +71,24 @@ class OnnxRuntime:
         feed = self._columns(arrays) if tabular else arrays
         names = [spec.name for spec in signature.outputs]
         try:
-            return dict(zip(names, self._session.run(names, feed), strict=True))
+            return dict(zip(names, self._run(names, feed), strict=True))
         except self._refusals as error:
             raise InvalidInput(f"the model refuses this input: {_brief(error)}", code="bad_input") from error
         except self._failures as error:
             raise ModelworksError(
                 "the model failed on this input; the replica's log has the reason", code="model_failed"
             ) from error
+
+    def _run(self, names: list[str], feed: dict[str, np.ndarray]) -> list[np.ndarray]:
+        """The session's outputs; long sequences some rows at a time, so that memory stays bounded."""
+        rows = len(next(iter(feed.values()))) if feed and self._rows else 0
+        if not self._rows or rows <= self._rows:
+            return self._session.run(names, feed)
+        parts = [
+            self._session.run(names, {name: values[start : start + self._rows] for name, values in feed.items()})
+            for start in range(0, rows, self._rows)
+        ]
+        return [np.concatenate(pieces) for pieces in zip(*parts, strict=True)]
 
     def close(self) -> None:
         self._session = None

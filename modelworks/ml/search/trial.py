@@ -13,6 +13,7 @@ from modelworks.ml.evaluate import metrics as m
 from modelworks.ml.evaluate.folds import predict_folds
 from modelworks.ml.evaluate.intervals import over_folds
 from modelworks.ml.evaluate.splits import Plan
+from modelworks.ml.package import Package
 from modelworks.ml.search.sampler import Pruner, Tried
 from modelworks.ml.train.problem import Problem, divide, pose
 
@@ -127,3 +128,6 @@ class _Watch:
 
     def restore(self, name: str) -> bytes | None:
         return self._ctx.restore(name)
+
+    def model(self, ref: str) -> Package:
+        return self._ctx.model(ref)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from modelworks.core.errors import InvalidInput
+from modelworks.core.specs import TransformSpec
 from modelworks.ml.base import Fitted, JobContext
 from modelworks.ml.data.transforms.preparation import Preparation
 from modelworks.ml.nets.examples import MemoryExamples
@@ -19,6 +20,7 @@ from modelworks.ml.train.problem import Problem
 
 if TYPE_CHECKING:
     from modelworks.ml.base import Batch
+    from modelworks.ml.package import Package
 
 _EVERY = 0.25  # seconds between two reports of progress
 
@@ -65,6 +67,9 @@ class Span:
     def restore(self, name: str) -> bytes | None:
         return self.ctx.restore(self._own(name))
 
+    def model(self, ref: str) -> Package:
+        return self.ctx.model(ref)
+
     def _own(self, name: str) -> str:
         return f"{self.label}: {name}" if self.label else name
 
@@ -108,16 +113,18 @@ def fit(problem: Problem, rows: np.ndarray, ctx: JobContext) -> Model:
 
         return fit_stored(problem, rows, ctx)
     trainer: Any = TRAINERS.get(problem.spec.algorithm)()
+    params = trainer.Params.model_validate(problem.spec.hyperparameters)
     batch = problem.part(rows)
     ctx.progress(0.0, "preparing")
     preparation = Preparation.fit(
         batch,
         problem.columns,
-        problem.transforms,
+        transforms_of(problem, trainer, params, ctx),
         accepts_missing=trainer.accepts_missing,
         target=problem.target[rows],
         shaped=getattr(trainer, "shaped", False),
         tokens=getattr(trainer, "tokens", False),
+        models=ctx.model,
     )
     features = preparation.fit_features(batch)
     target = problem.target[rows][preparation.keep]
@@ -131,7 +138,6 @@ def fit(problem: Problem, rows: np.ndarray, ctx: JobContext) -> Model:
                 code="too_few_rows",
                 param="transforms",
             )
-    params = trainer.Params.model_validate(problem.spec.hyperparameters)
     ctx.progress(0.1, "fitting")
     if hasattr(trainer, "learn"):
         examples = MemoryExamples(
@@ -147,3 +153,10 @@ def fit(problem: Problem, rows: np.ndarray, ctx: JobContext) -> Model:
             ctx.event("warning", f"{problem.spec.algorithm} learns from the rows as they are: augment changes nothing")
         fitted = trainer.train(features, target, params, ctx)
     return Model(preparation, fitted, trainer.accepts_missing, len(problem.classes or ()), seen)
+
+
+def transforms_of(problem: Problem, trainer: Any, params: Any, ctx: JobContext) -> list[TransformSpec] | None:
+    """Those asked for, else the trainer's own where it has any; None: the default ones."""
+    if problem.transforms is None and hasattr(trainer, "transforms"):
+        return list(trainer.transforms(problem.columns, params, ctx.model))
+    return problem.transforms

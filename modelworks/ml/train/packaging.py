@@ -14,6 +14,7 @@ import numpy as np
 from modelworks.core.errors import ModelworksError
 from modelworks.core.specs import TrainingSpec
 from modelworks.core.types import Signature, TensorSpec
+from modelworks.ml.base import Models
 from modelworks.ml.data.transforms.media_fit import spread
 from modelworks.ml.data.transforms.rows import missing_mask
 from modelworks.ml.data.types import batch_to_rows, signature_inputs
@@ -152,6 +153,12 @@ def _within(problem: Problem, rows: np.ndarray) -> int:
     return max(1, int(np.searchsorted(sizes.cumsum(), SAMPLE_BYTES, side="right")))
 
 
+def models_named(spec: TrainingSpec) -> list[str]:
+    """The registered models that a training builds on."""
+    named = [spec.hyperparameters.get("backbone"), *(step.params.get("model") for step in spec.transforms or [])]
+    return sorted({ref for ref in named if isinstance(ref, str)})
+
+
 def _lasting(spec: TrainingSpec) -> dict[str, Any]:
     """The spec without what has no influence on the result."""
     kept = spec.model_dump(mode="json", exclude={"search": True})
@@ -160,9 +167,14 @@ def _lasting(spec: TrainingSpec) -> dict[str, Any]:
     return kept
 
 
-def lineage_of(spec: TrainingSpec, dataset: str, dataset_digest: str, code_version: str) -> dict[str, Any]:
+def lineage_of(
+    spec: TrainingSpec, dataset: str, dataset_digest: str, code_version: str, models: Models
+) -> dict[str, Any]:
     """Where a model comes from: nothing in it depends on the clock."""
+    built_on = {ref: models(ref).manifest for ref in models_named(spec)}
+    on = {"models": {ref: {"digest": one.digest, "licence": one.licence} for ref, one in built_on.items()}} if built_on else {}
     return {
+        **on,
         "dataset": dataset,
         "dataset_digest": dataset_digest,
         "spec": _lasting(spec),

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from modelworks.core.errors import InvalidInput
+from modelworks.core.specs import TransformSpec
 from modelworks.ml.base import JobContext
 from modelworks.ml.data.transforms.media_fit import spread
 from modelworks.ml.data.transforms.preparation import Preparation
@@ -23,13 +24,14 @@ BUFFER_SHARE = 0.05  # ... and at most this share of the rows
 
 def fit_stored(problem: Problem, rows: np.ndarray, ctx: JobContext) -> Any:
     """As `fit`. The rows are mixed once on disk, then shuffled in a buffer in each epoch."""
-    from modelworks.ml.train.fit import Model
+    from modelworks.ml.train.fit import Model, transforms_of
 
     stored = problem.stored
     assert stored is not None
     trainer: Any = TRAINERS.get(problem.spec.algorithm)()
     ctx.progress(0.0, "preparing from a sample")
-    preparation = _prepare(problem, rows, trainer)
+    params = trainer.Params.model_validate(problem.spec.hyperparameters)
+    preparation = _prepare(problem, rows, trainer, transforms_of(problem, trainer, params, ctx), ctx)
     classes, seen, target = None, np.empty(0, dtype=np.int64), problem.target
     if problem.classes is not None:
         seen = np.unique(target[rows])
@@ -62,7 +64,6 @@ def fit_stored(problem: Problem, rows: np.ndarray, ctx: JobContext) -> Any:
         augment=preparation.augment if preparation.augments else None,
         buffer=int(max(64, min(BUFFER_BYTES // (4 * width), BUFFER_SHARE * len(rows)))),
     )
-    params = trainer.Params.model_validate(problem.spec.hyperparameters)
     ctx.event(
         "log",
         f"the data is larger than the memory for it: {len(rows):,} rows are streamed, {examples.buffer:,} of them are "
@@ -75,18 +76,21 @@ def fit_stored(problem: Problem, rows: np.ndarray, ctx: JobContext) -> Any:
     return Model(preparation, fitted, trainer.accepts_missing, len(problem.classes or ()), seen)
 
 
-def _prepare(problem: Problem, rows: np.ndarray, trainer: Any) -> Preparation:
+def _prepare(
+    problem: Problem, rows: np.ndarray, trainer: Any, transforms: list[TransformSpec] | None, ctx: JobContext
+) -> Preparation:
     assert problem.stored is not None
     width = problem.stored.width([column.name for column in problem.columns])
     sample = spread(rows, int(max(256, min(SAMPLE_ROWS, SAMPLE_BYTES // max(1.0, width)))))
     preparation = Preparation.fit(
         problem.part(sample),
         problem.columns,
-        problem.transforms,
+        transforms,
         accepts_missing=trainer.accepts_missing,
         target=problem.target[sample],
         shaped=getattr(trainer, "shaped", False),
         tokens=getattr(trainer, "tokens", False),
+        models=ctx.model,
     )
     if preparation.drops_rows:
         raise InvalidInput(

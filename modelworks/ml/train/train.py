@@ -16,7 +16,7 @@ from modelworks.ml.evaluate.metrics import Predictions, score
 from modelworks.ml.evaluate.splits import Plan, describe_method
 from modelworks.ml.forecast import forecasting
 from modelworks.ml.forecast.forecasting import describe as describe_forecast
-from modelworks.ml.package import Manifest
+from modelworks.ml.package import Manifest, Package
 from modelworks.ml.train.fit import Span, fit
 from modelworks.ml.train.packaging import lineage_of, package
 from modelworks.ml.train.problem import Problem, class_text, divide, pose, pose_test
@@ -69,7 +69,7 @@ def train(
         report["details"] |= {"search": searched, "notes": [searched["note"], *report["details"]["notes"]]}
     check_gates(spec.gates, report)
     final = Span(listening, 0.8, 0.95, spec.seed, "final fit")
-    lineage = lineage_of(spec, dataset_ref, dataset_digest, code_version)
+    lineage = lineage_of(spec, dataset_ref, dataset_digest, code_version, ctx.model)
     if searched:
         lineage["search"] = {
             name: searched[name] for name in ("metric", "trials", "parallel", "space", "best", "reported")
@@ -184,3 +184,6 @@ class _Listening:
 
     def restore(self, name: str) -> bytes | None:
         return self._ctx.restore(name)
+
+    def model(self, ref: str) -> Package:
+        return self._ctx.model(ref)

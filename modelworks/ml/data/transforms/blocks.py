@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from modelworks.core.errors import InvalidInput
 from modelworks.ml.data.transforms import media_params as ops
-from modelworks.ml.graph import FLOAT, INT64, Graph
+from modelworks.ml.graph import BOOL, FLOAT, INT64, Graph
+
+if TYPE_CHECKING:
+    from modelworks.ml.nets.backbone import TextBackbone
 
 Shape = tuple[int, ...]
 Chunks = Callable[[], Iterator[np.ndarray]]  # the block's values in some training rows, a few at a time
@@ -35,6 +38,21 @@ def _fit_crop(params: ops.Crop, shape: Shape, chunks: Chunks, name: str) -> dict
             code="bad_transform",
         )
     return {"top": top, "left": left, "size": [rows, columns]}
+
+
+def emit_embedding(graph: Graph, tokens: str, backbone: TextBackbone) -> str:
+    """The vectors [N, width] of token sequences [N, length]."""
+    from modelworks.ml.nets.backbone import write_encoder
+
+    def add(op: str, inputs: list[str], outputs: int, domain: str, attributes: dict[str, Any]) -> list[str]:
+        if outputs > 1:
+            raise InvalidInput(f"the embedding model's operator {op} has several results, which embed does not take", code="bad_graph")
+        return [graph.node(op, inputs, domain=domain, width=backbone.width, **attributes)]
+
+    def constant(values: Any) -> str:
+        return graph.constant(values, {"f": FLOAT, "b": BOOL}.get(values.dtype.kind, INT64))
+
+    return write_encoder(add, constant, backbone, tokens)
 
 
 def _emit_crop(graph: Graph, tensor: str, fitted: dict[str, Any]) -> str:

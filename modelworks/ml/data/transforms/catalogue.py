@@ -293,6 +293,10 @@ TRANSFORMS: dict[str, Transform] = {
             "tokenise", "host", "A text as a sequence of token numbers, 0 where it is padded.", ("text", "category"), ("text",),
             media.Tokenise,
         ),
+        Transform(
+            "embed", "host", "The vector that a registered embedding model gives a text, a number a column.",
+            ("text", "category"), ("text",), media.Embed,
+        ),
     )
 }  # fmt: skip
 ALIASES = {

@@ -25,6 +25,7 @@ _SPACELESS = "\u3041-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0
 _WORD = re.compile(rf"[{_SPACELESS}]|(?:(?![{_SPACELESS}])\w){{2,}}")
 _SPACE = re.compile(r"\s+")
 _PERIODS = {"month": 12.0, "day": 31.0, "weekday": 7.0, "hour": 24.0, "minute": 60.0, "dayofyear": 366.0}
+TOKENS_AT_ONCE = 16_384  # padding included
 _TRUE = frozenset({"true", "t", "yes", "y", "1"})
 _FALSE = frozenset({"false", "f", "no", "n", "0"})
 
@@ -54,6 +55,12 @@ def block_of(state: dict[str, Any]) -> tuple[str, tuple[int, ...]] | None:
     if state["kind"] == "audio":
         return "float32", (state["samples"],)
     return ("int64", (state["length"],)) if state["kind"] == "tokens" else None
+
+
+def rows_at_once(states: list[dict[str, Any]]) -> int | None:
+    """How many rows of token sequences may run through a graph together; None: as many as one likes."""
+    lengths = [state["length"] for state in states if state["kind"] == "tokens"]
+    return max(1, TOKENS_AT_ONCE // max(lengths)) if lengths else None
 
 
 def output_names(state: dict[str, Any]) -> list[str]:
@@ -304,11 +311,12 @@ def _tokens(state: dict[str, Any]) -> Step:
     from modelworks.ml.data.tokens import encoder
 
     encode, length, pad = encoder(state["tokenizer"]), state["length"], state["pad"]
+    end = state.get("end", [])[-length:]
 
     def apply(values: np.ndarray) -> np.ndarray:
         out = np.full((len(values), length), pad, dtype=np.int64)
         for row, ids in enumerate(encode([str(value) for value in values.tolist()])):
-            kept = ids[:length]
+            kept = ids if len(ids) <= length else [*ids[: length - len(end)], *end]
             out[row, : len(kept)] = kept
         return out
 

@@ -5,13 +5,17 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from modelworks.core.errors import InvalidInput
+from modelworks.ml.base import Models
 from modelworks.ml.data import media
 from modelworks.ml.data.transforms import media_params as ops
+
+if TYPE_CHECKING:
+    from modelworks.ml.nets.backbone import TextBackbone
 
 LOOKED_AT = 2000  # files whose headers are read
 _SIDE = 64  # the greatest side that is chosen for images of different sizes
@@ -29,12 +33,14 @@ def spread(values: np.ndarray, count: int) -> np.ndarray:
     return values[np.linspace(0, len(values) - 1, count).round().astype(np.int64)]
 
 
-def fit_media(params: Any, values: np.ndarray, name: str) -> dict[str, Any]:
+def fit_media(params: Any, values: np.ndarray, name: str, models: Models | None = None) -> dict[str, Any]:
     """The state of a decoding op without its wiring. values [n]: files (bytes) or texts of the rows that training keeps."""
     if isinstance(params, ops.Resize):
         return _images(params, values, name)
     if isinstance(params, ops.Resample):
         return _sounds(params, values, name)
+    if params.model is not None or isinstance(params, ops.Embed):
+        return _texts_for(text_model(models, params.model), params, values)
     return _texts(params, values, name)
 
 
@@ -74,18 +80,45 @@ def _sounds(params: ops.Resample, values: np.ndarray, name: str) -> dict[str, An
 def _texts(params: ops.Tokenise, values: np.ndarray, name: str) -> dict[str, Any]:
     from modelworks.ml.data import tokens
 
-    texts = [str(value) for value in values.tolist()]
     if params.tokenizer is not None:
         made = _given(params.tokenizer, "transforms.tokenizer")
     else:
-        made = tokens.learn(texts, params.vocabulary, params.lowercase)
+        made = tokens.learn([str(value) for value in values.tolist()], params.vocabulary, params.lowercase)
     vocabulary, pad = tokens.facts(made)
-    length = params.length
-    if length is None:
-        counts = sorted(map(len, tokens.encoder(made)(spread(np.array(texts, dtype=object), LOOKED_AT).tolist())))
-        covered = counts[math.ceil(_COVERED * len(counts)) - 1] if counts else 1
-        length = max(_STEP, min(_TOKENS, -(-covered // _STEP) * _STEP))
+    length = params.length or _covering(made, values)
     return {"kind": "tokens", "tokenizer": made, "length": length, "vocabulary": vocabulary, "pad": pad}
+
+
+def _covering(made: dict[str, Any], values: np.ndarray) -> int:
+    """The length that most of the texts keep within."""
+    from modelworks.ml.data import tokens
+
+    some = [str(value) for value in spread(values, LOOKED_AT).tolist()]
+    counts = sorted(map(len, tokens.encoder(made)(some)))
+    covered = counts[math.ceil(_COVERED * len(counts)) - 1] if counts else 1
+    return max(_STEP, min(_TOKENS, -(-covered // _STEP) * _STEP))
+
+
+def text_model(models: Models | None, ref: str | None, param: str = "transforms") -> TextBackbone:
+    """The registered embedding model `ref`."""
+    from modelworks.ml.nets.backbone import text_backbone
+
+    if models is None or not ref:
+        raise InvalidInput("name a registered embedding model in model", param=param, code="model_not_found")
+    return text_backbone(models(ref), ref, param)
+
+
+def _texts_for(backbone: TextBackbone, params: ops.Tokenise | ops.Embed, values: np.ndarray) -> dict[str, Any]:
+    """Tokens as an embedding model reads them. `end`: what stays at the end of a text that is cut."""
+    from modelworks.ml.data import tokens
+
+    made, most = backbone.tokenizer, backbone.settings.max_tokens
+    if params.length and params.length > most:
+        raise InvalidInput(f"{params.model} reads at most {most} tokens; lower length", param="transforms.length", code="bad_transform")
+    return {
+        "kind": "tokens", "tokenizer": made, "length": params.length or min(most, _covering(made, values)),
+        "vocabulary": tokens.facts(made)[0], "pad": backbone.settings.pad_id, "end": backbone.end, "model": params.model,
+    }  # fmt: skip
 
 
 def _given(source: dict[str, Any] | str, where: str) -> dict[str, Any]:

@@ -122,8 +122,24 @@ class Tokenise(Spec):
         description="a tokenizer as JSON (tokenizer.json of the tokenizers library), or package:DIST/PATH of one; by "
         "default byte-pair encoding is learnt from the training rows",
     )
+    model: str | None = Field(None, description="a registered embedding model, whose tokenizer is used")
     vocabulary: int = Field(4000, ge=16, le=100_000, description="tokens of a learnt tokenizer, at most")
     length: int | None = Field(
         None, ge=1, le=MAX_TOKENS, description="shorter texts are padded, longer cut; by default what fits 98 % of texts, up to 256"
     )
     lowercase: bool = Field(False, description="for a learnt tokenizer")
+
+    @model_validator(mode="after")
+    def _one(self) -> Tokenise:
+        if self.model and self.tokenizer is not None:
+            raise ValueError("give tokenizer or model, not both")
+        return self
+
+
+class Embed(Spec):
+    model: str | None = Field(
+        None, description="a registered embedding model: its name, name:version or name@alias; by default the newest there is"
+    )
+    length: int | None = Field(
+        None, ge=1, le=MAX_TOKENS, description="tokens of a text that are read; by default what fits 98 % of texts, up to 256"
+    )

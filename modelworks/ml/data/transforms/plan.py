@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     import onnx
 
     from modelworks.ml.base import Batch
+    from modelworks.ml.nets.backbone import TextBackbone
 
 CHUNK = 8192  # rows that run through the graph at a time
 CHUNK_BYTES = 32 << 20  # ... and what their widest tensor may take
@@ -151,6 +152,9 @@ class Plan:
         elif step.op == "host":
             for column in chosen:
                 self._host(column, step.fitted[column.key])
+        elif step.op == "embed":
+            for column in chosen:
+                self._embed(column, step.fitted[column.key])
         elif step.op in blocks.BLOCKS:
             for column in chosen:
                 tensor = blocks.BLOCKS[step.op][1](self.graph, column.tensor, step.fitted[column.key])
@@ -267,12 +271,20 @@ class Plan:
             tensor = blocks.emit_pixels(graph, tensor)
         elif dtype == "int64":
             tensor = graph.node("Cast", [tensor], shape=shape, to=FLOAT)
-            about = {"vocabulary": state["vocabulary"], "pad": state["pad"]}
+            about = {"vocabulary": state["vocabulary"], "pad": state["pad"], "model": state.get("model")}
         else:
             about = {"rate": state["rate"]}
         complete = column.complete or dtype == "int64"  # a missing text has no tokens
         self._put(
             [replace(column, tensor=tensor, index=0, shape=shape, about=about, complete=complete, host_prior=None)]
+        )
+
+    def _embed(self, column: Current, backbone: TextBackbone) -> None:
+        """The vector of a token sequence in its place, a column a number."""
+        tensor, key = blocks.emit_embedding(self.graph, column.tensor, backbone), (*column.key, self._steps)
+        self._split(
+            column,
+            [Current((*key, i), f"{column.name}:{i}", column.raw, "number", tensor, i, True, None) for i in range(backbone.width)],
         )
 
     # values
@@ -361,6 +373,7 @@ def run(session: Any, states: list[dict[str, Any]], batch: Batch) -> list[np.nda
     rows = len(next(iter(batch.values()))) if batch else 0
     parts: list[list[np.ndarray]] = []
     size = chunk_rows([*inputs, *session.get_outputs()])
+    size = min(size, host.rows_at_once(states) or size)
     for start in range(0, max(rows, 1), size):
         chunk = {name: column[start : start + size] for name, column in batch.items()}
         parts.append(session.run(None, onnx_graph.feed(inputs, apply(chunk))))

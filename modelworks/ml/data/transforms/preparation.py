@@ -15,9 +15,10 @@ from modelworks.core.errors import InvalidInput
 from modelworks.core.specs import TransformSpec
 from modelworks.core.types import Column
 from modelworks.ml import graph as onnx_graph
+from modelworks.ml.base import Models
 from modelworks.ml.data.transforms import blocks, catalogue, labels, numeric
 from modelworks.ml.data.transforms.blocks import augment
-from modelworks.ml.data.transforms.media_fit import spread
+from modelworks.ml.data.transforms.media_fit import spread, text_model
 from modelworks.ml.data.transforms.plan import Current, Key, Plan, Step, needed, run
 from modelworks.ml.data.transforms.rows import RowFilter, missing_mask
 from modelworks.ml.data.transforms.texts import fit_host
@@ -82,12 +83,13 @@ class Preparation:
         target: np.ndarray | None = None,
         shaped: bool = False,
         tokens: bool = False,
+        models: Models | None = None,
     ) -> Preparation:
         """Fit on `batch` (wire form, `columns` = the features). Without `specs` the default preparation is used.
 
         `shaped`: an estimator that takes images, sounds and sequences in their shape: where the features are one such
         block alone, they are [n, *shape]; else they are [n, f], and `blocks` tells what is where. `tokens`: by default
-        texts become token sequences, not tf-idf.
+        texts become token sequences, not tf-idf. `models`: the packages of registered models that transforms name.
         `target` [n] only serves drop-duplicates: rows with different targets are not alike. InvalidInput names the
         column that is unknown, of a wrong type for its op, or in the end not a number or missing where it must not be.
         """
@@ -100,7 +102,7 @@ class Preparation:
             if specs is None
             else catalogue.check_transforms(specs)
         )
-        fitting = _Fitting(batch, columns, target)
+        fitting = _Fitting(batch, columns, target, models)
         for index, spec in enumerate(steps):
             fitting.step(spec, f"transforms[{index}]")
         return fitting.finish(accepts_missing, shaped)
@@ -192,8 +194,11 @@ def default_transforms(
 class _Fitting:
     """The state of a fit: the plan so far and the rows that are still kept."""
 
-    def __init__(self, batch: Batch, columns: list[Column], target: np.ndarray | None) -> None:
+    def __init__(
+        self, batch: Batch, columns: list[Column], target: np.ndarray | None, models: Models | None = None
+    ) -> None:
         self.batch = batch
+        self.models = models
         self.raw = columns
         self.target = target
         self.plan = Plan(columns)
@@ -377,8 +382,10 @@ class _Fitting:
                 self._refuse(
                     op, column, f"{op} must be the first op on its column (only fill-missing may stand before it)"
                 )
-        fitted = {c.key: fit_host(params, self._texts(c), c.name) for c in chosen}
+        fitted = {c.key: fit_host(params, self._texts(c), c.name, self.models) for c in chosen}
         self._do(Step("host", fitted))
+        if op == "embed":
+            self._do(Step("embed", dict.fromkeys(fitted, text_model(self.models, params.model))))
 
     def _decoded(self, columns: list[Current]) -> list[Current]:
         """The columns with images and sounds decoded, by the default where no transform did it."""

@@ -9,13 +9,14 @@ from typing import Any
 import numpy as np
 
 from modelworks.core.errors import InvalidInput
+from modelworks.ml.base import Models
 from modelworks.ml.data.transforms import catalogue as ops
 from modelworks.ml.data.transforms import media_params
 from modelworks.ml.data.transforms.host import tokens
 from modelworks.ml.data.transforms.media_fit import fit_media
 
 
-def fit_host(params: Any, values: np.ndarray, name: str) -> dict[str, Any]:
+def fit_host(params: Any, values: np.ndarray, name: str, models: Models | None = None) -> dict[str, Any]:
     """The state of a host op without its wiring. values [n]: strings of the rows that training keeps."""
     if isinstance(params, ops.DateParts):
         return {"kind": "date-parts", "parts": list(params.parts), "cyclic": params.cyclic}
@@ -23,8 +24,8 @@ def fit_host(params: Any, values: np.ndarray, name: str) -> dict[str, Any]:
         return {"kind": "parse", "to": params.to}
     if isinstance(params, ops.Hashing):
         return {"kind": "hashing", **_analysis(params), "n_features": params.n_features}
-    if isinstance(params, media_params.Resize | media_params.Resample | media_params.Tokenise):
-        return fit_media(params, values, name)
+    if isinstance(params, media_params.Resize | media_params.Resample | media_params.Tokenise | media_params.Embed):
+        return fit_media(params, values, name, models)
     assert isinstance(params, ops.TfIdf)
     return {"kind": "tf-idf", **_analysis(params), "sublinear": params.sublinear, **_vocabulary(params, values, name)}
 
