@@ -109,7 +109,9 @@ def read_fields(body: dict[str, Any], model: str) -> dict[str, Any]:
         raise InvalidInput("metadata must be an object of at most 16 texts", param="metadata")
     text = body.get("text") or {}
     format = (text.get("format") if isinstance(text, dict) else None) or {"type": "text"}
+    texts = ("user", "safety_identifier", "prompt_cache_key")
     return {
+        **{name: body[name] for name in texts if isinstance(body.get(name), str)},
         "background": False,
         "instructions": body.get("instructions"),
         "max_output_tokens": body.get("max_output_tokens"),
@@ -265,7 +267,6 @@ class Answering(Exchange):
             "incomplete_details": None,
             "output": list(self.output.items),
             "usage": None,
-            "user": None,
             **self.fields,
         }
 
