@@ -401,6 +401,7 @@ async def _gateway(config: dict[str, Any], settings: Settings) -> None:
     authenticator = Authenticator(
         catalog, secret, default_rates=(settings.requests_per_minute, settings.tokens_per_minute)
     )
+    limiter = RateLimiter() if config["limits"] is None else LeasingLimiter(Buckets(config["limits"]))
     router = Router(config["secret"])
     observer = _observer(home, settings)
     services = Services(
@@ -411,8 +412,8 @@ async def _gateway(config: dict[str, Any], settings: Settings) -> None:
         access=Access(catalog, secret),
         responses=Responses(catalog),
         authenticator=authenticator,
-        limiter=RateLimiter() if config["limits"] is None else LeasingLimiter(Buckets(config["limits"])),
-        gateway=Gateway(router, timeout=settings.predict_timeout, observer=observer),
+        limiter=limiter,
+        gateway=Gateway(router, timeout=settings.predict_timeout, observer=observer, limiter=limiter),
     )
     limits = Limits(queue=settings.queue_limit)
     follower = Follower(catalog, router, authenticator, limits=limits, interval=_FOLLOW)

@@ -161,6 +161,7 @@ def house(home: Path, **settings: Any) -> Iterator[House]:
     authenticator = Authenticator(catalog, secret)
     admin = authenticator.authenticate(f"Bearer {key}")
     router = FakeRouter(admin.project_id)
+    limiter = RateLimiter()
     services = Services(
         settings=Settings(home=home, **settings),
         catalog=catalog,
@@ -169,8 +170,8 @@ def house(home: Path, **settings: Any) -> Iterator[House]:
         access=access,
         responses=Responses(catalog),
         authenticator=authenticator,
-        limiter=RateLimiter(),
-        gateway=Gateway(router),  # type: ignore[arg-type]
+        limiter=limiter,
+        gateway=Gateway(router, limiter=limiter),  # type: ignore[arg-type]
     )
     found = House(home, services, create_app(services), router, {"admin": key}, admin)
     for role in ("developer", "viewer", "invoke-only"):

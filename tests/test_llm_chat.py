@@ -123,7 +123,7 @@ def test_limits_stops_seeds_and_emoji(openai: Any) -> None:
                     }
                 ]
             },
-            "the images",
+            "messages",
             "unsupported_parameter",
         ),
     ],

@@ -110,6 +110,7 @@ def test_bias_and_schema_bind_the_text(engine: LlamaRuntime) -> None:
         (messages(PARIS), {"schema": {"type": "objekt"}}, "invalid_schema"),
         (messages(PARIS), {"schema": {"type": "string", "pattern": "("}}, "invalid_schema"),
         (messages(PARIS), {"schema": {"$ref": "http://localhost/x"}}, "invalid_schema"),
+        (messages(PARIS), {"schema": {"$ref": "#"}}, "invalid_schema"),
         (prompt("a"), {"echo": True, "logprobs": 1}, "unsupported_parameter"),
         (
             messages([{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:image/png;base64,aGk="}}]}]),

@@ -136,7 +136,7 @@ async def _run(
     request: Request, services: Services, caller: Caller, route: Route, inputs: list[Tensor], param: str
 ) -> tuple[bytes, int]:
     """The first output's bytes, and the sum of the second, the rows' tokens."""
-    call = Call(route.name, inputs, services.gateway.deadline(SECONDS), caller.request_id)
+    call = Call(route.name, inputs, services.gateway.deadline(SECONDS), caller.request_id, counted=True)
     allowance = Allowance(services, caller, request)
     allowance.reserve(inputs)
     tokens = 0

@@ -151,6 +151,7 @@ class Exchange:
                 self.caller.request_id,
                 params,
                 stream=self.asked.stream,
+                counted=True,
             )
             headers = self.request.headers
             hint(call, self.caller.principal, headers.get(PRIORITY_HEADER), headers.get(STICKY_HEADER))

@@ -32,7 +32,7 @@ MAX_DEPTH = 32  # of a JSON schema
 
 # What an engine may lack; the value says it in the refusal. `images` are parts of messages, the others parameters.
 FEATURES = {
-    "images": "this model has no eyes: it takes text only",
+    "images": "this model has no eyes: it takes messages of text only",
     "tokens": "the engine of this model takes texts, not token ids",
     "schema": "the engine of this model cannot hold its answer to a JSON schema",
     "logit_bias": "the engine of this model has no logit_bias",
@@ -125,8 +125,9 @@ def read_ask(inputs: list[Tensor], params: dict[str, Any], lacks: Collection[str
         )
     for feature, param in _asked(ask):
         if feature in lacks:
+            what = "the images" if feature == "images" else param
             raise InvalidInput(
-                f"{FEATURES[feature]}; leave out {param}, or ask another deployment",
+                f"{FEATURES[feature]}; leave out {what}, or ask another deployment",
                 code="unsupported_parameter",
                 param=param,
             )
@@ -192,19 +193,31 @@ def check_schema(schema: Any, param: str = "response_format") -> None:
             raise InvalidInput(f"the JSON schema is deeper than {MAX_DEPTH}", code="invalid_schema", param=param)
         if isinstance(value, dict):
             ref = value.get("$ref")
-            if isinstance(ref, str) and not _resolves(schema, ref):
-                raise InvalidInput(
-                    f"the JSON schema refers to {ref[:100]!r}, which is not in it; use #/$defs/NAME",
-                    code="invalid_schema",
-                    param=param,
-                )
+            if isinstance(ref, str) and (why := _lost(schema, ref)):
+                raise InvalidInput(f"the JSON schema refers to {ref[:100]!r}, {why}", code="invalid_schema", param=param)
         inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
         waiting.extend((one, depth + 1) for one in inner)
 
 
-def _resolves(schema: dict[str, Any], ref: str) -> bool:
+def _lost(schema: dict[str, Any], ref: str) -> str:
+    """Why a reference says nothing, or "": it must lead to something else than another way back to itself."""
+    passed: set[str] = set()
+    while True:
+        value = _target(schema, ref)
+        if not isinstance(value, dict | bool):
+            return "which is not in it; use #/$defs/NAME"
+        passed.add(ref)
+        further = value.get("$ref") if isinstance(value, dict) else None
+        if not isinstance(further, str):
+            return ""
+        ref = further
+        if ref in passed:
+            return "which leads back to itself; let it name a type"
+
+
+def _target(schema: dict[str, Any], ref: str) -> Any:
     if ref != "#" and not ref.startswith("#/"):
-        return False
+        return None
     value: Any = schema
     for key in ref.split("/")[1:]:
         key = key.replace("~1", "/").replace("~0", "~")
@@ -213,8 +226,8 @@ def _resolves(schema: dict[str, Any], ref: str) -> bool:
         elif isinstance(value, dict) and key in value:
             value = value[key]
         else:
-            return False
-    return isinstance(value, dict | bool)
+            return None
+    return value
 
 
 # messages
@@ -326,7 +339,7 @@ def _asked(ask: Ask) -> list[tuple[str, str]]:
     """The FEATURES that a call needs, each with the parameter that asks for it."""
     given, usual = ask.sampling, Sampling()
     asked = [
-        (ask.messages is not None and has_images(ask.messages), "images", "the images"),
+        (ask.messages is not None and has_images(ask.messages), "images", "messages"),
         (ask.tokens is not None, "tokens", "prompt"),
         (given.schema is not None, "schema", "response_format"),
         (bool(given.logit_bias), "logit_bias", "logit_bias"),

@@ -446,6 +446,7 @@ class Call(msgspec.Struct):
     priority: int = 1
     sticky: str = ""
     kind: Any = None  # of `inputs` (serve/columns.py), where the dialect knows it
+    counted: bool = False  # its dialect counts the tokens that it uses
 
 
 class Answer(msgspec.Struct):

@@ -85,8 +85,8 @@ def digest(call: Call) -> bytes:
 class Errand:
     """Such a call on its way, in the place of a Pending."""
 
-    __slots__ = ("_cache", "_call", "_counted", "_deliver", "_key", "_parts", "_route", "_submit", "_tried",
-                 "begun", "cached", "done", "pending")  # fmt: skip
+    __slots__ = ("_cache", "_call", "_counted", "_key", "_parts", "_route", "_submit", "_tried",
+                 "begun", "cached", "deliver", "done", "pending")  # fmt: skip
 
     def __init__(
         self,
@@ -100,7 +100,7 @@ class Errand:
         """`counted`: makes of `deliver` one that counts what comes out of the cache."""
         self._route = route
         self._call = call
-        self._deliver = deliver
+        self.deliver = deliver
         self._cache = cache
         self._submit = submit
         self._counted = counted
@@ -117,7 +117,7 @@ class Errand:
         known = self._cache.get(self._key) if self._cache is not None else None
         if known is not None:
             self.cached = True
-            self._deliver = self._counted(self._deliver)
+            self.deliver = self._counted(self.deliver)
             asyncio.get_running_loop().call_soon(self._replay, known)
             return
         size = sum(len(tensor.data) for tensor in self._call.inputs)
@@ -128,7 +128,7 @@ class Errand:
         for part in parts:
             if not self.done:
                 self.done = part.done
-                self._deliver(part)
+                self.deliver(part)
 
     def _go(self, name: str) -> None:
         while True:
@@ -168,7 +168,7 @@ class Errand:
                 if item.done:
                     self._cache.put(self._key, self._parts)
         self.done = isinstance(item, ModelworksError) or item.done
-        self._deliver(item)
+        self.deliver(item)
 
 
 def failure(error: ModelworksError) -> str:

@@ -13,6 +13,7 @@ from modelworks.core.errors import Forbidden, ModelworksError, NotFound, Unavail
 from modelworks.core.types import Answer, Call, Principal
 from modelworks.serve.channel import Deliver
 from modelworks.serve.detours import Caches, Errand
+from modelworks.serve.metering import TASKS, Limiter, Meter
 from modelworks.serve.observe import Observer, Watch
 from modelworks.serve.router import Pending, Router
 from modelworks.serve.routes import Route
@@ -41,12 +42,14 @@ class Gateway:
         checks: Sequence[Check] = (),
         timeout: float = 30.0,
         observer: Observer | None = None,
+        limiter: Limiter | None = None,
     ) -> None:
         self.router = router
         self.observer = observer or Observer()
         self._may_call = may_call
         self._checks = tuple(checks)
         self._timeout = timeout
+        self._limiter = limiter
         self._caches = Caches()
 
     def deadline(self, seconds: float | None = None) -> float:
@@ -89,6 +92,18 @@ class Gateway:
         """
         route = self.route(principal, call.deployment, call.version)
         call.key_id = principal.key_id
+        if route.task in TASKS and not call.counted:
+            deliver = Meter(self.observer, self._limiter, principal, route, deliver)
+            try:
+                return self._start(principal, route, call, deliver, manual)
+            except ModelworksError:
+                deliver.settle()
+                raise
+        return self._start(principal, route, call, deliver, manual)
+
+    def _start(
+        self, principal: Principal, route: Route, call: Call, deliver: Deliver, manual: bool
+    ) -> Pending | Errand:
         if route.detours or route.cache is not None:
             return self._send_out(principal, route, call, deliver, manual)
         return self._submit(principal, route, call, deliver, manual)
@@ -131,6 +146,8 @@ class Gateway:
     def abort(self, pending: Pending | Errand) -> None:
         """Nobody waits for the answer any more. After its end this does nothing."""
         if isinstance(pending, Errand):
+            if not pending.done and isinstance(pending.deliver, Meter):
+                pending.deliver.settle()
             pending.done = True
             if pending.pending is None:
                 return
@@ -138,6 +155,8 @@ class Gateway:
         if not pending.done:
             if isinstance(pending.deliver, Watch):
                 pending.deliver.cancelled()
+                if isinstance(pending.deliver.deliver, Meter):
+                    pending.deliver.deliver.settle()
             self.router.abort(pending)
 
     async def infer(self, principal: Principal, call: Call) -> Answer:

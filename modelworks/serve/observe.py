@@ -228,12 +228,12 @@ def rows_of(call: Call) -> int:
 class Watch:
     """One call of a deployment on its way, in the place of its `deliver`."""
 
-    __slots__ = ("_begun", "_deliver", "_observer", "_route", "_span")
+    __slots__ = ("_begun", "_observer", "_route", "_span", "deliver")
 
     def __init__(self, observer: Observer, route: Route, deliver: Deliver) -> None:
         self._observer = observer
         self._route = route
-        self._deliver = deliver
+        self.deliver = deliver
         self._begun = monotonic()
         self._span: CallSpan | None = None if observer.tracing is None else observer.tracing.call(route)
 
@@ -260,7 +260,7 @@ class Watch:
             sums[3] += value
             if self._span is not None:
                 self._span.answered(item)
-        self._deliver(item)
+        self.deliver(item)
 
     def refused(self, error: ModelworksError) -> None:
         """The router or a check took it not at all."""
