@@ -33,6 +33,7 @@ def train(
     repeats: Annotated[int, typer.Option(help="With --kfold: how many times.")] = 1,
     holdout: Annotated[float | None, typer.Option(help="Evaluate on this share of rows.  [default: 0.2]")] = None,
     test: Annotated[str | None, typer.Option(help="Evaluate on this dataset.")] = None,
+    split: Annotated[str | None, typer.Option(help="Evaluate by this column, which says train or test.")] = None,
     group: Annotated[str | None, typer.Option(help="Rows that share this column's value stay together.")] = None,
     time: Annotated[
         str | None, typer.Option(help="Split along this column: past and future. Of a forecast: its time.")
@@ -40,6 +41,12 @@ def train(
     metric: Annotated[list[str] | None, typer.Option(help="A metric to compute; by default all. Repeatable.")] = None,
     gate: Annotated[
         list[str] | None, typer.Option(help="Register only if it holds: --gate 'accuracy>=0.9'. Repeatable.")
+    ] = None,
+    slice_: Annotated[
+        list[str] | None, typer.Option("--slice", help="Measure these rows apart: --slice 'age > 60'. Repeatable.")
+    ] = None,
+    threshold: Annotated[
+        str | None, typer.Option(help="Of two classes: from which probability of the second on: a number, f1 or youden.")
     ] = None,
     transforms: Annotated[
         Path | None, typer.Option(help="TOML or JSON file with the steps; by default fill, standardise, one-hot.")
@@ -77,7 +84,11 @@ def train(
         "time": time if alone else None,
         "algorithm": algorithm,
         "hyperparameters": values.settings(set_),
-        "validation": values.method(kfold=kfold, holdout=holdout, test=test, repeats=repeats, group=group, time=None if alone else time),
+        "validation": values.method(
+            kfold=kfold, holdout=holdout, test=test, repeats=repeats, group=group, time=None if alone else time, split=split
+        ),
+        "slices": slice_ or [],
+        "threshold": values.threshold(threshold),
         "metrics": metric or None,
         "gates": values.gates(gate),
         "transforms": values.transforms(transforms),
@@ -198,7 +209,7 @@ def algorithms(
         return
     session.table(
         ("algorithm", "task", "description"),
-        ((one.name, ", ".join(one.tasks) or one.task, one.description) for one in found),
+        ((one.name, one.task or ", ".join(one.tasks), one.description) for one in found),
     )
 
 

@@ -52,11 +52,20 @@ def gates(given: Sequence[str] | None) -> list[dict[str, Any]]:
 
 
 def method(
-    *, kfold: int | None, holdout: float | None, test: str | None, repeats: int, group: str | None, time: str | None
+    *,
+    kfold: int | None,
+    holdout: float | None,
+    test: str | None,
+    repeats: int,
+    group: str | None,
+    time: str | None,
+    split: str | None = None,
 ) -> dict[str, Any] | None:
     """The evaluation's method from its flags; None when none was given."""
     chosen = {
-        name: value for name, value in (("kfold", kfold), ("holdout", holdout), ("test", test)) if value is not None
+        name: value
+        for name, value in (("kfold", kfold), ("holdout", holdout), ("test", test), ("split", split))
+        if value is not None
     }
     more = {name: value for name, value in (("group", group), ("time", time)) if value is not None}
     if repeats != 1:
@@ -68,6 +77,14 @@ def method(
     if not chosen and more:
         raise InvalidInput(f"--{next(iter(more))} goes with --kfold, --holdout or --test", param=next(iter(more)))
     return {**chosen, **more} or None
+
+
+def threshold(given: str | None) -> float | str | None:
+    """A number, or the name of what chooses it."""
+    try:
+        return None if given is None else float(given)
+    except ValueError:
+        return given
 
 
 def transforms(path: Path | None) -> list[Any] | None:

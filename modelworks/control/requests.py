@@ -33,6 +33,8 @@ def training(tx: Tx, project_id: str, spec: TrainingSpec) -> dict[str, Any]:
     search = check_search(checked, task_of(checked, find(dataset.columns, spec.target, "target")))
     if search and search.validation:
         check_method(search.validation, dataset.columns, spec.target)
+    for one in spec.slices:
+        parse_slice(one, dataset.columns)
     checked = checked.model_copy(update={"dataset": dataset.ref, "search": search})
     resolved = checked.model_dump(mode="json") | {"dataset_id": dataset.id}
     if spec.validation and spec.validation.test:

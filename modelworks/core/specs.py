@@ -165,12 +165,15 @@ Transforms = list[Annotated[TransformSpec, BeforeValidator(_transform)]]
 
 
 class Method(Spec):
-    """How to evaluate: exactly one of `holdout`, `kfold`, `test`."""
+    """How to evaluate: exactly one of `holdout`, `kfold`, `test`, `split`."""
 
     holdout: float | None = Field(None, gt=0, lt=1, description="the share of rows held out")
     kfold: int | None = Field(None, ge=2, le=100, description="number of folds")
     repeats: int = Field(1, ge=1, le=100, description="with kfold: how many times, each shuffled differently")
     test: RefText | None = Field(None, description="another dataset whose rows are the test set")
+    split: str | None = Field(
+        None, description="a column that says `train` or `test` of each row; rows of any other value are left out"
+    )
     stratify: bool | None = Field(
         None, description="keep class shares in each part; by default wherever it is possible"
     )
@@ -185,11 +188,13 @@ class Method(Spec):
 
     @model_validator(mode="after")
     def _one(self) -> Method:
-        chosen = [name for name in ("holdout", "kfold", "test") if getattr(self, name) is not None]
+        chosen = [name for name in ("holdout", "kfold", "test", "split") if getattr(self, name) is not None]
         if len(chosen) != 1:
-            raise ValueError("give exactly one of holdout, kfold and test")
+            raise ValueError("give exactly one of holdout, kfold, test and split")
         if self.group and self.time:
             raise ValueError("give group or time, not both")
+        if self.split and (self.group or self.time or self.stratify):
+            raise ValueError("with split the column decides; leave group, time and stratify out")
         if self.repeats > 1 and (self.kfold is None or self.time):
             raise ValueError("repeats goes with kfold, without time")
         return self
@@ -307,6 +312,13 @@ class SearchSpec(Spec):
         return self
 
 
+class SliceSpec(Spec):
+    """The rows whose `column` has the value `equals`."""
+
+    column: str = Field(min_length=1, max_length=1000)
+    equals: str | bool | float
+
+
 class TrainingSpec(Spec):
     """A training job: data, target, algorithm, preparation, evaluation, and when to refuse the result."""
 
@@ -317,11 +329,9 @@ class TrainingSpec(Spec):
         description="one of `GET /api/v1/algorithms`, or `auto`: the best of those that fit",
         examples=["logistic-regression"],
     )
-    task: Literal[
-        "tabular-classification", "tabular-regression", "image-classification", "image-regression", "text-classification",
-        "text-regression", "audio-classification", "audio-regression", "multimodal-classification", "multimodal-regression",
-        "forecast",
-    ] | None = Field(None, description="by default told from the algorithm, the target's type and the features")  # fmt: skip
+    task: Literal["tabular-classification", "tabular-regression", "forecast"] | None = Field(
+        None, description="by default told from the algorithm and the target's type"
+    )
     time: str | None = Field(None, max_length=1000, description="of a forecast: the column that the series runs along")
     hyperparameters: dict[str, Any] = Field({}, description="of the algorithm; those not given have its defaults")
     features: list[str] | None = Field(
@@ -333,6 +343,14 @@ class TrainingSpec(Spec):
     validation: Method | None = Field(None, description="how the model is evaluated; by default a hold-out of 0.2")
     stopping: Stopping | None = Field(None, description="when a net stops training before its epochs are over")
     metrics: list[str] | None = Field(None, description="ids of `GET /api/v1/metrics`; by default all of the task")
+    slices: list[Annotated[str, StringConstraints(min_length=1, max_length=500)] | SliceSpec] = Field(
+        [], max_length=100, description="parts of the tested rows to measure apart, by conditions such as `age > 60`"
+    )
+    threshold: Annotated[float, Field(gt=0, lt=1)] | Literal["f1", "youden"] | None = Field(
+        None,
+        description="of two classes: the probability of the second from which on the label says it, in the package as well; "
+        "f1 and youden: the best by that on held-out rows. By default the more probable class",
+    )
     gates: list[Gate] = Field([], description="conditions on metrics; a failed one blocks registration")
     licence: str | None = Field(None, max_length=200, description="licence of the resulting model, kept in its package")
     description: str | None = Field(None, max_length=4000)
@@ -342,13 +360,6 @@ class TrainingSpec(Spec):
     search: SearchSpec | None = Field(None, description="search for the best hyperparameters before the final training")
     resources: JobResources = JobResources()
     seed: int = Field(0, ge=0, lt=2**32)
-
-
-class SliceSpec(Spec):
-    """The rows whose `column` has the value `equals`."""
-
-    column: str = Field(min_length=1, max_length=1000)
-    equals: str | bool | float
 
 
 class EvaluationSpec(Spec):

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from modelworks.core.errors import InvalidInput
 from modelworks.ml.evaluate.metrics import Predictions
 
 BINS = 10
@@ -57,3 +58,38 @@ def thresholds(predictions: Predictions, classes: list[Any]) -> dict[str, Any] |
         for name, place in places.items()
     }
     return {"positive": classes[1], "note": "chosen on the rows of this report", **found}
+
+
+def choose_threshold(
+    wanted: float | str | None, parts: list[Predictions], classes: list[Any] | None
+) -> tuple[list[Predictions], dict[str, Any] | None]:
+    """(the parts, their labels by a threshold, that threshold): `wanted` itself, or the best by f1 or youden.
+
+    The model gets the best of all held-out rows. Where there are several parts, each is judged by the best of the others.
+    """
+    if wanted is None:
+        return parts, None
+    if classes is None or len(classes) != 2:
+        count = "a number" if classes is None else f"{len(classes)} classes"
+        raise InvalidInput(f"threshold is for two classes, and the target has {count}; leave it out", param="threshold")
+    if not isinstance(wanted, str):
+        value = float(np.float32(wanted))
+        said = {"value": value, "by": "given", "positive": classes[1], "note": "labels are by the given threshold"}
+        return [part.judged(value) for part in parts], said
+    value = _best(parts, wanted)
+    if len(parts) > 1:
+        judged = [part.judged(_best([*parts[:at], *parts[at + 1 :]], wanted)) for at, part in enumerate(parts)]
+        note = "each part's labels are by the threshold that was best in the other parts; the model's is the best of all"
+    else:
+        judged = [parts[0].judged(value)]
+        note = "the threshold was chosen on the tested rows, so metrics of labels are somewhat too good"
+    return judged, {"value": value, "by": wanted, "positive": classes[1], "note": note}
+
+
+def _best(parts: list[Predictions], by: str) -> float:
+    found = thresholds(Predictions.join(parts), [0, 1])
+    if found is None:
+        raise InvalidInput(
+            "the tested rows are of one class, so no threshold can be chosen; give a number", param="threshold"
+        )
+    return float(np.float32(found[by]["threshold"]))

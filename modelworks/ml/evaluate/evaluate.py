@@ -11,10 +11,9 @@ from pydantic import ValidationError
 
 from modelworks.core.errors import InvalidInput
 from modelworks.core.specs import EvaluationSpec, TrainingSpec
-from modelworks.core.tasks import CLASSIFICATION, REGRESSION, base_of
 from modelworks.core.types import Column
 from modelworks.ml.base import JobContext
-from modelworks.ml.evaluate.catalogue import FORECAST, check_metrics, gate_results
+from modelworks.ml.evaluate.catalogue import CLASSIFICATION, FORECAST, REGRESSION, check_metrics, gate_results
 from modelworks.ml.evaluate.compare import compare
 from modelworks.ml.evaluate.folds import predict_folds, summarise
 from modelworks.ml.evaluate.inputs import coerce
@@ -62,10 +61,10 @@ def evaluate(
     `other` (for `spec.compare`) answers for the same rows; the comparison is in details. Gates are reported there, not
     enforced. InvalidInput when the model cannot be evaluated this way.
     """
-    task = base_of(package.manifest.task)
+    task = package.manifest.task
     if task not in (CLASSIFICATION, REGRESSION, FORECAST):
         raise InvalidInput(
-            f"a model of task {package.manifest.task!r} cannot be evaluated on a table yet; tabular ones can", param="model"
+            f"a model of task {task!r} cannot be evaluated on a table yet; tabular ones can", param="model"
         )
     if other is not None:
         _check_pair(package.manifest, other.manifest)
@@ -79,12 +78,17 @@ def evaluate(
         ]
     else:
         problem, made, sides = _retrain(spec, [side for side in (package, other) if side], table, columns, wanted, ctx, ends)
+    sides = [
+        [_as_served(part, package) for part in parts] for parts, package in zip(sides, (package, other), strict=False) if package
+    ]
     metrics, details = summarise(task, sides[0], wanted, package.manifest.classes, spec.seed)
     details |= {"splitter": made.splitter, "notes": [*made.notes, *details["notes"]]}
     if problem is not None and problem.series is not None:
         details |= describe_forecast(problem, made.parts, sides[0], wanted)
     if other is not None:
-        details["comparison"] = {"with": spec.compare} | compare(task, sides[0], sides[1], wanted, spec.seed)
+        details["comparison"] = {"with": spec.compare} | compare(
+            task, sides[0], sides[1], wanted, spec.seed, [len(train) for train, _ in made.parts]
+        )
     if spec.slices and problem is not None and problem.series is not None and problem.series.resampled:
         raise InvalidInput("the steps of a resampled series are no rows of the dataset; leave slices out", param="slices")
     if spec.slices:
@@ -93,6 +97,12 @@ def evaluate(
     if spec.gates:
         details["gates"] = gate_results(spec.gates, metrics)
     return Evaluated(metrics, details, describe_method(spec.method))
+
+
+def _as_served(part: Predictions, package: Package) -> Predictions:
+    """Labels by the threshold that the package has."""
+    chosen = package.manifest.lineage.get("threshold")
+    return part.judged(float(chosen["value"])) if isinstance(chosen, dict) and "value" in chosen else part
 
 
 def target_of(manifest: Manifest, columns: Sequence[Column]) -> str:

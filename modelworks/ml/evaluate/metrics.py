@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from modelworks.core.tasks import CLASSIFICATION
+from modelworks.ml.evaluate.catalogue import CLASSIFICATION
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,8 @@ class Predictions:
 
     `rows` [n]: the rows' numbers in the table, from 0. `true` [n]: class indices int64, or values float64.
     `output`: probabilities [n, classes] or values [n], float64.
-    `beside`: by name [n] float64: of forecasts `scale` (the naive error in training), `low` and `high`.
+    `beside`: by name [n] float64: of forecasts `scale` (the naive error in training), `low` and `high`; `threshold`: from
+    which probability of the second class on the label says it.
     """
 
     rows: np.ndarray
@@ -29,7 +30,12 @@ class Predictions:
 
     @property
     def labels(self) -> np.ndarray:
-        return labels(self.output)
+        return labels(self.output, self.beside.get("threshold"))
+
+    def judged(self, threshold: float) -> Predictions:
+        """The same, where the label is the second class from `threshold` on."""
+        limits = np.full(len(self.rows), threshold, dtype=np.float64)
+        return Predictions(self.rows, self.true, self.output, {**self.beside, "threshold": limits})
 
     @classmethod
     def join(cls, parts: Sequence[Predictions]) -> Predictions:
@@ -44,9 +50,14 @@ class Predictions:
         return Predictions(self.rows[mask], self.true[mask], self.output[mask], beside)
 
 
-def labels(probabilities: np.ndarray) -> np.ndarray:
-    """The class index of each row of [n, classes]: the first of the largest in float32, as the served graph picks it."""
-    return probabilities.astype(np.float32).argmax(axis=1)
+def labels(probabilities: np.ndarray, threshold: np.ndarray | float | None = None) -> np.ndarray:
+    """The class index of each row of [n, classes]: the first of the largest in float32, as the served graph picks it; or,
+    with a threshold, the second of two from there on.
+    """
+    narrow = probabilities.astype(np.float32)
+    if threshold is not None:
+        return (narrow[:, 1] >= np.float32(threshold)).astype(np.int64)
+    return narrow.argmax(axis=1)
 
 
 def score(task: str, predictions: Predictions, wanted: Sequence[str]) -> dict[str, float | None]:

@@ -11,7 +11,7 @@ import numpy as np
 
 from modelworks.core.errors import InvalidInput
 from modelworks.core.specs import Method
-from modelworks.core.tasks import CLASSIFICATION
+from modelworks.ml.evaluate.catalogue import CLASSIFICATION
 
 
 @dataclass(frozen=True)
@@ -48,11 +48,12 @@ def plan(
     ahead: with kfold along time, how many rows each fold tests; by default all folds have about as many.
     InvalidInput when there are too few rows, groups or rows of a class.
     """
-    made = (
-        _folds(method, task, rows, target, along, seed, ahead)
-        if method.kfold
-        else _holdout(method, task, rows, target, along, seed)
-    )
+    if method.split:
+        made = _given(method, rows, _needed(along))
+    elif method.kfold:
+        made = _folds(method, task, rows, target, along, seed, ahead)
+    else:
+        made = _holdout(method, task, rows, target, along, seed)
     if task == CLASSIFICATION:
         for number, (train, _) in enumerate(made.parts, start=1):
             if len(np.unique(target[train])) < 2:
@@ -63,6 +64,23 @@ def plan(
                     param="validation",
                 )
     return replace(made, parallel=method.parallel)
+
+
+TRAIN, TEST, ASIDE = 1, 2, 0
+
+
+def _given(method: Method, rows: np.ndarray, along: np.ndarray) -> Plan:
+    """What a column says of each row (`along` [n]: TRAIN, TEST or ASIDE)."""
+    train, test = (rows[along[rows] == part] for part in (TRAIN, TEST))
+    if not len(train) or not len(test):
+        lacking = "test" if len(train) else "train"
+        raise InvalidInput(
+            f"no row says {lacking} in the column {method.split!r}; it must say train or test",
+            code="empty_split",
+            param="validation.split",
+        )
+    notes = [f"{left} rows are neither train nor test and were left out"] if (left := len(rows) - len(train) - len(test)) else []
+    return Plan([(train, test)], {"name": "column", "column": method.split}, notes)
 
 
 def _folds(

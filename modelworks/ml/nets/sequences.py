@@ -18,7 +18,6 @@ class Rnn(NetTrainer):
     """A recurrent net (LSTM or GRU) over token sequences, sounds, or the steps that a table's columns form."""
 
     tokens: ClassVar[bool] = True
-    reads: ClassVar[tuple[str, ...]] = ("text", "audio", "tabular")
     Params: ClassVar[type[RnnParams]] = RnnParams
 
     def net(self, examples: Examples, outputs: int, params: Any) -> torch.nn.Module:
@@ -37,7 +36,6 @@ class Transformer(NetTrainer):
     """A transformer encoder over token sequences, sounds, or the steps that a table's columns form."""
 
     tokens: ClassVar[bool] = True
-    reads: ClassVar[tuple[str, ...]] = ("text", "audio", "tabular")
     Params: ClassVar[type[TransformerParams]] = TransformerParams
 
     def net(self, examples: Examples, outputs: int, params: Any) -> torch.nn.Module:

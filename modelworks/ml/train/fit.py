@@ -83,6 +83,8 @@ class Model:
     accepts_missing: bool
     classes: int
     seen: np.ndarray
+    threshold: float | None = None
+    """Of two classes: the probability of the second from which on the label says it."""
 
     def predict(self, batch: Batch) -> np.ndarray:
         """Probabilities [n, classes] or values [n], float64. InvalidInput for a missing value that it cannot take."""

@@ -170,20 +170,30 @@ def _links(link: Link) -> Nodes:
     ]
 
 
-def with_label(model: onnx.ModelProto, classes: list[str]) -> onnx.ModelProto:
-    """`model` with the output "label" (text, [n]) before "probabilities": the class of the largest, else the first."""
-    from onnx import TensorProto, helper
+def with_label(model: onnx.ModelProto, classes: list[str], threshold: float | None = None) -> onnx.ModelProto:
+    """`model` with the output "label" (text, [n]) before "probabilities": the class of the largest, else the first; with a
+    `threshold` the second of two from there on.
+    """
+    from onnx import TensorProto, helper, numpy_helper
 
     graph = model.graph
-    nodes = [
-        *graph.node,
-        helper.make_node("ArgMax", ["probabilities"], ["winner"], axis=1, keepdims=0),
-        helper.make_node("Gather", ["classes", "winner"], ["label"], axis=0),
-    ]
+    constants: list[Any] = []
+    winner = [helper.make_node("ArgMax", ["probabilities"], ["winner"], axis=1, keepdims=0)]
+    if threshold is not None:
+        constants = [
+            numpy_helper.from_array(np.array(1, dtype=np.int64), "second"),
+            numpy_helper.from_array(np.array(threshold, dtype=np.float32), "threshold"),
+        ]
+        winner = [
+            helper.make_node("Gather", ["probabilities", "second"], ["chance"], axis=1),
+            helper.make_node("GreaterOrEqual", ["chance", "threshold"], ["reached"]),
+            helper.make_node("Cast", ["reached"], ["winner"], to=TensorProto.INT64),
+        ]
+    nodes = [*graph.node, *winner, helper.make_node("Gather", ["classes", "winner"], ["label"], axis=0)]
     names = helper.make_tensor("classes", TensorProto.STRING, [len(classes)], [name.encode() for name in classes])  # type: ignore[misc]
     label = helper.make_tensor_value_info("label", TensorProto.STRING, ["n"])
     return finish(
         helper.make_graph(
-            nodes, "estimator", list(graph.input), [label, *graph.output], initializer=[*graph.initializer, names]
+            nodes, "estimator", list(graph.input), [label, *graph.output], initializer=[*graph.initializer, *constants, names]
         )
     )

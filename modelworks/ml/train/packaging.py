@@ -13,7 +13,6 @@ import numpy as np
 
 from modelworks.core.errors import ModelworksError
 from modelworks.core.specs import TrainingSpec
-from modelworks.core.tasks import kind_of, named
 from modelworks.core.types import Signature, TensorSpec
 from modelworks.ml.base import Models
 from modelworks.ml.data.transforms.media_fit import spread
@@ -24,7 +23,6 @@ from modelworks.ml.graph import compose, to_bytes
 from modelworks.ml.package import Manifest, Package, PackageFile, ParitySamples
 from modelworks.ml.runtimes.onnx import MODEL_FILE, OnnxRuntime
 from modelworks.ml.runtimes.parity import difference, replay_parity
-from modelworks.ml.train.algorithms import TRAINERS, reads
 from modelworks.ml.train.fit import Model
 from modelworks.ml.train.fitted import with_label
 from modelworks.ml.train.problem import Problem, class_text
@@ -43,7 +41,7 @@ def write_graph(problem: Problem, model: Model) -> bytes:
     """The ONNX graph from raw columns (and host outputs) to `label` and `probabilities`, or `value`."""
     estimator = model.fitted.to_onnx(len(model.preparation.feature_names))
     if problem.classes is not None:
-        estimator = with_label(estimator, [class_text(name) for name in problem.classes])
+        estimator = with_label(estimator, [class_text(name) for name in problem.classes], model.threshold)
     return to_bytes(compose(model.preparation.graph(), estimator))
 
 
@@ -62,13 +60,6 @@ def signature_of(problem: Problem, model: Model) -> Signature:
     return Signature(inputs=inputs, outputs=outputs)
 
 
-def task_name(problem: Problem, signature: Signature) -> str:
-    """By what the trainer is made for where that is one kind, else by the features that it uses."""
-    made_for = reads(TRAINERS.get(problem.spec.algorithm))
-    kind = kind_of(one.column or "" for one in signature.inputs)
-    return named(problem.task, made_for[0] if len(made_for) == 1 and made_for[0] != "tabular" else kind)
-
-
 def package(
     problem: Problem, model: Model, metrics: dict[str, Any], lineage: dict[str, Any], workdir: Path, threads: int
 ) -> tuple[Manifest, dict[str, bytes]]:
@@ -78,11 +69,11 @@ def package(
     """
     graph = write_graph(problem, model)
     digest = hashlib.sha256(graph).hexdigest()
-    spec, signature = problem.spec, signature_of(problem, model)
+    spec = problem.spec
     manifest = Manifest(
-        task=task_name(problem, signature),
+        task=problem.task,
         algorithm=spec.algorithm,
-        signature=signature,
+        signature=signature_of(problem, model),
         classes=problem.classes,
         host_transforms=model.preparation.host,
         files={MODEL_FILE: PackageFile(digest=digest, size=len(graph))},
@@ -111,7 +102,7 @@ def training_side(problem: Problem, model: Model, part: Batch) -> dict[str, np.n
     if problem.classes is None:
         return {"value": answer.astype(np.float32)}
     names = np.array([class_text(name) for name in problem.classes], dtype=object)
-    return {"label": names[labels(answer)], "probabilities": answer.astype(np.float32)}
+    return {"label": names[labels(answer, model.threshold)], "probabilities": answer.astype(np.float32)}
 
 
 def check_every_row(problem: Problem, model: Model, runtime: OnnxRuntime, manifest: Manifest) -> None:

@@ -10,16 +10,15 @@ import numpy as np
 
 from modelworks.core.errors import InvalidInput
 from modelworks.core.specs import Method, TrainingSpec, TransformSpec
-from modelworks.core.tasks import CLASSIFICATION, REGRESSION
 from modelworks.core.types import Column
 from modelworks.ml.data.stored import StoredTable
 from modelworks.ml.data.transforms.rows import missing_mask
 from modelworks.ml.data.types import to_batch
 from modelworks.ml.evaluate.inputs import coerce
-from modelworks.ml.evaluate.splits import Plan, plan
+from modelworks.ml.evaluate.splits import ASIDE, TEST, TRAIN, Plan, plan
 from modelworks.ml.forecast.series import Series, read_series
 from modelworks.ml.forecast.windows import horizon_of
-from modelworks.ml.train.algorithms import FORECAST
+from modelworks.ml.train.algorithms import CLASSIFICATION, FORECAST, REGRESSION
 from modelworks.ml.train.checks import check_method, check_training, feature_columns, find, is_forecast, task_of
 from modelworks.ml.train.rows import kept_rows, split_leading
 
@@ -327,13 +326,16 @@ def _encode_as(classes: list[Any] | None, values: np.ndarray, rows: np.ndarray) 
 
 
 def split_values(table: pa.Table | StoredTable, columns: Sequence[Column], method: Method, target: str) -> np.ndarray | None:
-    """[n]: the group of each row, or its time as a sortable number; None when the method has neither.
+    """[n]: the group of each row, its time as a sortable number, or its part; None when the method has none of these.
 
     Missing ones are refused.
     """
     import pyarrow as pa
 
     check_method(method, columns, target)
+    if method.split:
+        said = np.asarray(table.column(method.split).cast(pa.string()).to_pylist(), dtype=object)
+        return np.where(said == "train", TRAIN, np.where(said == "test", TEST, ASIDE))
     name = method.group or method.time
     if name is None:
         return None

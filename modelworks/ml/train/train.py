@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from modelworks.core.errors import InvalidInput
 from modelworks.core.specs import Gate, Method, TrainingSpec
 from modelworks.core.types import Column
 from modelworks.ml.base import JobContext
+from modelworks.ml.evaluate.calibration import choose_threshold
 from modelworks.ml.evaluate.catalogue import check_metrics, failed_gate, gate_results
 from modelworks.ml.evaluate.folds import predict_folds, summarise
 from modelworks.ml.evaluate.metrics import Predictions, score
+from modelworks.ml.evaluate.slices import measure
 from modelworks.ml.evaluate.splits import Plan, describe_method
 from modelworks.ml.forecast import forecasting
 from modelworks.ml.forecast.forecasting import describe as describe_forecast
@@ -79,6 +81,9 @@ def train(
         made = forecasting.package(problem, series_model, report["metrics"], lineage, ctx.workdir, ctx.threads)
         return Trained(*made, report, list(listening.warnings))
     model = fit(problem, problem.rows, final)
+    if chosen := report["details"].get("threshold"):
+        model = replace(model, threshold=chosen["value"])
+        lineage["threshold"] = chosen
     if problem.classes is not None and len(model.seen) < len(problem.classes):
         lost = next(name for index, name in enumerate(problem.classes) if index not in set(model.seen.tolist()))
         raise InvalidInput(
@@ -111,13 +116,32 @@ def _validate(
         found = predict_folds(problem, made, wanted, ctx, (0.0, 0.8))
     for note in made.notes:
         ctx.event("warning", note)
+    found, chosen = choose_threshold(problem.spec.threshold, found, problem.classes)
     metrics, details = summarise(problem.task, found, wanted, problem.classes, problem.spec.seed)
     details |= {"splitter": made.splitter, "notes": [*made.notes, *details["notes"]]}
+    if chosen:
+        details["threshold"] = chosen
+        details["notes"].append(chosen["note"])
+    if problem.spec.slices:
+        tested = test_table if test_table is not None else table
+        details["slices"] = measure_slices(problem, found, tested, columns, wanted)
     if problem.series is not None:
         details |= describe_forecast(problem, made.parts, found, wanted)
     if problem.spec.gates:
         details["gates"] = gate_results(problem.spec.gates, metrics)
     return {"metrics": metrics, "details": details, "method": describe_method(method)}
+
+
+def measure_slices(
+    problem: Problem,
+    found: Sequence[Predictions],
+    table: pa.Table | StoredTable,
+    columns: Sequence[Column],
+    wanted: list[str],
+) -> list[dict[str, Any]]:
+    if problem.series is not None and problem.series.resampled:
+        raise InvalidInput("the steps of a resampled series are no rows of the dataset; leave slices out", param="slices")
+    return measure(problem.task, problem.spec.slices, Predictions.join(found), table, columns, wanted, problem.spec.seed)
 
 
 def _on_test(problem: Problem, test_table: pa.Table, ctx: JobContext) -> Predictions:
