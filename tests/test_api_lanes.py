@@ -12,7 +12,7 @@ from typing import Any
 import httpx2
 import pytest
 
-from modelworks.api.fastlane import Exchange, target
+from modelworks.api.fastlane import Exchange, FastLane, target
 from modelworks.core.errors import Unavailable
 from modelworks.core.tensors import pack
 from modelworks.serve.wire import Part
@@ -34,15 +34,15 @@ def api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[House]:
 
 @pytest.fixture
 def taken(monkeypatch: pytest.MonkeyPatch) -> list[Exchange]:
-    """The exchanges that the fast lane began."""
+    """The exchanges whose bodies the fast lane took."""
     seen: list[Exchange] = []
-    begin = Exchange.start
+    go = FastLane._go
 
-    def start(exchange: Exchange) -> None:
+    def watched(lane: FastLane, exchange: Exchange) -> None:
         seen.append(exchange)
-        begin(exchange)
+        go(lane, exchange)
 
-    monkeypatch.setattr(Exchange, "start", start)
+    monkeypatch.setattr(FastLane, "_go", watched)
     return seen
 
 

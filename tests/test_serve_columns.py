@@ -80,7 +80,11 @@ def test_damaged_messages_raise_wire_error_and_nothing_else(payload):
     with contextlib.suppress(WireError):
         columns.read_calls(layout, payload, 0, len(payload))
     with contextlib.suppress(WireError):
-        columns.read_parts("m:1", layout, payload, 0, len(payload))
+        answers = columns.read_answers("m:1", layout, payload, 0, len(payload))
+        assert len(answers.parts()) == len(answers.rows)
+        assert [len(tensor.data) for tensor in answers.whole()] == [
+            sum(sizes) for sizes in zip(*[[len(one.data) for one in part.outputs] for part in answers.parts()], strict=True)
+        ]
     for read in (columns.read_kind, columns.read_form):
         with contextlib.suppress(WireError):
             read(payload)

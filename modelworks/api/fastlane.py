@@ -16,6 +16,7 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE
 from modelworks.api import oip_codec
 from modelworks.api.calls import JSON_HEADERS, Prepared, Reply
 from modelworks.api.errors import render
+from modelworks.api.express import Bulk, Express
 from modelworks.api.guard import ALLOWANCE, MAX_IGNORED, Allowance, Headers, count, new_request_id, stalled
 from modelworks.api.intake import Intake
 from modelworks.api.native import predict
@@ -29,6 +30,7 @@ from modelworks.security.policy import OPERATIONS
 from modelworks.serve.detours import Errand
 from modelworks.serve.observe import CANCELLED, rows_of
 from modelworks.serve.router import Pending
+from modelworks.serve.routes import Route
 from modelworks.serve.tracing import RequestSpan
 from modelworks.serve.wire import Part
 
@@ -49,14 +51,17 @@ _LIMITS = b"".join(b"%b: %b\r\n" % pair for pair in ALLOWANCE)
 
 
 class Target(NamedTuple):
-    """What a hot URL names. `prepare(gateway, principal, data, binary, request_id)` makes the call of its body."""
+    """What a hot URL names. `prepare(gateway, principal, data, binary, request_id)` makes the call of its body; `bulk`
+    is for many at once."""
 
     path: str
     operation: str
     scope: str
     deployment: str
+    version: str | None
     binary: bool
     prepare: Callable[[Any, Principal, bytes, bytes | None, str], Prepared]
+    bulk: Callable[[Route], Bulk]
 
 
 def target(url: bytes) -> Target | None:
@@ -72,8 +77,10 @@ def target(url: bytes) -> Target | None:
             "deployments.predict",
             OPERATIONS["deployments.predict"],
             name,
+            None,
             False,
             lambda gateway, who, data, binary, id: predict.prepare(gateway, who, name, data, id),
+            predict.Numbers,
         )
     model = match["model"].decode("ascii")
     version = match["version"].decode("ascii") if match["version"] else None
@@ -82,8 +89,10 @@ def target(url: bytes) -> Target | None:
         "oip.infer",
         OPERATIONS["oip.infer"],
         model,
+        version,
         True,
         lambda gateway, who, data, binary, id: oip_codec.prepare(gateway, who, model, version, data, binary, id),
+        oip_codec.Usual,
     )
 
 
@@ -163,7 +172,7 @@ class Exchange:
         except ModelworksError as error:
             self.refuse(error)
         except Exception as error:  # the same edge as the guard's
-            self._unexpected(error)
+            self.unexpected(error)
 
     def _let_go(self) -> None:
         """The body is read, or nobody will."""
@@ -188,11 +197,26 @@ class Exchange:
         except ModelworksError as error:
             self.refuse(error)
         except Exception as error:  # as in start
-            self._unexpected(error)
+            self.unexpected(error)
         else:
             self._write(200, reply.headers, reply.body, item.model_version)
 
-    def _unexpected(self, error: Exception) -> None:
+    def answer_by(self, reply: Callable[[Answer], Reply]) -> None:
+        """What encodes the answer of a call that was not made by `start`."""
+        self._reply = reply
+
+    def good(self, body: bytes) -> None:
+        """Write an answer that is counted and logged elsewhere."""
+        self.response_complete = True
+        self._pending = None
+        protocol = self._protocol
+        transport = protocol.transport
+        if not transport.is_closing():
+            left = b"" if self._allowance is None else _LIMITS % self._allowance
+            transport.write(_GOOD % (protocol.good_head(), len(body), self.request_id.encode(), left, body))
+        protocol.on_response_complete()
+
+    def unexpected(self, error: Exception) -> None:
         log.error("unexpected error", request_id=self.request_id, path=self.target.path, exc_info=error)
         self.refuse(ModelworksError("unexpected"), quiet=True)
 
@@ -266,6 +290,7 @@ class FastLane(BoundedProtocol):
     """See `fast` for how the services and limits get here."""
 
     services: Services
+    express: Express
     _targets: dict[bytes, Target]  # what URLs name, for all connections
 
     def __init__(self, config: Any, server_state: Any, app_state: Any, _loop: Any = None) -> None:
@@ -307,7 +332,7 @@ class FastLane(BoundedProtocol):
                     self.cycle = self._exchange = exchange  # type: ignore[assignment]
                     self._phase, self._deadline = BUSY, None
                     exchange.body = data[len(raw) :]
-                    exchange.start()
+                    self._go(exchange)
                     return
         self._remember = None
         self._begun = 0
@@ -423,7 +448,14 @@ class FastLane(BoundedProtocol):
         self._intake = None
         self._message_open = False
         self._enter(BUSY, None)
-        exchange.start()
+        self._go(exchange)
+
+    def _go(self, exchange: Exchange) -> None:
+        """The body is there: answer it with others of this turn, or where there is anything unusual about it, by itself."""
+        if exchange.binary is None and exchange.span is None and exchange.refusal is None and exchange.intake is None:
+            self.express.add(exchange)
+        else:
+            exchange.start()
 
     def _give_up(self, exchange: Exchange, error: ModelworksError) -> None:
         """The body does not come: say so and end the connection."""
@@ -449,4 +481,5 @@ class FastLane(BoundedProtocol):
 def fast(services: Services) -> type[FastLane]:
     """The protocol class with the limits of the services' settings, for uvicorn's `http=`."""
     base = bounded(services.settings)
-    return type("ModelworksFastLane", (FastLane, base), {"services": services, "_targets": {}})
+    shared = {"services": services, "express": Express(services.gateway), "_targets": {}}
+    return type("ModelworksFastLane", (FastLane, base), shared)

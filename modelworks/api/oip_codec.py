@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import msgspec
@@ -28,7 +28,7 @@ from modelworks.core.tensors import (
 )
 from modelworks.core.types import Answer, Call, Principal, TensorSpec
 from modelworks.serve.checks import check_inputs
-from modelworks.serve.columns import Kind, kind_of
+from modelworks.serve.columns import Answers, Kind, kind_of
 from modelworks.serve.gateway import Gateway
 from modelworks.serve.routes import Route
 
@@ -131,22 +131,41 @@ _MAX_FLAT = 64 * 1024  # bytes of such a body
 
 
 class Form(NamedTuple):
-    """Inputs whose names, datatypes and shapes fit a route's signature: how many values each has, and what packs them."""
+    """Inputs whose names, datatypes and shapes fit a route's signature: how many values each has, and what packs them,
+    each and all together. `rows`: that all of them have; 0 where they differ."""
 
-    inputs: list[tuple[int, Callable[..., bytes]]]
+    counts: list[int]
+    packs: list[Callable[..., bytes]]
     kind: Kind
+    pack: Callable[..., bytes]
+    rows: int
 
 
 def _usual(route: Route, data: bytes) -> tuple[str | None, list[Tensor], Kind, list[Wanted]] | None:
     """The id, tensors, kind and outputs of a usual request; None: read it with all care. Floats only: JSON's integers become such."""
+    read = _read_usual(route, data)
+    wanted = usual_outputs(route)
+    if read is None or wanted is None:
+        return None
+    body, form = read
+    tensors = []
+    try:
+        for one, pack_all in zip(body.inputs, form.packs, strict=True):
+            tensors.append(Tensor(one.name, one.datatype, one.shape, pack_all(*one.data)))
+    except (struct.error, OverflowError):
+        return None
+    return body.id, tensors, form.kind, wanted
+
+
+def _read_usual(route: Route, data: bytes) -> tuple[FlatBody, Form] | None:
+    """The body, and the form that its inputs fit, with as many values as that asks for."""
     if not route.floats or len(data) > _MAX_FLAT:
         return None
     try:
         body = _flat(data)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
         return None
-    wanted = usual_outputs(route)
-    if body.parameters or body.outputs or wanted is None:
+    if body.parameters or body.outputs:
         return None
     inputs = body.inputs
     key = tuple([(one.name, one.datatype, *one.shape) for one in inputs])
@@ -158,19 +177,85 @@ def _usual(route: Route, data: bytes) -> tuple[str | None, list[Tensor], Kind, l
             return None
         if len(forms) < _MAX_FORMS:
             forms[key] = form
-    tensors = []
-    try:
-        for one, (count, pack_all) in zip(inputs, form.inputs, strict=True):
-            if len(one.data) != count or one.parameters:
-                return None
-            tensors.append(Tensor(one.name, one.datatype, one.shape, pack_all(*one.data)))
-    except (struct.error, OverflowError):
-        return None
-    return body.id, tensors, form.kind, wanted
+    for one, count in zip(inputs, form.counts, strict=True):
+        if len(one.data) != count or one.parameters:
+            return None
+    return body, form
+
+
+class Usual:
+    """Reads usual requests of a route and writes their answers, many at once (express.py)."""
+
+    def __init__(self, route: Route) -> None:
+        self.route = route
+        self._outputs = usual_outputs(route)
+        self._templates: dict[tuple[Any, str, int], bytes] = {}
+
+    def read(self, data: bytes) -> tuple[Kind, int, bytes] | None:
+        """The kind, rows and bytes of all inputs; None: it is not for this."""
+        found = _read_usual(self.route, data)
+        if found is None or self._outputs is None:
+            return None
+        body, form = found
+        if body.id is not None or form.rows < 1:
+            return None
+        try:
+            if len(body.inputs) == 1:
+                return form.kind, form.rows, form.pack(*body.inputs[0].data)
+            return form.kind, form.rows, form.pack(*[value for one in body.inputs for value in one.data])
+        except (struct.error, OverflowError):
+            return None
+
+    def reply(self, answer: Answer, request_id: str) -> Reply:
+        """One answer that comes alone."""
+        return encode_answer(self.route.name, None, answer, self._outputs or ())
+
+    def write(self, answers: Answers, request_ids: Sequence[str]) -> list[bytes]:
+        """The body of each answer, as `encode_answer` makes it."""
+        columns = [_texts(tensor, answers.rows) for tensor in answers.whole()]
+        rows = answers.rows
+        values: Iterable[tuple[bytes, ...]] = zip(*columns, strict=True)
+        if rows.count(rows[0]) == len(rows):
+            template = self._template(answers, rows[0])
+            return [template % one for one in values]
+        return [self._template(answers, count) % one for count, one in zip(rows, values, strict=True)]
+
+    def _template(self, answers: Answers, rows: int) -> bytes:
+        """An answer of so many rows but for its values."""
+        key = (answers.layout.kind, answers.version, rows)
+        found = self._templates.get(key)
+        if found is None:
+            described = [
+                _encode({"name": name, "datatype": datatype, "shape": [rows, *(trailing or ())]})
+                for name, datatype, trailing in answers.layout.kind
+            ]
+            head = _encode({"model_name": self.route.name, "model_version": answers.version.rpartition(":")[2]})
+            parts = [one[:-1].replace(b"%", b"%%") + b',"data":[%b]}' for one in described]
+            found = head[:-1].replace(b"%", b"%%") + b',"outputs":[' + b",".join(parts) + b"]}"
+            if len(self._templates) < _MAX_FORMS:
+                self._templates[key] = found
+        return found
+
+
+def _texts(tensor: Tensor, rows: Sequence[int]) -> list[bytes]:
+    """The values of each call in JSON, between the brackets; the calls lie row below row."""
+    flat = _data(tensor)
+    size = math.prod(tensor.shape[1:])
+    if tensor.datatype != "BYTES" and rows.count(rows[0]) == len(rows) and rows[0] * size:
+        step = rows[0] * size
+        parts = [flat[at : at + step] for at in range(0, len(flat), step)]
+        return _encode(parts)[2:-2].split(b"],[")  # numbers hold no brackets
+    found = []
+    at = 0
+    for count in rows:
+        found.append(_encode(flat[at : at + count * size])[1:-1])
+        at += count * size
+    return found
 
 
 def _form(route: Route, inputs: list[FlatTensor]) -> Form | None:
     tensors = []
+    counts = []
     packs = []
     for one in inputs:
         if one.datatype not in _FLOATS or len(one.shape) > MAX_RANK or min(one.shape, default=1) < 1:
@@ -179,13 +264,17 @@ def _form(route: Route, inputs: list[FlatTensor]) -> Form | None:
         if count > _MAX_FLAT:
             return None
         pack_all = struct.Struct(f"<{count}{DATATYPES[one.datatype][1]}")
-        packs.append((count, pack_all.pack))
+        counts.append(count)
+        packs.append(pack_all.pack)
         tensors.append(Tensor(one.name, one.datatype, one.shape, bytes(pack_all.size)))
     try:
         check_inputs(route.signature, tensors, route.shapes)
     except InvalidInput:  # the careful way says it with what came
         return None
-    return Form(packs, kind_of(tensors))
+    rows = {one.shape[0] if one.shape else 0 for one in inputs}
+    codes = [f"{count}{DATATYPES[one.datatype][1]}" for count, one in zip(counts, inputs, strict=True)]
+    whole = struct.Struct("<" + "".join(codes)).pack
+    return Form(counts, packs, kind_of(tensors), whole, rows.pop() if len(rows) == 1 else 0)
 
 
 def usual_outputs(route: Route) -> list[Wanted] | None:

@@ -11,14 +11,14 @@ import hmac
 import os
 import socket
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any, cast
 
 from modelworks.core.errors import InvalidInput, ModelworksError, Unavailable
 from modelworks.core.telemetry import logger
 from modelworks.core.types import Answer, Call
 from modelworks.serve import columns, wire
-from modelworks.serve.columns import MAX_KINDS, Calls, Kind, Layout, kind_of
+from modelworks.serve.columns import MAX_KINDS, Answers, Calls, Kind, Layout, kind_of
 from modelworks.serve.shm import Sharing, SharingError, Slot
 from modelworks.serve.wire import Part, WireError
 
@@ -38,6 +38,27 @@ class LinkLost(Unavailable):
 
     default_code = "replica_lost"
     expected = False
+
+
+class Fellow:
+    """A `Deliver` of a call that left with others by `start_many`: answers that come together are told together.
+
+    `data`: the bytes of all its tensors. A part or an error that comes alone is told by calling it.
+    """
+
+    number = 0
+    rows: int
+    data: bytes
+
+    def together(self, others: list[Any]) -> bool:
+        """Whether the answers of `others` (among them this) may be told by one `arrived`."""
+        raise NotImplementedError
+
+    def arrived(self, fellows: list[Any], answers: Answers) -> None:
+        raise NotImplementedError
+
+    def __call__(self, item: Part | ModelworksError) -> None:
+        raise NotImplementedError
 
 
 class Channel(asyncio.Protocol):
@@ -246,6 +267,24 @@ class Link(Channel):
             self._manual.add(number)
         return number
 
+    def start_many(self, kind: Kind, riders: Sequence[Fellow], remaining: float) -> bool:
+        """Send calls of one kind, whose tensors are of fixed size; False: they must travel one by one."""
+        if self.lost or not self.ready:
+            raise self._loss()
+        calls = self._kinds[kind] if kind in self._kinds else self._meet(kind)
+        numbers = range(self._next + 1, self._next + 1 + len(riders))
+        if calls is None or calls.layout.texts or numbers.stop > _MAX_ID or not self.calls.keys().isdisjoint(numbers):
+            return False
+        self._next = numbers.stop - 1
+        if not calls.numbers:
+            self._filled.append(calls)
+            self.schedule()
+        calls.add_many(numbers, [rider.rows for rider in riders], [rider.data for rider in riders], remaining)
+        self.calls.update(zip(numbers, riders, strict=True))
+        for number, rider in zip(numbers, riders, strict=True):
+            rider.number = number
+        return True
+
     def _join(self, number: int, call: Call) -> bool:
         """Let a call leave together with the others of its kind; False: it must travel by itself."""
         tensors = call.inputs
@@ -395,16 +434,21 @@ class Link(Channel):
         form = self._forms.get(number)
         if form is None:
             raise WireError(f"answers of the form {number}, which was not announced")
-        calls, manual = self.calls, self._manual
-        for number, part in columns.read_parts(*form, frame, start, stop):
-            deliver = calls.pop(number, None)
+        answers = columns.read_answers(*form, frame, start, stop)
+        pop, manual = self.calls.pop, self._manual
+        delivers = [pop(number, None) for number in answers.numbers]
+        first = delivers[0]
+        if isinstance(first, Fellow) and first.together(delivers):
+            try:
+                first.arrived(delivers, answers)
+            except Exception:  # as in _deliver
+                log.exception("callback_failed")
+            return
+        for number, deliver, part in zip(answers.numbers, delivers, answers.parts(), strict=True):
             if deliver is not None:
                 if manual:
                     manual.discard(number)
-                try:
-                    deliver(part)
-                except Exception:  # as in _deliver
-                    log.exception("callback_failed")
+                self._deliver(deliver, part)
 
     def _check(self, kind: int, payload: bytes) -> None:
         """Nothing is taken from a replica, and no call given to it, before it has proven to have the secret."""

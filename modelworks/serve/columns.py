@@ -129,6 +129,13 @@ class Calls:
                 len(tensor.data) for tensor, width in zip(tensors, self.layout.widths, strict=True) if width < 0
             ]
 
+    def add_many(self, numbers: Sequence[int], rows: Sequence[int], data: Sequence[bytes], remaining: float) -> None:
+        """Calls of fixed size, of each the bytes of all its tensors."""
+        self.numbers += numbers
+        self.rows += rows
+        self.remaining += [remaining] * len(numbers)
+        self.data += data
+
     def message(self) -> bytes:
         """The message; this is empty afterwards."""
         n = len(self.numbers)
@@ -157,6 +164,52 @@ class Arrived:
         self.times = times
         self.sizes = sizes
         self.at = 0
+
+
+class Answers(Arrived):
+    """The answers of one batch, output by output in `frame` from `at` on."""
+
+    __slots__ = ("batch", "frame", "run_us", "version")
+    version: str
+    frame: bytes
+    run_us: int
+    batch: int
+
+    def whole(self) -> list[Tensor]:
+        """The outputs of all calls as one, row below row."""
+        rows, at = sum(self.rows), self.at
+        tensors = []
+        text = 0
+        for (name, datatype, trailing), width in zip(self.layout.kind, self.layout.widths, strict=True):
+            size = rows * width
+            if width < 0:
+                size = sum(self.sizes[text :: self.layout.texts])
+                text += 1
+            tensors.append(Tensor(name, datatype, [rows, *(trailing or ())], self.frame[at : at + size]))
+            at += size
+        return tensors
+
+    def parts(self) -> list[Part]:
+        """The answer of each call."""
+        columns: list[list[Tensor]] = [[] for _ in self.numbers]
+        frame, layout, at = self.frame, self.layout, self.at
+        text = 0
+        for (name, datatype, trailing), width in zip(layout.kind, layout.widths, strict=True):
+            sizes: Sequence[int]
+            if width < 0:
+                sizes = self.sizes[text :: layout.texts]
+                text += 1
+            else:
+                sizes = [width * rows for rows in self.rows]
+            tail = list(trailing or ())
+            for tensors, rows, size in zip(columns, self.rows, sizes, strict=True):
+                tensors.append(Tensor(name, datatype, [rows, *tail], frame[at : at + size]))
+                at += size
+        version, run_us, batch = self.version, self.run_us, self.batch
+        return [
+            Part(tensors, version, True, queue_us, run_us, batch)
+            for tensors, queue_us in zip(columns, self.times, strict=True)
+        ]
 
 
 def kind(number: int, kind: Kind) -> list[bytes]:
@@ -203,31 +256,16 @@ def read_calls(layout: Layout, frame: bytes, start: int, stop: int) -> Arrived:
     return found
 
 
-def read_parts(version: str, layout: Layout, frame: bytes, start: int, stop: int) -> list[tuple[int, Part]]:
-    """The answers of a PARTS message with their calls' ids."""
+def read_answers(version: str, layout: Layout, frame: bytes, start: int, stop: int) -> Answers:
+    """The answers of a PARTS message. WireError as in `read_calls`."""
     n = _count(frame, start, stop, 12 + 4 * layout.texts, 12)
     _, run_us, batch = _BATCH.unpack_from(frame, start)
     values = struct.unpack_from(f"<{3 * n + n * layout.texts}I", frame, start + 12)
-    found = Arrived(layout, values[:n], values[n : 2 * n], values[2 * n : 3 * n], values[3 * n :])
-    found.at = at = start + 12 + 4 * len(values)
+    found = Answers(layout, values[:n], values[n : 2 * n], values[2 * n : 3 * n], values[3 * n :])
+    found.at = start + 12 + 4 * len(values)
     _check_size(found, stop)
-    columns: list[list[Tensor]] = [[] for _ in range(n)]
-    text = 0
-    for (name, datatype, trailing), width in zip(layout.kind, layout.widths, strict=True):
-        sizes: Sequence[int]
-        if width < 0:
-            sizes = found.sizes[text :: layout.texts]
-            text += 1
-        else:
-            sizes = [width * rows for rows in found.rows]
-        tail = list(trailing or ())
-        for tensors, rows, size in zip(columns, found.rows, sizes, strict=True):
-            tensors.append(Tensor(name, datatype, [rows, *tail], frame[at : at + size]))
-            at += size
-    return [
-        (number, Part(tensors, version, True, queue_us, run_us, batch))
-        for number, tensors, queue_us in zip(found.numbers, columns, found.times, strict=True)
-    ]
+    found.version, found.frame, found.run_us, found.batch = version, frame, run_us, batch
+    return found
 
 
 def _count(frame: bytes, start: int, stop: int, least: int, head: int = 4) -> int:

@@ -474,11 +474,18 @@ def _rows(tensor: Tensor) -> list[Any]:
     shape = tensor.shape
     if len(shape) <= 1 or shape[1:] == [1]:
         return flat
+    if 0 in shape[1:]:
+        return _hollow(shape)
     if len(shape) == 2 and shape[0] == 1:
         return [flat]
     for size in reversed(shape[1:]):
-        flat = [flat[i : i + size] for i in range(0, len(flat), size)] if size else []
+        flat = [flat[i : i + size] for i in range(0, len(flat), size)]
     return flat
+
+
+def _hollow(shape: Sequence[int]) -> list[Any]:
+    """Nested lists of a shape that holds nothing."""
+    return [_hollow(shape[1:]) for _ in range(shape[0])]
 
 
 def class_name(value: Any) -> str:

@@ -12,6 +12,7 @@ import msgspec
 from modelworks.core.errors import Forbidden, ModelworksError, NotFound, Unavailable
 from modelworks.core.types import Answer, Call, Principal
 from modelworks.serve.channel import Deliver
+from modelworks.serve.convoy import Rider
 from modelworks.serve.detours import Caches, Errand
 from modelworks.serve.metering import TASKS, Limiter, Meter
 from modelworks.serve.observe import Observer, Watch
@@ -121,7 +122,9 @@ class Gateway:
                 principal, there, msgspec.structs.replace(call, deployment=name, version=None), deliver, manual
             )
 
-        errand = Errand(route, call, deliver, self._caches.of(route), submit, lambda it: Watch(self.observer, route, it))
+        errand = Errand(
+            route, call, deliver, self._caches.of(route), submit, lambda it: Watch(self.observer, route, it)
+        )
         errand.start()
         return errand
 
@@ -134,6 +137,16 @@ class Gateway:
         except ModelworksError as error:
             watch.refused(error)
             raise
+
+    def together(self, route: Route) -> bool:
+        """Whether calls of the route may be submitted by `submit_many`."""
+        ruled = route.detours or route.cache is not None or route.task in TASKS
+        return not (ruled or self._checks or self.observer.tracing is not None)
+
+    def submit_many(self, riders: list[Rider]) -> bool:
+        """Start calls of one convoy; False: submit them one by one. The dialect asked `route` for each principal."""
+        convoy = riders[0].convoy
+        return self.router.submit_many(convoy.route.key, convoy.kind, riders, convoy.deadline - time.monotonic())
 
     def took(self, pending: Pending | Errand, parts: int = 1) -> None:
         """So many more parts of a `manual` call were passed on."""

@@ -42,11 +42,16 @@ class Pending:
     fair = False  # whether it waits, or last waited, in `Lane.waiting`
     since = 0.0
     manual = False  # its reader says what it has consumed, by `Router.took`
+    lane: Lane
+    call: Call
+    deliver: Deliver
+    deadline: float
 
     def __init__(self, lane: Lane, call: Call, deliver: Deliver) -> None:
         self.lane = lane
         self.call = call
         self.deliver = deliver
+        self.deadline = call.deadline
 
 
 class Lane:
@@ -136,6 +141,24 @@ class Lane:
             if count < fewest or (best is not None and random.random() < 0.5):
                 best, fewest = peer, count
         return best
+
+    def share(self, count: int) -> list[tuple[Peer, int]] | None:
+        """How many of `count` calls each replica would get from `pick` one by one; None unless all find a place at once."""
+        most = self.route.limits.in_flight
+        if len(self.peers) == 1:
+            peer = self.peers[0]
+            load = peer.load()
+            return [(peer, count)] if load >= 0 and load + count <= min(most, peer.window) else None
+        loads = {peer: load for peer in self.peers if (load := peer.load()) >= 0}
+        shares = dict.fromkeys(loads, 0)
+        for _ in range(count):
+            free = [peer for peer, load in loads.items() if load < most and load < peer.window]
+            if not free:
+                return None
+            peer = min(free, key=loads.__getitem__)
+            loads[peer] += 1
+            shares[peer] += 1
+        return [(peer, share) for peer, share in shares.items() if share]
 
     def pick_sticky(self, sticky: str) -> Peer | None:
         """Of the replicas that are not much busier than others, the one that rendezvous hashing ranks first; None as in `pick`."""

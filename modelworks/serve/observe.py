@@ -12,7 +12,7 @@ import asyncio
 import os
 from bisect import bisect_left
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from time import monotonic
 from typing import TYPE_CHECKING
@@ -22,6 +22,7 @@ import msgspec
 from modelworks.core.errors import ModelworksError
 from modelworks.core.telemetry import resident
 from modelworks.core.types import Call
+from modelworks.serve.columns import Answers
 from modelworks.serve.figures import (
     CANCELLED,
     FORMAT,
@@ -39,7 +40,7 @@ from modelworks.serve.figures import (
     seconds,
 )
 from modelworks.serve.gather import Shelf
-from modelworks.serve.requestlog import RequestLog
+from modelworks.serve.requestlog import Line, RequestLog
 from modelworks.serve.routes import Route
 from modelworks.serve.wire import Part
 
@@ -125,6 +126,29 @@ class Observer:
         if log is not None:
             line = (request_id, key_id, project_id, operation, deployment, model_version, status, seconds)
             log.add(status, (*line, bytes_in, bytes_out, rows))
+
+    def answered(self, route: Route, answers: Answers, begun: Sequence[float]) -> None:
+        """Count calls of a deployment that were answered together; `begun`: when each was submitted."""
+        tally = self.tally((route.project_id, route.name, answers.version))
+        now = monotonic()
+        count = len(begun)
+        tally.answered += count
+        _add(tally.duration, SECONDS, [now - one for one in begun])
+        _add(tally.queue, MICROSECONDS, answers.times)
+        tally.model[bisect_left(MICROSECONDS, answers.run_us)] += count
+        tally.batch[bisect_left(SIZES, answers.batch)] += count
+        sums = tally.sums
+        sums[0] += now * count - sum(begun)
+        sums[1] += sum(answers.times)
+        sums[2] += answers.run_us * count
+        sums[3] += answers.batch * count
+
+    def requests_answered(self, operation: str, lines: Iterable[Line], count: int) -> None:
+        """`request` of `count` requests that were answered by 200; of `lines` as many are read as the log has room for."""
+        key = (operation, 200)
+        self.requests[key] = self.requests.get(key, 0) + count
+        if self.log is not None:
+            self.log.add_many(lines, count)
 
     # the loop's side
 
@@ -219,6 +243,16 @@ class Observer:
         self._history.append((now, totals))
 
 
+def _add(counts: list[int], bounds: Sequence[float], values: Sequence[float]) -> None:
+    """Count values in a histogram; those of one batch are mostly of one bucket."""
+    low = bisect_left(bounds, min(values))
+    if low == bisect_left(bounds, max(values)):
+        counts[low] += len(values)
+        return
+    for value in values:
+        counts[bisect_left(bounds, value)] += 1
+
+
 def rows_of(call: Call) -> int:
     """How many rows a call has: the first axis of its inputs."""
     inputs = call.inputs
@@ -230,11 +264,11 @@ class Watch:
 
     __slots__ = ("_begun", "_observer", "_route", "_span", "deliver")
 
-    def __init__(self, observer: Observer, route: Route, deliver: Deliver) -> None:
+    def __init__(self, observer: Observer, route: Route, deliver: Deliver, begun: float | None = None) -> None:
         self._observer = observer
         self._route = route
         self.deliver = deliver
-        self._begun = monotonic()
+        self._begun = monotonic() if begun is None else begun
         self._span: CallSpan | None = None if observer.tracing is None else observer.tracing.call(route)
 
     def __call__(self, item: Part | ModelworksError) -> None:

@@ -11,7 +11,9 @@ import fcntl
 import os
 import threading
 import time
+from collections.abc import Iterable
 from datetime import UTC, datetime
+from itertools import islice
 from pathlib import Path
 
 import msgspec
@@ -67,6 +69,15 @@ class RequestLog:
             lines.append((time.time(), line))
         else:
             self.dropped += 1
+
+    def add_many(self, lines: Iterable[Line], count: int) -> None:
+        """`add` for `count` lines of answered requests; no more of them are made than there is room for."""
+        kept = self._good
+        room = min(count, self._room - len(kept))
+        if room > 0:
+            now = time.time()
+            kept += [(now, line) for line in islice(lines, room)]
+        self.dropped += count - max(0, room)
 
     def start(self) -> None:
         self._thread.start()

@@ -16,6 +16,8 @@ from modelworks.core.errors import DeadlineExceeded, ModelworksError, NotFound, 
 from modelworks.core.telemetry import logger
 from modelworks.core.types import Call
 from modelworks.serve.channel import Deliver, LinkLost, connect
+from modelworks.serve.columns import Answers, Kind
+from modelworks.serve.convoy import Rider
 from modelworks.serve.hedging import Hedges
 from modelworks.serve.lane import Lane, Pending, Seat
 from modelworks.serve.peer import Connect, Peer, PeerState
@@ -136,6 +138,58 @@ class Router:
         self._enqueue(lane, pending)
         return pending
 
+    def submit_many(self, key: Key, kind: Kind, riders: list[Rider], remaining: float) -> bool:
+        """Send calls of one kind at once, if none waits and there is room for all. False: submit them one by one."""
+        lane = self._lanes.get(key)
+        count = len(riders)
+        if lane is None or self._closed or lane.queued or lane.hedges is not None:
+            return False
+        places = lane.share(count) if lane.aboard + count <= lane.concurrency else None
+        if places is None:
+            return False
+        begun = 0
+        for peer, given in places:
+            group = riders if given == count else riders[begun : begun + given]
+            begun += given
+            for rider in group:
+                rider.lane, rider.router, rider.peer = lane, self, peer
+            self._send_many(lane, peer, kind, group, remaining)
+        return True
+
+    def _send_many(self, lane: Lane, peer: Peer, kind: Kind, riders: list[Rider], remaining: float) -> None:
+        link = peer.link
+        assert link is not None
+        try:
+            left = link.start_many(kind, riders, remaining)
+        except LinkLost:
+            left = False
+        if left:
+            lane.aboard += len(riders)
+            self._aboard.update(riders)
+            link.flush()
+            return
+        for rider in riders:
+            rider.peer = None
+            self._release(rider, peer) if peer.link is not None else self._queue_again(rider)
+
+    def arrived_many(self, riders: list[Rider], answers: Answers) -> None:
+        """The whole answers of calls that left by `submit_many`, all of one deployment, from one replica."""
+        peer, lane = riders[0].peer, riders[0].lane
+        assert peer is not None
+        for rider in riders:
+            rider.done, rider.peer = True, None
+        lane.aboard -= len(riders)
+        self._aboard.difference_update(riders)
+        if peer.breaker.failures:
+            peer.succeed()
+        try:
+            riders[0].convoy.finish(riders, answers)
+        finally:
+            if lane.queued:
+                queued, run = answers.times[0] * 1e-6, answers.run_us * 1e-6
+                peer.adapt(self._clock(), queued, run, lane.route.limits.wait_seconds)
+                self._pump(lane)
+
     def abort(self, pending: Pending) -> None:
         """Nobody waits for the answer any more."""
         if not pending.done:
@@ -178,7 +232,7 @@ class Router:
         """Put a call aboard; its link may have gone since it was picked, or its tensors may be too large."""
         assert peer.link is not None
         try:
-            pending.number = peer.link.start(pending.call, partial(self._arrived, pending), manual=pending.manual)
+            pending.number = peer.link.start(pending.call, partial(self.arrived, pending), manual=pending.manual)
         except LinkLost:
             self._queue_again(pending)
             return
@@ -191,7 +245,7 @@ class Router:
         if lane.hedges is not None and pending.call.idempotent and not pending.call.stream:
             self._note_hedge(lane, pending)
 
-    def _arrived(self, pending: Pending, item: Part | ModelworksError) -> None:
+    def arrived(self, pending: Pending, item: Part | ModelworksError) -> None:
         """What the link brings for a call that is aboard."""
         if pending.done:
             return
@@ -385,7 +439,7 @@ class Router:
             assert first is not None
             self._promote(pending, seat)
             _abort(first, number)
-        self._arrived(pending, item)
+        self.arrived(pending, item)
 
     def _promote(self, pending: Pending, seat: Seat) -> None:
         """The second seat becomes the only one."""
@@ -422,7 +476,7 @@ class Router:
             if peer.retiring_until is not None and (not peer.outstanding or now >= peer.retiring_until):
                 del self._peers[target]
                 peer.close()
-        late = [pending for pending in self._aboard if pending.call.deadline <= now]
+        late = [pending for pending in self._aboard if pending.deadline <= now]
         for peer, lane in {pending.peer: pending.lane for pending in late if pending.peer is not None}.items():
             self._blame(peer, lane, "deadlines")
         for pending in late:

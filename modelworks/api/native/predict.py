@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
@@ -15,8 +16,10 @@ from modelworks.api.parts import parts
 from modelworks.api.routes import NamePath, Routes, Use, Who
 from modelworks.core.errors import InvalidInput
 from modelworks.core.types import Answer, Call, Principal
+from modelworks.serve.columns import Answers, Kind, kind_of
 from modelworks.serve.features import MAX_ROWS, decode_outputs, encode_rows
 from modelworks.serve.gateway import Gateway
+from modelworks.serve.routes import Route
 
 routes = Routes("Deployments")
 _encode = msgspec.json.Encoder(enc_hook=str).encode
@@ -123,12 +126,49 @@ def prepare_rows(gateway: Gateway, principal: Principal, name: str, inputs: list
     """The call for rows of features; both lanes go through this. InvalidInput names the feature."""
     route = gateway.route(principal, name)
     call = Call(name, encode_rows(route, inputs), gateway.deadline(), request_id)
+    return Prepared(call, lambda found: _reply(route, found, request_id))
 
-    def reply(found: Answer) -> Reply:
-        rows = decode_outputs(route, found)
-        return Reply(JSON_HEADERS, _encode({"outputs": rows, "model": found.model_version, "request_id": request_id}))
 
-    return Prepared(call, reply)
+def _reply(route: Route, found: Answer, request_id: str) -> Reply:
+    rows = decode_outputs(route, found)
+    return Reply(JSON_HEADERS, _encode({"outputs": rows, "model": found.model_version, "request_id": request_id}))
+
+
+class Numbers:
+    """Reads requests for models of numbers only and writes their answers, many at once (express.py)."""
+
+    def __init__(self, route: Route) -> None:
+        self.route = route
+        self._kind: Kind | None = None
+
+    def read(self, data: bytes) -> tuple[Kind, int, bytes] | None:
+        """The kind, rows and bytes of all inputs; None: it is not for this."""
+        if self.route.numbers is None:
+            return None
+        try:
+            tensors = encode_rows(self.route, decode_predict(data).inputs)
+        except InvalidInput:
+            return None
+        kind = self._kind
+        if kind is None:
+            kind = self._kind = kind_of(tensors)
+        return kind, tensors[0].shape[0], b"".join([tensor.data for tensor in tensors])
+
+    def reply(self, answer: Answer, request_id: str) -> Reply:
+        """One answer that comes alone."""
+        return _reply(self.route, answer, request_id)
+
+    def write(self, answers: Answers, request_ids: Sequence[str]) -> list[bytes]:
+        """The body of each answer, as `prepare_rows` makes it."""
+        rows = decode_outputs(self.route, Answer(answers.whole(), answers.version))
+        bodies = []
+        at = 0
+        for count, request_id in zip(answers.rows, request_ids, strict=True):
+            bodies.append(
+                _encode({"outputs": rows[at : at + count], "model": answers.version, "request_id": request_id})
+            )
+            at += count
+        return bodies
 
 
 def form_row(media: str, data: bytes) -> dict[str, Any]:
@@ -139,7 +179,9 @@ def form_row(media: str, data: bytes) -> dict[str, Any]:
             more = decode_json(content)
             more = more[0] if isinstance(more, list) and len(more) == 1 else more
             if not isinstance(more, dict):
-                raise InvalidInput("the part `inputs` must be a JSON object of features", code="bad_inputs", param="inputs")
+                raise InvalidInput(
+                    "the part `inputs` must be a JSON object of features", code="bad_inputs", param="inputs"
+                )
             row |= more
         elif name in row:
             raise InvalidInput(f"the feature {name[:100]!r} is there twice", code="bad_form", param=name[:100])

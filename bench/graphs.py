@@ -1,0 +1,35 @@
+"""The graphs that the benchmarks serve, written as ONNX files: the same file for us and for every peer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+IRIS = {"inputs": [{"name": "X", "shape": [1, 4], "datatype": "FP32", "data": [5.1, 3.5, 1.4, 0.2]}]}
+
+
+def iris(path: Path) -> Path:
+    """W1: logistic regression on four floats, `X` [n, 4] to `label` [n] and `probabilities` [n, 3]."""
+    from skl2onnx import to_onnx
+    from sklearn.datasets import load_iris
+    from sklearn.linear_model import LogisticRegression
+
+    data: Any = load_iris(return_X_y=True)
+    rows, labels = data[0].astype("float32"), data[1]
+    model = LogisticRegression(max_iter=1000).fit(rows, labels)
+    graph = to_onnx(model, rows[:1], options={"zipmap": False}, target_opset={"": 18, "ai.onnx.ml": 3})
+    path.write_bytes(graph.SerializeToString())
+    return path
+
+
+def identity(path: Path, elements: int) -> Path:
+    """W3: `x` [n, elements] FP32 to `y`, the same."""
+    import onnx
+    from onnx import TensorProto, helper
+
+    ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["n", elements]) for name in "xy"]
+    graph = helper.make_graph([helper.make_node("Identity", ["x"], ["y"])], "identity", ends[:1], ends[1:])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    onnx.checker.check_model(model)
+    path.write_bytes(model.SerializeToString())
+    return path

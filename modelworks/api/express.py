@@ -1,0 +1,177 @@
+"""The fast lane's bulk: requests of one turn of the loop for one deployment are read, sent and answered together.
+
+Only what is usual goes this way (`Bulk.read` takes it, nobody waits, no rule sends it elsewhere); everything else starts
+by itself. A client cannot tell the difference, nor can the counters, limits and logs.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator, Sequence
+from time import monotonic
+from typing import TYPE_CHECKING, Protocol
+
+from modelworks.api.calls import Reply
+from modelworks.core.errors import ModelworksError
+from modelworks.core.tensors import Tensor
+from modelworks.core.types import Answer, Call, Principal
+from modelworks.serve.channel import Deliver
+from modelworks.serve.columns import Answers, Kind
+from modelworks.serve.convoy import Convoy, Rider
+from modelworks.serve.gateway import Gateway
+from modelworks.serve.observe import Watch
+from modelworks.serve.requestlog import Line
+from modelworks.serve.routes import Route
+
+if TYPE_CHECKING:
+    from modelworks.api.fastlane import Exchange, Target
+
+
+class Bulk(Protocol):
+    """What a dialect has for a route: it reads a body to (kind, rows, bytes of all inputs), and writes answers' bodies."""
+
+    route: Route
+
+    def read(self, data: bytes) -> tuple[Kind, int, bytes] | None: ...
+
+    def reply(self, answer: Answer, request_id: str) -> Reply: ...
+
+    def write(self, answers: Answers, request_ids: Sequence[str]) -> list[bytes]: ...
+
+
+class Express:
+    """One a gateway. `add` takes a request whose body is there."""
+
+    def __init__(self, gateway: Gateway) -> None:
+        self.gateway = gateway
+        self._waiting: list[Exchange] = []
+
+    def add(self, exchange: Exchange) -> None:
+        if not self._waiting:
+            asyncio.get_running_loop().call_soon(self._depart)
+        self._waiting.append(exchange)
+
+    def _depart(self) -> None:
+        """The end of the turn."""
+        waiting, self._waiting = self._waiting, []
+        groups: dict[int, list[Exchange]] = {}
+        for exchange in waiting:
+            groups.setdefault(id(exchange.target), []).append(exchange)
+        for group in groups.values():
+            self._send(group[0].target, group)
+
+    def _send(self, target: Target, exchanges: list[Exchange]) -> None:
+        bulks: dict[int, Bulk | None] = {}  # by principal
+        convoys: dict[tuple[int, Kind], tuple[_Convoy, list[Rider]]] = {}
+        begun = monotonic()
+        for exchange in exchanges:
+            if exchange.response_complete:
+                continue  # its client has gone
+            who = id(exchange.principal)
+            bulk = bulks[who] if who in bulks else bulks.setdefault(who, self._bulk(target, exchange.principal))
+            read = _read(bulk, exchange.body) if bulk is not None else None
+            if bulk is None or read is None:
+                exchange.start()
+                continue
+            kind, rows, data = read
+            found = convoys.get((id(bulk), kind))
+            if found is None:
+                found = convoys[id(bulk), kind] = _Convoy(self, bulk, kind, begun), []
+            convoy, riders = found
+            exchange.rows = rows
+            riders.append(Rider(convoy, exchange, data, rows))
+        for _, riders in convoys.values():
+            self._board(riders)
+
+    def _board(self, riders: list[Rider]) -> None:
+        try:
+            left = self.gateway.submit_many(riders)
+        except Exception as error:  # the same edge as that of one call
+            for rider in riders:
+                rider.caller.unexpected(error)
+            return
+        if not left:
+            for rider in riders:
+                rider.caller.start()
+            return
+        for rider in riders:
+            exchange: Exchange = rider.caller
+            exchange.body = b""
+            if not exchange.response_complete:
+                exchange._pending = rider
+
+    def _bulk(self, target: Target, principal: Principal) -> Bulk | None:
+        """What reads the requests of this principal; None: each says for itself what is wrong, or goes by a rule."""
+        try:
+            route = self.gateway.route(principal, target.deployment, target.version)
+            if not self.gateway.together(route):
+                return None
+            found: Bulk | None = route.memo.get(target.operation)
+            if found is None:
+                found = route.memo[target.operation] = target.bulk(route)
+            return found
+        except Exception:  # each meets it by itself, where there is an edge for it
+            return None
+
+
+def _read(bulk: Bulk, body: bytes) -> tuple[Kind, int, bytes] | None:
+    try:
+        return bulk.read(body)
+    except Exception:  # as in _bulk
+        return None
+
+
+class _Convoy(Convoy):
+    """Its purpose is the `Bulk`: one a route and dialect."""
+
+    def __init__(self, express: Express, bulk: Bulk, kind: Kind, begun: float) -> None:
+        super().__init__(bulk, bulk.route, kind, begun, express.gateway.deadline())
+        self._express = express
+        self._bulk = bulk
+
+    def call(self, rider: Rider, tensors: list[Tensor]) -> Call:
+        exchange: Exchange = rider.caller
+        return Call(
+            self.route.name,
+            tensors,
+            self.deadline,
+            exchange.request_id,
+            version=exchange.target.version,
+            key_id=exchange.principal.key_id,
+            kind=self.kind,
+        )
+
+    def deliver(self, rider: Rider) -> Deliver:
+        exchange: Exchange = rider.caller
+        exchange.answer_by(lambda answer: self._bulk.reply(answer, exchange.request_id))
+        return Watch(self._express.gateway.observer, self.route, exchange.deliver, self.begun)
+
+    def finish(self, riders: list[Rider], answers: Answers) -> None:
+        exchanges: list[Exchange] = [rider.caller for rider in riders]
+        observer = self._express.gateway.observer
+        observer.answered(self.route, answers, [rider.convoy.begun for rider in riders])
+        try:
+            bodies = self._bulk.write(answers, [exchange.request_id for exchange in exchanges])
+        except ModelworksError as error:
+            for exchange in exchanges:
+                exchange.refuse(error)
+            return
+        except Exception as error:  # the same edge as that of one answer
+            for exchange in exchanges:
+                exchange.unexpected(error)
+            return
+        for exchange, body in zip(exchanges, bodies, strict=True):
+            exchange.good(body)
+        lines = _lines(exchanges, bodies, answers.version)
+        observer.requests_answered(exchanges[0].target.operation, lines, len(exchanges))
+
+
+def _lines(exchanges: list[Exchange], bodies: list[bytes], version: str) -> Iterator[Line]:
+    """For the request log."""
+    now = monotonic()
+    for exchange, body in zip(exchanges, bodies, strict=True):
+        principal, target = exchange.principal, exchange.target
+        yield (
+            exchange.request_id, principal.key_id, principal.project_id, target.operation, target.deployment, version,
+            200, now - exchange.began, exchange.length, len(body), exchange.rows,
+        )  # fmt: skip
