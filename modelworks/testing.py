@@ -16,7 +16,7 @@ def check_trainer(trainer: Any, *, hyperparameters: dict[str, Any] | None = None
     Declared tasks and parameters; training for each task; answers of the right shape that are numbers; the same from the
     same seed; an ONNX graph that answers as training did, with the same bytes each time.
     """
-    from modelworks.ml.train.algorithms import CLASSIFICATION, REGRESSION
+    from modelworks.core.tasks import CLASSIFICATION, REGRESSION
 
     assert trainer.__doc__, "say in one sentence what it does: GET /api/v1/algorithms shows its docstring"
     assert set(trainer.tasks) <= {CLASSIFICATION, REGRESSION}, f"tasks must be of {CLASSIFICATION}, {REGRESSION}"

@@ -214,6 +214,10 @@ def test_evaluate_shows_the_report(cli: Any, fake: FakeServer) -> None:
     assert "iris:2 against iris:1 on 1 row: worse, by accuracy\n" in done.stdout
     assert "iris:2" in cli("reports", "list").stdout
     assert cli("reports", "show", "rep_1").stdout == done.stdout
+    gate = {"metric": "accuracy", "at_least": 0.99, "value": 0.96, "passed": False}
+    fake.on("GET", "/api/v1/reports/rep_1", {**REPORT, "details": {"gates": [gate]}})
+    done = cli("evaluate", "iris", "--gate", "accuracy>=0.99")
+    assert (done.exit_code, done.stderr) == (1, "error: the gate failed: accuracy is 0.96 and must be at least 0.99\n")
 
 
 def test_a_regressions_residuals_are_shown(cli: Any, fake: FakeServer) -> None:

@@ -31,6 +31,7 @@ def house(running: RunningServer, tmp_path_factory: pytest.TempPathFactory) -> R
     )
     assert job.status == "succeeded", job.error
     assert job.metrics["accuracy"]["mean"] > 0.8
+    assert client.models.version(str(job.model_version)).task == "image-classification"
     client.deployments.put("numerals", model="numerals")
     client.deployments.wait_ready("numerals")
     return running
@@ -129,6 +130,7 @@ def test_sounds_are_told_apart_by_their_pitch(running: RunningServer) -> None:
     )
     assert job.status == "succeeded", job.error
     assert job.metrics["accuracy"]["mean"] == 1.0
+    assert client.models.version(str(job.model_version)).task == "audio-classification"
     client.deployments.put("pitch", model="pitch")
     client.deployments.wait_ready("pitch")
     answer = client.deployments.predict("pitch", [{"audio": tone(310, rate=44_100, format="FLAC")}, {"audio": tone(1990, 2)}])

@@ -110,6 +110,7 @@ def test_a_text_classifier_on_a_registered_encoder_is_packaged_with_it(encoder: 
     assert found.report["metrics"]["accuracy"]["mean"] > 0.9
     assert found.manifest.lineage["models"] == {"base:1": {"digest": encoder.manifest.digest, "licence": None}}
     assert set(found.manifest.files) == {MODEL_FILE}
+    assert found.manifest.task == "text-classification"
     runtime = check_package(found, tmp_path)
     long = " ".join(["mat"] * 200 + ["cat"])
     answer = runtime.predict({"text": np.array(["a dog", "cat .", "", long], dtype=object)})

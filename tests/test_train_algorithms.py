@@ -23,6 +23,9 @@ def test_every_algorithm_is_described_with_types_ranges_and_defaults() -> None:
     assert set(listed) == ALL
     assert listed["logistic-regression"]["task"] == "tabular-classification"
     assert listed["gradient-boosted-trees"]["tasks"] == ["tabular-classification", "tabular-regression"]
+    assert listed["cnn"]["task"] == "image-classification"
+    assert {"audio-regression", "tabular-classification"} < set(listed["cnn"]["tasks"])
+    assert listed["text-classifier"]["tasks"] == ["text-classification"]
     for entry in listed.values():
         assert entry["description"].endswith(".")
         for name, schema in entry["hyperparameters"]["properties"].items():
@@ -89,3 +92,21 @@ def test_the_catalogues_and_the_runtime_import_nothing_heavy() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_a_task_is_named_by_what_is_read() -> None:
+    from modelworks.core.specs import TrainingSpec
+    from modelworks.core.tasks import base_of, kind_of, named
+    from modelworks.core.types import Column
+    from modelworks.ml.train.checks import check_training
+
+    assert [kind_of(types) for types in (["image"], ["text"], ["number", "text"], ["audio", "text"], ["category"])] == [
+        "image", "text", "tabular", "multimodal", "tabular",
+    ]  # fmt: skip
+    assert named("tabular-regression", "audio") == "audio-regression"
+    assert (base_of("image-classification"), base_of("text-generation")) == ("tabular-classification", "text-generation")
+    columns = [Column(name="picture", type="image"), Column(name="label", type="category")]
+    spec = TrainingSpec(model="m", dataset="d", target="label", algorithm="cnn", task="image-classification")
+    assert check_training(spec, columns).task == "image-classification"
+    with pytest.raises(InvalidInput, match=r"the task is image-classification, not text-classification"):
+        check_training(spec.model_copy(update={"task": "text-classification"}), columns)

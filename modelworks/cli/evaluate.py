@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from modelworks.cli.exits import Failed
 from modelworks.cli.session import Session, command, group
 from modelworks.cli.text import counted, headline, interval, number, plain, when
 
@@ -74,8 +75,10 @@ def evaluate(
     report = session.client.reports.get(str(job.result["report_id"]))
     if session.json:
         session.emit({"job": job, "report": report})
-        return
-    show_report(session, report)
+    else:
+        show_report(session, report)
+    if failed := [_gate(one) for one in report.details.get("gates") or [] if not one["passed"]]:
+        raise Failed(f"the gate failed: {'; '.join(failed)}")
 
 
 def show_report(session: Session, report: Report) -> None:
@@ -94,6 +97,13 @@ def show_report(session: Session, report: Report) -> None:
     comparison = report.details.get("comparison")
     if isinstance(comparison, dict):
         _comparison(session, model, comparison)
+
+
+def _gate(found: dict[str, Any]) -> str:
+    """`accuracy is 0.66 and must be at least 0.99`."""
+    bounds = [f"at {word} {found[f'at_{word}']:g}" for word in ("least", "most") if f"at_{word}" in found]
+    value = "undefined" if found["value"] is None else f"{found['value']:.4g}"
+    return f"{found['metric']} is {value} and must be {' and '.join(bounds)}"
 
 
 def details_tables(session: Session, details: dict[str, Any]) -> None:

@@ -8,6 +8,8 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from modelworks.core.tasks import base_of
+
 # C0 and C1 controls, line and paragraph separators, and the marks that reorder text
 _UNSAFE = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\ud800-\udfff]")
 _UNSAFE_IN_LINES = re.compile(_UNSAFE.pattern.replace("\x00-\x1f", "\x00-\x08\x0b-\x1f"))
@@ -73,7 +75,8 @@ def bars(counts: Sequence[float]) -> str:
 def headline(metrics: dict[str, Any], task: str) -> tuple[str, dict[str, Any]] | None:
     """The metric that stands for all: the task's primary one where it was computed, else the first."""
     found = {name: value for name, value in metrics.items() if isinstance(value, dict)}
-    name = _PRIMARY.get(task) if _PRIMARY.get(task) in found else next(iter(found), None)
+    first = _PRIMARY.get(base_of(task))
+    name = first if first in found else next(iter(found), None)
     return None if name is None else (name, found[name])
 
 

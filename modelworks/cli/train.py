@@ -209,7 +209,7 @@ def algorithms(
         return
     session.table(
         ("algorithm", "task", "description"),
-        ((one.name, one.task or ", ".join(one.tasks), one.description) for one in found),
+        ((one.name, ", ".join(one.tasks) or one.task, one.description) for one in found),
     )
 
 

@@ -329,9 +329,11 @@ class TrainingSpec(Spec):
         description="one of `GET /api/v1/algorithms`, or `auto`: the best of those that fit",
         examples=["logistic-regression"],
     )
-    task: Literal["tabular-classification", "tabular-regression", "forecast"] | None = Field(
-        None, description="by default told from the algorithm and the target's type"
-    )
+    task: Literal[
+        "tabular-classification", "tabular-regression", "image-classification", "image-regression", "text-classification",
+        "text-regression", "audio-classification", "audio-regression", "multimodal-classification", "multimodal-regression",
+        "forecast",
+    ] | None = Field(None, description="by default told from the algorithm, the target's type and the features")  # fmt: skip
     time: str | None = Field(None, max_length=1000, description="of a forecast: the column that the series runs along")
     hyperparameters: dict[str, Any] = Field({}, description="of the algorithm; those not given have its defaults")
     features: list[str] | None = Field(

@@ -86,7 +86,8 @@ class Trainer(Protocol):
 
     It may also declare `shaped = True`: it takes images [n, c, h, w], spectrograms [n, 1, bands, frames], waveforms
     [n, samples] and token sequences [n, length] as they are (see `Preparation.blocks`); and `tokens = True`: by default
-    texts become token sequences.
+    texts become token sequences; and `reads`: the kinds of features it is made for (`core/tasks.py`), by which tasks are
+    named.
     """
 
     tasks: ClassVar[tuple[str, ...]]

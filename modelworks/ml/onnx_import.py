@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from modelworks.core.errors import InvalidInput, ModelworksError, PayloadTooLarge
+from modelworks.core.tasks import CLASSIFICATION, REGRESSION
 from modelworks.core.types import Signature, TensorSpec
 from modelworks.ml import onnx_tables
 from modelworks.ml.data.types import batch_to_rows
-from modelworks.ml.evaluate.catalogue import CLASSIFICATION, REGRESSION
 from modelworks.ml.package import Manifest, Package, PackageFile, ParitySamples
 from modelworks.ml.runtimes.onnx import MODEL_FILE, OnnxRuntime
 from modelworks.ml.runtimes.parity import difference

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from modelworks.core.errors import InvalidInput
+from modelworks.core.tasks import CLASSIFICATION
 from modelworks.core.types import ColumnType, Signature, TensorSpec
-from modelworks.ml.evaluate.catalogue import CLASSIFICATION
 
 if TYPE_CHECKING:
     import onnx

@@ -204,6 +204,7 @@ CATALOGUED = {"type": "object", "required": ["name"], "properties": {"name": {"t
         {
             "name": "logistic-regression",
             "task": "tabular-classification",
+            "tasks": ["tabular-classification"],
             "description": "multinomial logistic regression",
             "hyperparameters": {"type": "object", "properties": {"C": {"type": "number", "exclusiveMinimum": 0}}},
         },

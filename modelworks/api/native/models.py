@@ -50,7 +50,7 @@ FORM: dict[str, Any] = {
             "tokenizer.json), or a package that was exported from Modelworks",
         },
         "source": {"type": "string", "description": "in place of the file: `package:DIST/PATH` or an https URL"},
-        "task": {"type": "string", "description": "such as tabular-classification; needed for a bare ONNX model"},
+        "task": {"type": "string", "description": "such as tabular-classification or image-embedding; needed for a bare ONNX model"},
         "classes": {
             "type": "string",
             "description": "JSON list of the class labels, in the order of the probabilities",

@@ -9,8 +9,9 @@ from typing import Any
 
 from modelworks.core.errors import InvalidInput
 from modelworks.core.specs import Gate
+from modelworks.core.tasks import CLASSIFICATION, KINDS, REGRESSION, base_of, named
 
-CLASSIFICATION, REGRESSION, FORECAST = "tabular-classification", "tabular-regression", "forecast"
+FORECAST = "forecast"
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,7 @@ def describe() -> list[dict[str, Any]]:
         {
             "id": metric.id,
             "task": metric.tasks[0],
-            "tasks": list(metric.tasks),
+            "tasks": list(dict.fromkeys(named(task, kind) for task in metric.tasks for kind in KINDS)),
             "greater_is_better": metric.greater_is_better,
             "low": None if math.isinf(metric.low) else metric.low,
             "high": None if math.isinf(metric.high) else metric.high,
@@ -104,7 +105,8 @@ def describe() -> list[dict[str, Any]]:
 
 
 def metrics_of(task: str) -> list[str]:
-    return [metric.id for metric in METRICS.values() if task in metric.tasks]
+    """Of a task by any of its names."""
+    return [metric.id for metric in METRICS.values() if base_of(task) in metric.tasks]
 
 
 def check_metrics(task: str, names: Sequence[str] | None, gates: Sequence[Gate] = ()) -> list[str]:

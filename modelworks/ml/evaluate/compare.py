@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 
 from modelworks.core.errors import InvalidInput
-from modelworks.ml.evaluate.catalogue import CLASSIFICATION, METRICS, PRIMARY
+from modelworks.core.tasks import CLASSIFICATION
+from modelworks.ml.evaluate.catalogue import METRICS, PRIMARY
 from modelworks.ml.evaluate.intervals import LEVEL, bootstrap, percentiles
 from modelworks.ml.evaluate.metrics import Predictions, WeightedScorer, score
 

@@ -11,9 +11,10 @@ from pydantic import ValidationError
 
 from modelworks.core.errors import InvalidInput
 from modelworks.core.specs import EvaluationSpec, TrainingSpec
+from modelworks.core.tasks import CLASSIFICATION, REGRESSION, base_of
 from modelworks.core.types import Column
 from modelworks.ml.base import JobContext
-from modelworks.ml.evaluate.catalogue import CLASSIFICATION, FORECAST, REGRESSION, check_metrics, gate_results
+from modelworks.ml.evaluate.catalogue import FORECAST, check_metrics, gate_results
 from modelworks.ml.evaluate.compare import compare
 from modelworks.ml.evaluate.folds import predict_folds, summarise
 from modelworks.ml.evaluate.inputs import coerce
@@ -61,10 +62,10 @@ def evaluate(
     `other` (for `spec.compare`) answers for the same rows; the comparison is in details. Gates are reported there, not
     enforced. InvalidInput when the model cannot be evaluated this way.
     """
-    task = package.manifest.task
+    task = base_of(package.manifest.task)
     if task not in (CLASSIFICATION, REGRESSION, FORECAST):
         raise InvalidInput(
-            f"a model of task {task!r} cannot be evaluated on a table yet; tabular ones can", param="model"
+            f"a model of task {package.manifest.task!r} cannot be evaluated on a table yet; tabular ones can", param="model"
         )
     if other is not None:
         _check_pair(package.manifest, other.manifest)

@@ -14,10 +14,10 @@ import numpy as np
 import pyarrow as pa
 
 from modelworks.core.errors import InvalidInput
+from modelworks.core.tasks import CLASSIFICATION
 from modelworks.ml.base import JobContext
 from modelworks.ml.evaluate import metrics as m
 from modelworks.ml.evaluate.calibration import calibration, thresholds
-from modelworks.ml.evaluate.catalogue import CLASSIFICATION
 from modelworks.ml.evaluate.intervals import LEVEL, over_folds, over_rows
 from modelworks.ml.evaluate.metrics import Predictions
 from modelworks.ml.evaluate.splits import Plan

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from modelworks.ml.evaluate.catalogue import CLASSIFICATION
+from modelworks.core.tasks import CLASSIFICATION
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import numpy as np
 
 from modelworks.core.errors import InvalidInput
 from modelworks.core.specs import Method
-from modelworks.ml.evaluate.catalogue import CLASSIFICATION
+from modelworks.core.tasks import CLASSIFICATION
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 class Cnn(NetTrainer):
     """A convolutional net: from two plain convolutions to a small residual net; on images, or a table's rows in `shape`."""
 
+    reads: ClassVar[tuple[str, ...]] = ("image", "audio", "tabular")
     Params: ClassVar[type[CnnParams]] = CnnParams
 
     def net(self, examples: Examples, outputs: int, params: Any) -> torch.nn.Module:

@@ -52,8 +52,8 @@ class Objective:
         """A metric of the catalogue, of scores [n, outputs]; None when it is undefined."""
         import numpy as np
 
+        from modelworks.core.tasks import CLASSIFICATION, REGRESSION
         from modelworks.ml.evaluate.metrics import Predictions, score
-        from modelworks.ml.train.algorithms import CLASSIFICATION, REGRESSION
         from modelworks.ml.train.fitted import activate
 
         wide = scores.astype(np.float64)

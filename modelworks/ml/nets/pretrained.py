@@ -10,13 +10,13 @@ import numpy as np
 
 from modelworks.core.errors import InvalidInput
 from modelworks.core.specs import Stopping, TransformSpec
+from modelworks.core.tasks import CLASSIFICATION
 from modelworks.core.types import Column
 from modelworks.ml.base import Examples, JobContext, Models
 from modelworks.ml.data.transforms.host import TOKENS_AT_ONCE
 from modelworks.ml.nets.params import ImageClassifierParams, PretrainedParams, TextClassifierParams
 from modelworks.ml.nets.sequences import alone
 from modelworks.ml.nets.trainer import NetTrainer, set_aside, set_up
-from modelworks.ml.train.algorithms import CLASSIFICATION
 
 if TYPE_CHECKING:
     import torch
@@ -82,6 +82,7 @@ class TextClassifier(Pretrained):
     """Classes of texts by a head on a registered embedding model, which stays as it is or is fine-tuned."""
 
     tokens: ClassVar[bool] = True
+    reads: ClassVar[tuple[str, ...]] = ("text",)
     backbone: ClassVar[str] = "embedding"
     Params: ClassVar[type[TextClassifierParams]] = TextClassifierParams
 
@@ -110,6 +111,7 @@ class TextClassifier(Pretrained):
 class ImageClassifier(Pretrained):
     """Classes of images by a head on a registered image model, which stays as it is or is fine-tuned."""
 
+    reads: ClassVar[tuple[str, ...]] = ("image",)
     backbone: ClassVar[str] = "image-embedding"
     Params: ClassVar[type[ImageClassifierParams]] = ImageClassifierParams
 

@@ -18,6 +18,7 @@ class Rnn(NetTrainer):
     """A recurrent net (LSTM or GRU) over token sequences, sounds, or the steps that a table's columns form."""
 
     tokens: ClassVar[bool] = True
+    reads: ClassVar[tuple[str, ...]] = ("text", "audio", "tabular")
     Params: ClassVar[type[RnnParams]] = RnnParams
 
     def net(self, examples: Examples, outputs: int, params: Any) -> torch.nn.Module:
@@ -36,6 +37,7 @@ class Transformer(NetTrainer):
     """A transformer encoder over token sequences, sounds, or the steps that a table's columns form."""
 
     tokens: ClassVar[bool] = True
+    reads: ClassVar[tuple[str, ...]] = ("text", "audio", "tabular")
     Params: ClassVar[type[TransformerParams]] = TransformerParams
 
     def net(self, examples: Examples, outputs: int, params: Any) -> torch.nn.Module:

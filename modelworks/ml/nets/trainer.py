@@ -19,9 +19,9 @@ import numpy as np
 
 from modelworks.core.errors import InvalidInput, MissingExtra
 from modelworks.core.specs import Stopping
+from modelworks.core.tasks import CLASSIFICATION, REGRESSION
 from modelworks.ml.base import Examples, JobContext
 from modelworks.ml.nets.params import NetParams
-from modelworks.ml.train.algorithms import CLASSIFICATION, REGRESSION
 
 if TYPE_CHECKING:
     import torch

@@ -11,9 +11,9 @@ from pydantic import BaseModel, ValidationError
 
 from modelworks.core.errors import InvalidInput
 from modelworks.core.registry import Registry
+from modelworks.core.tasks import named
 from modelworks.ml.base import Trainer
 
-CLASSIFICATION, REGRESSION = "tabular-classification", "tabular-regression"
 FORECAST = "forecast"  # of a series, from its own past
 AUTO = "auto"  # in place of an algorithm: the best of those that fit the task
 
@@ -46,14 +46,20 @@ def describe() -> list[dict[str, Any]]:
 
 
 def _describe(name: str, trainer: type[Trainer]) -> dict[str, Any]:
+    tasks = list(dict.fromkeys(named(task, kind) for kind in reads(trainer) for task in trainer.tasks))
     return {
         "name": name,
-        "task": trainer.tasks[0] if len(trainer.tasks) == 1 else None,
-        "tasks": list(trainer.tasks),
+        "task": tasks[0],
+        "tasks": tasks,
         "description": " ".join((trainer.__doc__ or "").split()),
         "accepts_missing": trainer.accepts_missing,
         "hyperparameters": trainer.Params.model_json_schema(),
     }
+
+
+def reads(trainer: type[Trainer]) -> tuple[str, ...]:
+    """The kinds of features that it is made for, the usual one first (`core/tasks.py`)."""
+    return getattr(trainer, "reads", ("tabular",))
 
 
 def check_hyperparameters(algorithm: str, given: dict[str, Any]) -> dict[str, Any]:

@@ -9,10 +9,11 @@ from pydantic import ValidationError
 
 from modelworks.core.errors import InvalidInput
 from modelworks.core.specs import DatasetEdit, Method, TrainingSpec
+from modelworks.core.tasks import CLASSIFICATION, REGRESSION, base_of, kind_of, named
 from modelworks.core.types import Column
 from modelworks.ml.data.transforms.catalogue import check_transforms
 from modelworks.ml.evaluate.catalogue import check_metrics
-from modelworks.ml.train.algorithms import AUTO, CLASSIFICATION, FORECAST, REGRESSION, TRAINERS, check_hyperparameters
+from modelworks.ml.train.algorithms import AUTO, FORECAST, TRAINERS, check_hyperparameters
 
 _TASK_OF_TYPE = {"category": CLASSIFICATION, "boolean": CLASSIFICATION, "text": CLASSIFICATION, "number": REGRESSION}
 _SHOWN = 30
@@ -37,6 +38,7 @@ def check_training(spec: TrainingSpec, columns: Sequence[Column]) -> TrainingSpe
     if spec.validation:
         check_method(spec.validation, columns, spec.target)
     _check_stopping(spec, task)
+    _check_kind(spec, features)
     if spec.threshold is not None and task not in (None, CLASSIFICATION):
         raise InvalidInput("threshold is for two classes; leave it out for a numeric target", param="threshold")
     if not features:
@@ -101,6 +103,16 @@ def _check_stopping(spec: TrainingSpec, task: str | None) -> None:
         check_metrics(task, [spec.stopping.metric])
 
 
+def _check_kind(spec: TrainingSpec, features: Sequence[Column]) -> None:
+    """A task that names what it reads must be of the features; `tabular` says nothing of them."""
+    if spec.task is None or not features or spec.task.startswith("tabular-"):
+        return
+    fitting = named(base_of(spec.task), kind_of(column.type for column in features))
+    if spec.task != fitting:
+        shown = ", ".join(f"{column.name} ({column.type})" for column in features[:10])
+        raise InvalidInput(f"the features are {shown}, so the task is {fitting}, not {spec.task}", param="task", code="wrong_task")
+
+
 def _hyperparameters(spec: TrainingSpec) -> dict[str, Any]:
     if spec.algorithm != AUTO:
         return check_hyperparameters(spec.algorithm, spec.hyperparameters)
@@ -138,8 +150,8 @@ def feature_columns(spec: TrainingSpec, columns: Sequence[Column]) -> list[Colum
             code="target_among_features",
             param="features",
         )
-    named = {find(columns, name, "features").name for name in spec.features}
-    return [column for column in columns if column.name in named]
+    chosen = {find(columns, name, "features").name for name in spec.features}
+    return [column for column in columns if column.name in chosen]
 
 
 def task_of(spec: TrainingSpec, target: Column) -> str | None:
@@ -148,11 +160,12 @@ def task_of(spec: TrainingSpec, target: Column) -> str | None:
     InvalidInput when algorithm and target do not fit.
     """
     tasks = (CLASSIFICATION, REGRESSION) if spec.algorithm == AUTO else TRAINERS.get(spec.algorithm).tasks
-    if spec.task and spec.task not in tasks:
+    asked = base_of(spec.task) if spec.task else None
+    if asked and asked not in tasks:
         raise InvalidInput(
             f"{spec.algorithm} does {' and '.join(tasks)}, not {spec.task}; choose another algorithm", param="task"
         )
-    task = spec.task or (tasks[0] if len(tasks) == 1 else _TASK_OF_TYPE.get(target.type))
+    task = asked or (tasks[0] if len(tasks) == 1 else _TASK_OF_TYPE.get(target.type))
     if target.type == "time":
         raise InvalidInput(
             f"the target {target.name!r} is a time, which cannot be predicted; choose another column, or turn it "

@@ -13,6 +13,7 @@ import numpy as np
 
 from modelworks.core.errors import ModelworksError
 from modelworks.core.specs import TrainingSpec
+from modelworks.core.tasks import kind_of, named
 from modelworks.core.types import Signature, TensorSpec
 from modelworks.ml.base import Models
 from modelworks.ml.data.transforms.media_fit import spread
@@ -23,6 +24,7 @@ from modelworks.ml.graph import compose, to_bytes
 from modelworks.ml.package import Manifest, Package, PackageFile, ParitySamples
 from modelworks.ml.runtimes.onnx import MODEL_FILE, OnnxRuntime
 from modelworks.ml.runtimes.parity import difference, replay_parity
+from modelworks.ml.train.algorithms import TRAINERS, reads
 from modelworks.ml.train.fit import Model
 from modelworks.ml.train.fitted import with_label
 from modelworks.ml.train.problem import Problem, class_text
@@ -60,6 +62,13 @@ def signature_of(problem: Problem, model: Model) -> Signature:
     return Signature(inputs=inputs, outputs=outputs)
 
 
+def task_name(problem: Problem, signature: Signature) -> str:
+    """By what the trainer is made for where that is one kind, else by the features that it uses."""
+    made_for = reads(TRAINERS.get(problem.spec.algorithm))
+    kind = kind_of(one.column or "" for one in signature.inputs)
+    return named(problem.task, made_for[0] if len(made_for) == 1 and made_for[0] != "tabular" else kind)
+
+
 def package(
     problem: Problem, model: Model, metrics: dict[str, Any], lineage: dict[str, Any], workdir: Path, threads: int
 ) -> tuple[Manifest, dict[str, bytes]]:
@@ -69,11 +78,11 @@ def package(
     """
     graph = write_graph(problem, model)
     digest = hashlib.sha256(graph).hexdigest()
-    spec = problem.spec
+    spec, signature = problem.spec, signature_of(problem, model)
     manifest = Manifest(
-        task=problem.task,
+        task=task_name(problem, signature),
         algorithm=spec.algorithm,
-        signature=signature_of(problem, model),
+        signature=signature,
         classes=problem.classes,
         host_transforms=model.preparation.host,
         files={MODEL_FILE: PackageFile(digest=digest, size=len(graph))},

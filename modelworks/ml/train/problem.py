@@ -10,6 +10,7 @@ import numpy as np
 
 from modelworks.core.errors import InvalidInput
 from modelworks.core.specs import Method, TrainingSpec, TransformSpec
+from modelworks.core.tasks import CLASSIFICATION, REGRESSION
 from modelworks.core.types import Column
 from modelworks.ml.data.stored import StoredTable
 from modelworks.ml.data.transforms.rows import missing_mask
@@ -18,7 +19,7 @@ from modelworks.ml.evaluate.inputs import coerce
 from modelworks.ml.evaluate.splits import ASIDE, TEST, TRAIN, Plan, plan
 from modelworks.ml.forecast.series import Series, read_series
 from modelworks.ml.forecast.windows import horizon_of
-from modelworks.ml.train.algorithms import CLASSIFICATION, FORECAST, REGRESSION
+from modelworks.ml.train.algorithms import FORECAST
 from modelworks.ml.train.checks import check_method, check_training, feature_columns, find, is_forecast, task_of
 from modelworks.ml.train.rows import kept_rows, split_leading
 

@@ -7,9 +7,9 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from modelworks.core.errors import InvalidInput
+from modelworks.core.tasks import CLASSIFICATION, REGRESSION
 from modelworks.ml.base import Examples, JobContext
 from modelworks.ml.train import params as p
-from modelworks.ml.train.algorithms import CLASSIFICATION, REGRESSION
 
 if TYPE_CHECKING:
     import numpy as np

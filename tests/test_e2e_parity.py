@@ -1,0 +1,97 @@
+"""What a deployment answers over HTTP is what training said, on every row of the evaluation set, for every algorithm."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from modelworks.core.types import Job
+from modelworks.jobs import registering
+from modelworks.ml.train import train as training
+from modelworks.ml.train.algorithms import TRAINERS
+from modelworks.ml.train.packaging import training_side
+from modelworks.store.blobs import Blobs
+from modelworks.store.catalog import Catalog
+from tests.learning import Context, mixed, run
+from tests.server import RunningServer
+from tests.test_forecast import learn, passengers
+
+CASES = [(name, task) for name in TRAINERS for task in TRAINERS.get(name).tasks if task.startswith("tabular-")]
+QUICK: dict[str, dict[str, Any]] = {
+    "gradient-boosted-trees": {"n_estimators": 10},
+    "mlp": {"hidden": [8], "epochs": 2},
+    "cnn": {"shape": [1, 1, 11], "channels": [4], "head": [8], "epochs": 2},  # 11: the features of mixed()
+    "rnn": {"hidden": 4, "epochs": 2},
+    "transformer": {"width": 8, "heads": 2, "layers": 1, "feed_forward": 8, "epochs": 2},
+}
+FEATURES = ["age", "visits", "member", "city", "day"]
+
+
+@pytest.mark.parametrize(("algorithm", "task"), CASES)
+def test_the_wire_equals_training(
+    running: RunningServer, algorithm: str, task: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: dict[str, np.ndarray] = {}
+
+    def listening(problem: Any, model: Any, *rest: Any) -> Any:
+        said.update(training_side(problem, model, problem.part(problem.rows)))
+        return package(problem, model, *rest)
+
+    package = training.package
+    monkeypatch.setattr(training, "package", listening)
+    table, columns = mixed(120)
+    target = "score" if task == "tabular-regression" else "grade"
+    trained = run(
+        (table, columns), tmp_path, Context(tmp_path), algorithm=algorithm, target=target, features=FEATURES,
+        hyperparameters=QUICK.get(algorithm, {}), validation={"holdout": 0.2},
+    )  # fmt: skip
+    name = f"parity-{algorithm}-{task}"
+    register(running, name, trained)
+    running.client.deployments.put(name, model=name)
+    running.client.deployments.wait_ready(name)
+    rows = [
+        {key: value.isoformat() if hasattr(value, "isoformat") else value for key, value in row.items()}
+        for row in table.select(FEATURES).to_pylist()
+    ]
+    got = running.client.deployments.predict(name, rows).outputs
+    running.client.deployments.delete(name)
+    assert len(got) == len(rows) == 120
+    if task == "tabular-regression":
+        close([one.value for one in got], said["value"])
+        return
+    assert [str(one.label) for one in got] == said["label"].tolist()
+    assert {type(one.label) for one in got} == {int}
+    close([[*one.probabilities.values()] for one in got], said["probabilities"])
+
+
+def test_a_forecast_over_the_wire_equals_trainings(running: RunningServer, tmp_path: Path) -> None:
+    """On the histories that training answered for the package."""
+    trained = learn(passengers(), tmp_path)
+    register(running, "parity-forecaster", trained)
+    running.client.deployments.put("parity-forecaster", model="parity-forecaster")
+    running.client.deployments.wait_ready("parity-forecaster")
+    samples = trained.manifest.parity
+    got = running.client.deployments.predict("parity-forecaster", samples.inputs).outputs
+    running.client.deployments.delete("parity-forecaster")
+    assert len(got) == len(samples.inputs) > 2
+    for name, values in samples.outputs.items():
+        close([getattr(one, name) for one in got], np.asarray(values))
+
+
+def close(got: Any, expected: np.ndarray) -> None:
+    assert np.shape(got) == expected.shape
+    assert (np.abs(np.asarray(got) - expected) <= 1e-5 * np.maximum(1.0, np.abs(expected))).all()
+
+
+def register(running: RunningServer, name: str, trained: Any) -> None:
+    """As the job's last step does, without the start of a process for each."""
+    catalog = Catalog(running.home / "catalog.sqlite")
+    manifest = trained.manifest
+    digest = registering.store(Blobs(running.home / "blobs"), manifest, trained.files)
+    with catalog.write() as tx:
+        job = Job(id="job_of_this_test", project_id=running.client.whoami().project_id, kind="train", spec={})
+        registering.model(tx, job, name, manifest, digest)
+    catalog.close()
