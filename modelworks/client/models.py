@@ -13,7 +13,7 @@ from typing import IO, Any
 import httpx2
 
 from modelworks.client.data import Counted, Progress, opened
-from modelworks.client.jobs import wait
+from modelworks.client.jobs import OnJob, wait
 from modelworks.client.lists import page, path
 from modelworks.client.modes import Mode, Resource, call
 from modelworks.client.transport import Request, creation, unreachable
@@ -57,12 +57,14 @@ class Models(Resource[Mode]):
         licence: str | None = None,
         convert: str | None = None,
         progress: Progress | None = None,
+        on_job: OnJob | None = None,
         idempotency_key: str | None = None,
     ) -> ModelVersion:
         """Register a package (as `export` wrote it) or a model (ONNX, GGUF) as a new version of `name`; waits for it.
 
         `convert="q8_0"` writes a GGUF model of fewer bits anew in 8.
         In place of a file, `source`: `package:DIST/PATH` or an https URL, which the server fetches.
+        `progress(sent, total)` during the upload, then `on_job(job)` at each look at the job that takes it in.
         """
         with opened(file, filename) if source is None else nullcontext((None, "")) as (content, known_as):
             form: dict[str, Any] = {
@@ -83,7 +85,7 @@ class Models(Resource[Mode]):
             response = await self._http.send(request)
         if response.status_code != 202:
             return self._http.validate(ModelVersion, response.json())
-        job = await wait(self._http, response.json()["id"], timeout=_WAIT)
+        job = await wait(self._http, response.json()["id"], timeout=_WAIT, progress=on_job)
         ref = Ref.parse(job.model_version or str(job.result.get("model_version")))
         return await self._version(ref.name, ref.version or 1)
 

@@ -276,7 +276,13 @@ def import_version(step: Step) -> None:
     if kind == "gguf":
         _refuse_classes(spec)
         manifest, files = build.import_gguf(
-            path, context.workdir, task=spec["task"], licence=spec["licence"], convert=spec.get("convert")
+            path,
+            context.workdir,
+            task=spec["task"],
+            licence=spec["licence"],
+            convert=spec.get("convert"),
+            threads=context.threads,
+            tell=lambda part, stage: context.progress(0.1 + 0.8 * part, stage),
         )
     elif kind == "folder":
         _refuse_classes(spec)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import struct
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -162,8 +163,11 @@ def token_bytes(found: dict[str, Any]) -> int:
     return 2 * number("block_count") * number("attention.head_count_kv", heads) * size
 
 
-def to_q8_0(path: Path, out: Path) -> None:
-    """Write the model at `path` with its quantised weights as Q8_0, which every engine reads at the source's quality."""
+def to_q8_0(path: Path, out: Path, tell: Callable[[float], None] = lambda part: None) -> None:
+    """Write the model at `path` with its quantised weights as Q8_0, which every engine reads at the source's quality.
+
+    `tell`: how far it is, from 0 to 1.
+    """
     try:
         from gguf import GGMLQuantizationType as Type
         from gguf import GGUFReader, GGUFWriter
@@ -177,7 +181,10 @@ def to_q8_0(path: Path, out: Path) -> None:
             value = 7 if name == "general.file_type" else field.contents()
             inner = field.types[-1] if len(field.types) > 1 else None
             writer.add_key_value(name, value, field.types[0], sub_type=inner)
+    done, total = 0, sum(tensor.n_elements for tensor in source.tensors)
     for tensor in source.tensors:
+        tell(done / total)
+        done += tensor.n_elements
         data, kind = tensor.data, tensor.tensor_type
         if kind not in (Type.F32, Type.F16, Type.BF16, Type.Q8_0):
             try:

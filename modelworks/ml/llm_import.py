@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,9 @@ def import_gguf(
     licence: str | None = None,
     convert: str | None = None,
     threads: int = 1,
+    tell: Callable[[float, str], None] = lambda part, stage: None,
 ) -> tuple[Manifest, dict[str, Path]]:
-    """The manifest and the files (name -> path) of a package that serves the model at `path`.
+    """The manifest and the files (name -> path) of a package that serves the model at `path`. `tell`: how far it is.
 
     With `convert` "q8_0", weights in fewer bits are written anew in that. The header is checked, the chat template rendered
     in its sandbox, and the model loaded and asked for a few tokens.
@@ -38,7 +40,7 @@ def import_gguf(
     found = read_gguf(path)
     if convert == Q8_0 and exact_type(found.get("general.file_type")) is None:
         converted = workdir / "converted.gguf"
-        to_q8_0(path, converted)
+        to_q8_0(path, converted, lambda part: tell(0.6 * part, "writing the weights in 8 bits"))
         path, found = converted, read_gguf(converted)
     chat = _chat(found)
     check_template(chat["template"] or CHATML, bos=chat["bos"], eos=chat["eos"])
@@ -46,6 +48,7 @@ def import_gguf(
     beside.write_bytes(_written(chat))
     files = {MODEL_FILE: path, CHAT_FILE: beside}
     name = found.get("general.name")
+    tell(0.6, "reading it through")
     manifest = Manifest(
         task=TASK,
         runtime="llama",
@@ -61,6 +64,7 @@ def import_gguf(
         licence=licence or _short(found.get("general.license")),
         description=_short(name),
     )
+    tell(0.8, "trying it out")
     try_out(Package(manifest, {manifest.files[name].digest: path for name, path in files.items()}.__getitem__), threads)
     return manifest, files
 

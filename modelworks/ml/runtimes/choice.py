@@ -9,6 +9,7 @@ from modelworks.core.errors import InvalidInput
 from modelworks.ml.gguf import check_exact, exact_type
 
 AUTO, LLAMA, OPENVINO = "auto", "llama", "openvino"
+BOTH = "openvino+llama"  # llama.cpp for the calls that ask for what OpenVINO lacks
 # architectures whose GGUF OpenVINO GenAI reads
 _READ = ("llama", "qwen2", "qwen3")
 
@@ -16,7 +17,8 @@ _READ = ("llama", "qwen2", "qwen3")
 def choose(engine: str, runtime: str, architecture: str, lineage: dict[str, Any]) -> str:
     """The runtime for a package made for `runtime`. InvalidInput when the engine that is named cannot run it.
 
-    `auto`: OpenVINO where it is installed and reads the file at its quality, as it is faster with many streams.
+    `auto`: OpenVINO where it is installed and reads the file at its quality, as it is faster with many streams; with
+    llama.cpp beside it for what it lacks.
     """
     if runtime != LLAMA:
         if engine != AUTO:
@@ -26,7 +28,9 @@ def choose(engine: str, runtime: str, architecture: str, lineage: dict[str, Any]
         return runtime
     if engine == AUTO:
         fits = exact_type(lineage.get("file_type")) is not None and architecture in _READ
-        return OPENVINO if fits and find_spec("openvino_genai") is not None else LLAMA
+        if not fits or find_spec("openvino_genai") is None:
+            return LLAMA
+        return BOTH if find_spec("xllamacpp") is not None else OPENVINO
     if engine == OPENVINO:
         check_exact(lineage.get("file_type"))
         if architecture not in _READ:

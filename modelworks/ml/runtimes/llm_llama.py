@@ -1,18 +1,21 @@
 """Text generation by llama.cpp (xllamacpp): calls join and leave its running batch, each in a slot of the cache.
 
 The prompt's own log probabilities (echo with logprobs), which llama.cpp does not tell, come from generating the prompt
-under a grammar that allows its tokens alone: one step a token.
+under a grammar that allows its tokens alone, or where a token ends an answer, under a bias: one step a token.
 """
 
 from __future__ import annotations
 
+import http.client
 import json
 import os
 import secrets
 import shutil
+import socket
 import tempfile
 from collections.abc import Hashable
 from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Any, ClassVar
@@ -22,6 +25,7 @@ from modelworks.core.generation import TEXT_GENERATION, Ask, Logprob, Sampling, 
 from modelworks.core.telemetry import logger
 from modelworks.core.tensors import Tensor
 from modelworks.core.types import Signature
+from modelworks.ml.gguf import TOKENS, read_gguf
 from modelworks.ml.package import Package
 from modelworks.ml.runtimes.llm_schema import compile_schema
 from modelworks.ml.runtimes.llm_template import CHATML, ChatTemplate, reasoning_prefix
@@ -32,6 +36,8 @@ MAX_SLOTS = 8
 CONTEXT = 2048  # tokens of one slot, or fewer when the model was trained on fewer
 _STEP_TOKENS = 128  # of a prompt that are read at a time: an abort waits for no more
 _SEEDS = 2**31
+_FORCED = 1e9  # a bias that no logit outweighs
+_SECONDS = 60.0  # that the engine may take to answer over its socket
 # special tokens whose text is part of the answer: the edge reads tool calls and reasoning out of it
 _MARKS = ["<think>", "</think>", "<tool_call>", "</tool_call>", "<|python_tag|>", "[TOOL_CALLS]", "[ARGS]"]
 
@@ -69,14 +75,16 @@ class LlamaRuntime:
 
     lacks: ClassVar[frozenset[str]] = frozenset({"images"})  # of core/generation.py's FEATURES
 
-    def __init__(self) -> None:
+    def __init__(self, events: SimpleQueue[Any] | None = None) -> None:
+        """`events`: another runtime's queue, whose `step` then tells of both."""
         self.slots = 1
-        self._events: SimpleQueue[Step] = SimpleQueue()
+        self._events: SimpleQueue[Step] = SimpleQueue() if events is None else events
         self._aboard: dict[Hashable, Generation] = {}
         self._server: Any = None
+        self._door = -1
 
     def load(self, package: Package, threads: int, *, slots: int = MAX_SLOTS, context: int | None = None) -> Signature:
-        """`context`: tokens a slot. The engine listens on a socket that is removed at once: only this object calls it."""
+        """`context`: tokens a slot. The engine listens on a socket that is removed at once: only this process reaches it."""
         try:
             import xllamacpp
         except ImportError:
@@ -91,26 +99,24 @@ class LlamaRuntime:
             params.n_parallel = self.slots
             self._context = min(context or CONTEXT, trained)
             params.n_ctx = self.slots * self._context
+            self._key = secrets.token_hex(32)
+            params.api_keys = [self._key]
             self._server = xllamacpp.Server(params)
+            self._door = os.open(folder / "engine.sock", os.O_PATH)  # stays a way to it once the name is gone
         except (RuntimeError, ValueError) as error:
             self._template.close()
             raise InvalidInput(f"llama.cpp cannot load this model: {error}", code="bad_model") from None
         finally:
             shutil.rmtree(folder, ignore_errors=True)
+        self._model = package.path(MODEL_FILE)
         self._pool = ThreadPoolExecutor(self.slots, thread_name_prefix="slot")
         return TEXT_GENERATION
 
     def admit(self, call_id: Hashable, inputs: list[Tensor], params: dict[str, Any], stream: bool) -> None:
         """Begin a call. InvalidInput when its messages or parameters are not sound; then it was not admitted."""
         ask = read_ask(inputs, params, self.lacks)
-        sampling = ask.sampling
-        if sampling.echo and sampling.logprobs is not None and ask.tokens is None:
-            raise InvalidInput(
-                "this engine gives log probabilities of a prompt of token ids only; send ids, or leave out echo",
-                code="unsupported_parameter",
-                param="echo",
-            )
-        grammar = compile_schema(sampling.schema) if sampling.schema is not None else None
+        schema = ask.sampling.schema
+        grammar = compile_schema(schema) if schema is not None else None
         call = Generation(call_id, ask, grammar, stream)
         self._aboard[call_id] = call
         self._pool.submit(self._generate, call)
@@ -144,6 +150,7 @@ class LlamaRuntime:
         if self._server is not None:
             self._pool.shutdown(wait=True)
             self._server = None  # ends the engine's thread
+            os.close(self._door)
             self._template.close()
 
     # a call's own thread, which holds no lock while the engine works
@@ -175,41 +182,98 @@ class LlamaRuntime:
         else:
             prompt = ask.prompt if ask.prompt is not None else ask.tokens or []
         if ask.sampling.echo:
-            call.texts.append(prompt if isinstance(prompt, str) else self._echo(call, prompt))
+            prompt = self._echo(call, prompt)
             if ask.sampling.max_tokens == 0 and not isinstance(call.end, ModelworksError):
-                call.prompt_tokens = call.prompt_tokens or len(prompt)
                 call.end = call.part("", "length", 0, 0)
                 return
         if not call.gone and call.end is None:
             request = _request(prompt, ask.sampling, call.grammar)
             self._server.handle_completions(request, lambda chunk: self._take(call, chunk))
 
-    def _echo(self, call: Generation, ids: list[int]) -> str:
-        """The text of a prompt of ids, with the log probability of each but the first."""
+    def _echo(self, call: Generation, prompt: str | list[int]) -> list[int]:
+        """Hold the prompt's text as the answer's beginning, with logprobs the probability of each token but the first."""
+        ids = self._ids(prompt) if isinstance(prompt, str) else prompt
         self._check_room(len(ids))
         call.prompt_tokens = len(ids)
         count = call.ask.sampling.logprobs
-        first = self._forced(call, ids[:1], ids[:1], 1)
-        rest = self._forced(call, ids[:1], ids[1:], count or 1) if len(ids) > 1 else []
+        if count is None:
+            call.texts.append(prompt if isinstance(prompt, str) else self._text(ids))
+            return ids
+        first, *rest = [*self._forced(call, [], ids[:1], 1), *self._forced(call, ids[:1], ids[1:], count or 1)]
         if count is not None:
-            call.logprobs += [Logprob(one.token, None, one.bytes, [], one.id) for one in first]
+            call.logprobs.append(Logprob(first.token, None, first.bytes, [], first.id))
             call.logprobs += [_most(one, count) for one in rest]
-        return b"".join(bytes(one.bytes) for one in (*first, *rest)).decode("utf-8", "replace")
+        text = b"".join(bytes(one.bytes) for one in (first, *rest)).decode("utf-8", "replace")
+        call.texts.append(prompt if isinstance(prompt, str) else text)
+        return ids
 
-    def _forced(self, call: Generation, prompt: list[int], ids: list[int], count: int) -> list[Logprob]:
-        """What the model thinks of `ids` after `prompt`."""
+    def _ids(self, text: str) -> list[int]:
+        """The text's tokens, as the engine itself takes a prompt."""
+        found = self._ask_engine("/tokenize", {"content": text, "add_special": True, "parse_special": True})["tokens"]
+        if not found:
+            raise InvalidInput("the prompt has no tokens", param="prompt")
+        return [int(id) for id in found]
+
+    def _text(self, ids: list[int]) -> str:
+        if max(ids) >= len(self._vocabulary):
+            raise InvalidInput(f"token id {max(ids)} is beyond the vocabulary of {len(self._vocabulary)}", param="prompt")
+        return str(self._ask_engine("/detokenize", {"tokens": ids})["content"])
+
+    @cached_property
+    def _vocabulary(self) -> list[str]:
+        return read_gguf(self._model).get(TOKENS) or []
+
+    def _ask_engine(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
+        connection = http.client.HTTPConnection("engine")
+        with socket.socket(socket.AF_UNIX) as connection.sock:
+            connection.sock.settimeout(_SECONDS)
+            connection.sock.connect(f"/proc/self/fd/{self._door}")
+            headers = {"Authorization": f"Bearer {self._key}", "Content-Type": "application/json"}
+            connection.request("POST", path, json.dumps(body), headers)
+            answer: dict[str, Any] = json.loads(connection.getresponse().read())
+        return answer
+
+    def _forced(self, call: Generation, before: list[int], ids: list[int], count: int) -> list[Logprob]:
+        """What the model thinks of `ids` after `before`; nothing more once the call has ended or is gone.
+
+        A grammar holds no token that ends an answer: it breaks there, and that token is forced by a bias.
+        """
+        found: list[Logprob] = []
+        while len(found) < len(ids) and not call.gone and call.end is None:
+            prompt, left = [*before, *ids[: len(found)]], ids[len(found) :]
+            more = self._generate_exactly(call, prompt or left[:1], left, count)
+            if not more and call.end is None and not call.gone:
+                more = self._generate_exactly(call, prompt or left[:1], left[:1], count, biased=True)
+                if not more and call.end is None:
+                    raise ModelworksError("the engine does not tell what it thinks of this prompt", code="model_error")
+            found += more
+        return found
+
+    def _generate_exactly(
+        self, call: Generation, prompt: list[int], ids: list[int], count: int, *, biased: bool = False
+    ) -> list[Logprob]:
         found: list[Logprob] = []
 
         def take(chunk: dict[str, Any]) -> bool:
             if "error" in chunk:
-                call.end = self._refusal(chunk["error"], call)
+                if "grammar stack" not in str(chunk["error"].get("message")):
+                    call.end = self._refusal(chunk["error"], call)
                 return True
-            found.extend(_logprobs(chunk["choices"][0]))
+            found.extend(self._named(one) for one in _logprobs(chunk["choices"][0]))
             return call.gone
 
-        request = _request(prompt, Sampling(max_tokens=len(ids), temperature=0.0, logprobs=count), _exactly(ids))
-        self._server.handle_completions(request, take)
-        return found
+        sampling = Sampling(max_tokens=len(ids), temperature=0.0, logprobs=count)
+        if biased:
+            sampling.logit_bias = {str(ids[0]): _FORCED}
+        self._server.handle_completions(_request(prompt, sampling, None if biased else _exactly(ids)), take)
+        return found[: len(ids)]
+
+    def _named(self, one: Logprob) -> Logprob:
+        """A special token, of which the engine tells no text, with its text."""
+        if one.bytes or one.id is None:
+            return one
+        text = self._vocabulary[one.id] if one.id < len(self._vocabulary) else ""
+        return Logprob(text, one.logprob, list(text.encode()), [self._named(it) for it in one.top_logprobs], one.id)
 
     def _check_room(self, tokens: int) -> None:
         if tokens >= self._context:
@@ -270,7 +334,6 @@ def _engine_params(xllamacpp: Any, model: Path, folder: Path, threads: int) -> A
     params.chat_template = "chatml"
     # the engine insists on a listener: one that nobody can reach
     params.hostnames = [str(folder / "engine.sock")]
-    params.api_keys = [secrets.token_hex(32)]
     params.n_threads_http = 1
     params.ui = params.endpoint_slots = params.endpoint_metrics = False
     params.verbosity = 1 if os.isatty(2) else 0

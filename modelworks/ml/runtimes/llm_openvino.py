@@ -79,7 +79,7 @@ class OpenVinoRuntime:
 
     def __init__(self) -> None:
         self.slots = 1
-        self._events: SimpleQueue[Step | None] = SimpleQueue()
+        self.events: SimpleQueue[Step | None] = SimpleQueue()
         self._numbers: dict[Hashable, int] = {}
         self._calls: dict[int, tuple[Hashable, str]] = {}  # by the child's number: the call, and its prompt's input
         self._number = 0
@@ -151,12 +151,12 @@ class OpenVinoRuntime:
         """What has come since the last step, waiting up to `timeout` seconds for the first; Unavailable without engine."""
         steps: list[Step] = []
         with contextlib.suppress(Empty):
-            found = self._events.get(timeout=timeout)
+            found = self.events.get(timeout=timeout)
             while True:
                 if found is None:
                     raise Unavailable("the model's engine has ended; the deployment's log has the cause")
                 steps.append(found)
-                found = self._events.get_nowait()
+                found = self.events.get_nowait()
         return steps
 
     def abort(self, call_id: Hashable) -> None:
@@ -210,8 +210,8 @@ class OpenVinoRuntime:
                 elif news.done:
                     self._end(news.number, _part(news) if news.reason else None)
                 elif news.number in self._calls:
-                    self._events.put((self._calls[news.number][0], _part(news), False))
-        self._events.put(None)
+                    self.events.put((self._calls[news.number][0], _part(news), False))
+        self.events.put(None)
 
     def _error(self, news: News) -> ModelworksError:
         assert news.error is not None
@@ -225,7 +225,7 @@ class OpenVinoRuntime:
         call_id, _ = self._calls.pop(number, (None, ""))
         self._numbers.pop(call_id, None)
         if call_id is not None:
-            self._events.put((call_id, end, True))
+            self.events.put((call_id, end, True))
 
 
 def installed() -> bool:
