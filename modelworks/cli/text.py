@@ -15,7 +15,10 @@ _UNSAFE = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\
 _UNSAFE_IN_LINES = re.compile(_UNSAFE.pattern.replace("\x00-\x1f", "\x00-\x08\x0b-\x1f"))
 
 _BARS = " ▁▂▃▄▅▆▇█"
-_PRIMARY = {"tabular-classification": "accuracy", "tabular-regression": "r2", "forecast": "mase"}
+_PRIMARY = {
+    "tabular-classification": "accuracy", "tabular-regression": "r2", "forecast": "mase",
+    "anomaly-detection": "reconstruction_error",
+}  # fmt: skip
 
 
 def plain(value: object) -> str:

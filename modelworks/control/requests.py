@@ -16,7 +16,7 @@ from modelworks.core.types import Dataset, ModelVersion
 from modelworks.ml.evaluate.catalogue import check_metrics
 from modelworks.ml.evaluate.slices import parse_slice
 from modelworks.ml.search.space import check_search
-from modelworks.ml.train.checks import check_method, check_training, find, task_of
+from modelworks.ml.train.checks import check_method, check_training, find, task_in
 from modelworks.store.catalog import Tx
 
 _CODE = str(Path(modelworks.__file__).parent.parent)
@@ -30,7 +30,7 @@ def training(tx: Tx, project_id: str, spec: TrainingSpec) -> dict[str, Any]:
     """The job's spec: `spec` with defaults filled in and each dataset by its version, beside their ids."""
     dataset = resolve_dataset(tx, project_id, spec.dataset)
     checked = backbones.resolved(tx, project_id, check_training(spec, dataset.columns))
-    search = check_search(checked, task_of(checked, find(dataset.columns, spec.target, "target")))
+    search = check_search(checked, task_in(checked, dataset.columns))
     if search and search.validation:
         check_method(search.validation, dataset.columns, spec.target)
     for one in spec.slices:
@@ -39,7 +39,8 @@ def training(tx: Tx, project_id: str, spec: TrainingSpec) -> dict[str, Any]:
     resolved = checked.model_dump(mode="json") | {"dataset_id": dataset.id}
     if spec.validation and spec.validation.test:
         test = resolve_dataset(tx, project_id, spec.validation.test, "validation.test")
-        find(test.columns, spec.target, "validation.test")
+        if spec.target:
+            find(test.columns, spec.target, "validation.test")
         resolved["validation"]["test"] = test.ref
         resolved["test_dataset_id"] = test.id
     return resolved

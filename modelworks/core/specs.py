@@ -324,7 +324,9 @@ class TrainingSpec(Spec):
 
     model: Name
     dataset: RefText
-    target: str = Field(min_length=1, max_length=1000, description="the column to predict")
+    target: Annotated[str, BeforeValidator(lambda value: "" if value is None else value)] = Field(
+        "", max_length=1000, description="the column to predict; some algorithms need none, and say so"
+    )
     algorithm: str = Field(
         description="one of `GET /api/v1/algorithms`, or `auto`: the best of those that fit",
         examples=["logistic-regression"],
@@ -332,7 +334,7 @@ class TrainingSpec(Spec):
     task: Literal[
         "tabular-classification", "tabular-regression", "image-classification", "image-regression", "text-classification",
         "text-regression", "audio-classification", "audio-regression", "multimodal-classification", "multimodal-regression",
-        "forecast",
+        "forecast", "anomaly-detection",
     ] | None = Field(None, description="by default told from the algorithm, the target's type and the features")  # fmt: skip
     time: str | None = Field(None, max_length=1000, description="of a forecast: the column that the series runs along")
     hyperparameters: dict[str, Any] = Field({}, description="of the algorithm; those not given have its defaults")

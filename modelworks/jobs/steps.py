@@ -184,7 +184,9 @@ def train(step: Step) -> None:
     dataset = step.dataset("dataset_id")
     test = step.table(step.dataset("test_dataset_id")) if "test_dataset_id" in step.job.spec else None
     spec = TrainingSpec.model_validate(step.spec())
-    suspicions = of_target(step.blobs.path(dataset.blob), dataset.columns, spec.target, dataset.profile)
+    suspicions = []
+    if spec.target:
+        suspicions = of_target(step.blobs.path(dataset.blob), dataset.columns, spec.target, dataset.profile)
     if test is not None and step.dataset("test_dataset_id").digest == dataset.digest:
         suspicions.append("the test dataset is the training dataset: its rows are trained on; expect worse on new ones")
     for suspicion in suspicions:

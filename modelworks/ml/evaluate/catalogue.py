@@ -9,9 +9,10 @@ from typing import Any
 
 from modelworks.core.errors import InvalidInput
 from modelworks.core.specs import Gate
-from modelworks.core.tasks import CLASSIFICATION, KINDS, REGRESSION, base_of, named
+from modelworks.core.tasks import ANOMALY, CLASSIFICATION, KINDS, REGRESSION, base_of, named
 
 FORECAST = "forecast"
+_FOUND = (CLASSIFICATION, ANOMALY)
 
 
 @dataclass(frozen=True)
@@ -40,20 +41,20 @@ METRICS: dict[str, Metric] = {
         Metric("balanced_accuracy", CLASSIFICATION, True, 0, 1, "mean of the recalls of the classes that occur"),
         Metric(
             "precision",
-            CLASSIFICATION,
+            _FOUND,
             True,
             0,
             1,
             "precision, macro: mean over classes; 0 where a class is never predicted",
         ),
-        Metric("recall", CLASSIFICATION, True, 0, 1, "recall, macro: mean over classes"),
-        Metric("f1", CLASSIFICATION, True, 0, 1, "F1, macro: mean over classes"),
+        Metric("recall", _FOUND, True, 0, 1, "recall, macro: mean over classes"),
+        Metric("f1", _FOUND, True, 0, 1, "F1, macro: mean over classes"),
         Metric("precision_weighted", CLASSIFICATION, True, 0, 1, "precision, mean over classes weighted by their rows"),
         Metric("recall_weighted", CLASSIFICATION, True, 0, 1, "recall, mean over classes weighted by their rows"),
         Metric("f1_weighted", CLASSIFICATION, True, 0, 1, "F1, mean over classes weighted by their rows"),
         Metric(
             "roc_auc",
-            CLASSIFICATION,
+            _FOUND,
             True,
             0,
             1,
@@ -78,6 +79,9 @@ METRICS: dict[str, Metric] = {
             "season is given, else of the step before",
         ),
         Metric("smape", FORECAST, False, 0, 2, "mean of the absolute error's share of the mean of truth and forecast"),
+        Metric("average_precision", (ANOMALY,), True, 0, 1, "area under the precision-recall curve of the score"),
+        Metric("reconstruction_error", (ANOMALY,), False, 0, math.inf, "mean anomaly score: how far rows are from what is usual"),
+        Metric("flagged", (ANOMALY,), False, 0, 1, "share of rows that are flagged as anomalies"),
         Metric("mse", _NUMBERS, False, 0, math.inf, "mean squared error"),
         Metric("rmse", _NUMBERS, False, 0, math.inf, "root of the mean squared error"),
         Metric("mae", _NUMBERS, False, 0, math.inf, "mean absolute error"),
@@ -85,7 +89,7 @@ METRICS: dict[str, Metric] = {
         Metric("r2", _NUMBERS, True, -math.inf, 1, "share of the variance that is explained"),
     )
 }
-PRIMARY = {CLASSIFICATION: "accuracy", REGRESSION: "r2", FORECAST: "mase"}
+PRIMARY = {CLASSIFICATION: "accuracy", REGRESSION: "r2", FORECAST: "mase", ANOMALY: "reconstruction_error"}
 
 
 def describe() -> list[dict[str, Any]]:

@@ -26,7 +26,9 @@ from modelworks.ml.forecast.forecasting import on_series
 from modelworks.ml.forecast.series import read_series
 from modelworks.ml.package import Manifest, Package
 from modelworks.ml.runtimes.registry import RUNTIMES
+from modelworks.ml.train.algorithms import COURSES
 from modelworks.ml.train.checks import find
+from modelworks.ml.train.course import Course
 from modelworks.ml.train.problem import Problem, divide, pose, pose_test, target_column
 from modelworks.ml.train.rows import split_leading
 
@@ -63,7 +65,7 @@ def evaluate(
     enforced. InvalidInput when the model cannot be evaluated this way.
     """
     task = base_of(package.manifest.task)
-    if task not in (CLASSIFICATION, REGRESSION, FORECAST):
+    if task not in (CLASSIFICATION, REGRESSION, FORECAST) and task not in COURSES:
         raise InvalidInput(
             f"a model of task {package.manifest.task!r} cannot be evaluated on a table yet; tabular ones can", param="model"
         )
@@ -141,6 +143,10 @@ def _answer(package: Package, table: pa.Table, columns: Sequence[Column], ctx: J
     manifest = package.manifest
     if manifest.task == FORECAST:
         return _answer_series(package, table, columns, ctx, end)
+    if manifest.task in COURSES:
+        posed = _pose(package, table, columns)
+        assert isinstance(posed, Course)
+        return posed.answered(package, ctx, end)
     if wide := [spec for spec in manifest.signature.inputs if not spec.column]:
         raise InvalidInput(
             f"the model's input {wide[0].name[:80]!r} has shape {wide[0].shape}, which a dataset's columns do not fill; "

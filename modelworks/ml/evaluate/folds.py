@@ -22,6 +22,7 @@ from modelworks.ml.evaluate.intervals import LEVEL, over_folds, over_rows
 from modelworks.ml.evaluate.metrics import Predictions
 from modelworks.ml.evaluate.splits import Plan
 from modelworks.ml.forecast.forecasting import forecast
+from modelworks.ml.train.course import Course
 from modelworks.ml.train.fit import Span, fit
 from modelworks.ml.train.problem import Problem, class_text
 from modelworks.ml.train.streaming import predict_stored
@@ -83,6 +84,8 @@ def predict_folds(
 def _predict(problem: Problem, train: np.ndarray, test: np.ndarray, ctx: Span) -> Predictions:
     if problem.series is not None:
         return forecast(problem, train, test, ctx)
+    if isinstance(problem, Course):
+        return problem.judge(problem.learn(train, ctx), test)
     model = fit(problem, train, ctx)
     if problem.stored is not None:
         return Predictions(test, problem.target[test], predict_stored(problem, model, test))
@@ -130,7 +133,7 @@ def summarise(
         details["calibration"] = calibration(whole)
         if (found_thresholds := thresholds(whole, classes or [])) is not None:
             details["thresholds"] = found_thresholds
-    else:
+    elif whole.output.ndim == 1:
         residuals = np.quantile(whole.true - whole.output, _QUANTILES)
         details["residual_quantiles"] = {f"{q:g}": float(value) for q, value in zip(_QUANTILES, residuals, strict=True)}
     return found, details

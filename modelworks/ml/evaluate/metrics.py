@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from modelworks.core.tasks import CLASSIFICATION
+from modelworks.ml.evaluate.measures import MEASURES
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ def score(task: str, predictions: Predictions, wanted: Sequence[str]) -> dict[st
     """Each wanted metric by scikit-learn; None where it is undefined (a class that is absent, a constant target)."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of ill-defined metrics, which are handled here
-        values = _CLASSIFICATION if task == CLASSIFICATION else _NUMBERS
+        values = _CLASSIFICATION if task == CLASSIFICATION else MEASURES.get(task, _NUMBERS)
         found = {name: values[name](predictions) for name in wanted}
     return {name: float(value) if value is not None and math.isfinite(value) else None for name, value in found.items()}
 
@@ -167,6 +168,9 @@ class WeightedScorer:
     def __init__(self, task: str, predictions: Predictions, wanted: Sequence[str]) -> None:
         self._wanted = list(wanted)
         self._task = task
+        self._measured = predictions
+        if task in MEASURES:
+            return
         if task == CLASSIFICATION:
             self._prepare_classes(predictions)
         else:
@@ -174,6 +178,8 @@ class WeightedScorer:
 
     def __call__(self, weights: np.ndarray) -> list[float]:
         """One value for each wanted metric; NaN where undefined. `weights` [n]: how often each row was drawn."""
+        if self._task in MEASURES:
+            return [MEASURES[self._task][name](self._measured, weights) for name in self._wanted]
         values = self._classes(weights) if self._task == CLASSIFICATION else self._values(weights)
         return [values[name] for name in self._wanted]
 

@@ -76,6 +76,22 @@ class Standardise(nn.Module):
         return e.op("Add", e.op("Mul", x, e.constant(self.factor)), e.constant(self.offset))
 
 
+class Reconstruction(nn.Module):
+    """Each row's mean squared error when it is said again through the middle: [n, f] -> [n, 1]."""
+
+    def __init__(self, encoder: nn.Module, decoder: nn.Module, noise: float) -> None:
+        super().__init__()
+        self.encoder, self.decoder, self.noise = encoder, decoder, noise
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        given = x + self.noise * torch.randn_like(x) if self.training and self.noise else x
+        return ((self.decoder(self.encoder(given)) - x) ** 2).mean(dim=1, keepdim=True)
+
+    def emit(self, e: Emitter, x: str) -> str:
+        away = e.op("Sub", e.module(self.decoder, e.module(self.encoder, x)), x)
+        return e.op("ReduceMean", e.op("Mul", away, away), e.constant(np.array([1], dtype=np.int64)), keepdims=1)
+
+
 class Part(nn.Module):
     """The block of flattened features [n, f] in its own shape."""
 

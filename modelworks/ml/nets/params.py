@@ -52,6 +52,24 @@ class MlpParams(NetParams):
     batch_norm: bool = Field(False, description="normalise each hidden layer over the batch")
 
 
+class AutoencoderParams(MlpParams):
+    hidden: list[Width] = Field(
+        [64, 32], max_length=32, description="widths of the layers down to the bottleneck; the way back has them reversed"
+    )
+    bottleneck: int = Field(4, ge=1, le=65_536, description="how many numbers a row is brought down to")
+    noise: float = Field(0.1, ge=0, le=10, description="deviation of the noise that training adds to what is to be said again")
+    quantile: float = Field(
+        0.99, gt=0, lt=1, description="rows with a score above this quantile of the training rows' scores are anomalies"
+    )
+    positive: str | None = Field(
+        None, max_length=1000, description="with a target: the label that means an anomaly; by default true, 1, anomaly, "
+        "outlier, abnormal, fraud or attack"
+    )  # fmt: skip
+    learning_rate: Annotated[float, Field(gt=0, le=100)] | Literal["auto"] = Field(
+        3e-3, description="auto: a range test before training chooses it"
+    )
+
+
 class CnnParams(NetParams):
     shape: list[Width] | None = Field(
         None, min_length=2, max_length=3,

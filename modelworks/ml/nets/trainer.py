@@ -44,6 +44,12 @@ class NetTrainer:
         """A module from features [n, *examples.shape] to scores [n, outputs]. It may read examples, but need not."""
         raise NotImplementedError
 
+    def objective(self, examples: Examples, params: Any) -> Any:
+        """What is made small: an `Objective`, or what stands in its place."""
+        from modelworks.ml.nets.objective import Objective
+
+        return Objective(examples, params)
+
     def learn(self, examples: Examples, params: Any, ctx: JobContext, stopping: Stopping | None = None) -> NetFitted:
         """Train a net from scratch with the job's seed and threads. InvalidInput where `net`, the loss or the run
         refuses.
@@ -52,10 +58,9 @@ class NetTrainer:
         from modelworks.ml.nets import advice
         from modelworks.ml.nets.fitted import fitted_of
         from modelworks.ml.nets.loop import Loop
-        from modelworks.ml.nets.objective import Objective
 
         examples, held = set_aside(examples, stopping, ctx.seed)
-        objective = Objective(examples, params)
+        objective = self.objective(examples, params)
         torch.manual_seed(ctx.seed)
         net = self.net(examples, objective.outputs, params)
         loop = Loop(net, examples, objective, params, ctx, stopping, held)

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ValidationError
 
 from modelworks.core.errors import InvalidInput
 from modelworks.core.registry import Registry
-from modelworks.core.tasks import named
+from modelworks.core.tasks import ANOMALY, named
 from modelworks.ml.base import Trainer
 
 FORECAST = "forecast"  # of a series, from its own past
@@ -36,8 +36,25 @@ TRAINERS: Registry[type[Trainer]] = Registry(
         "forecaster": "modelworks.ml.nets.forecaster:Forecaster",
         "text-classifier": "modelworks.ml.nets.pretrained:TextClassifier",
         "image-classifier": "modelworks.ml.nets.pretrained:ImageClassifier",
+        "autoencoder": "modelworks.ml.nets.autoencoder:Autoencoder",
     },
 )
+# tasks that are not features to one target, each with what it does in its own way
+COURSES: Registry[Any] = Registry(
+    "modelworks.courses",
+    "task",
+    {
+        ANOMALY: "modelworks.ml.train.anomaly:Anomaly",
+    },
+)
+
+
+def course_of(algorithm: str) -> Any:
+    """The course that the algorithm takes; None for one that learns classes or numbers from features."""
+    if algorithm == AUTO:
+        return None
+    task = TRAINERS.get(algorithm).tasks[0]
+    return COURSES.get(task) if task in COURSES else None
 
 
 def describe() -> list[dict[str, Any]]:

@@ -13,7 +13,7 @@ from modelworks.core.tasks import CLASSIFICATION, REGRESSION, base_of, kind_of, 
 from modelworks.core.types import Column
 from modelworks.ml.data.transforms.catalogue import check_transforms
 from modelworks.ml.evaluate.catalogue import check_metrics
-from modelworks.ml.train.algorithms import AUTO, FORECAST, TRAINERS, check_hyperparameters
+from modelworks.ml.train.algorithms import AUTO, FORECAST, TRAINERS, check_hyperparameters, course_of
 
 _TASK_OF_TYPE = {"category": CLASSIFICATION, "boolean": CLASSIFICATION, "text": CLASSIFICATION, "number": REGRESSION}
 _SHOWN = 30
@@ -24,6 +24,11 @@ def check_training(spec: TrainingSpec, columns: Sequence[Column]) -> TrainingSpe
 
     InvalidInput names the field to change.
     """
+    if (course := course_of(spec.algorithm)) is not None:
+        checked: TrainingSpec = course.check(spec, columns)
+        return checked
+    if not spec.target:
+        raise InvalidInput("name the column to predict in target", code="no_target", param="target")
     target = find(columns, spec.target, "target")
     if is_forecast(spec):
         return _check_forecast(spec, columns, target)
@@ -37,7 +42,7 @@ def check_training(spec: TrainingSpec, columns: Sequence[Column]) -> TrainingSpe
         check_metrics(task, spec.metrics, spec.gates)
     if spec.validation:
         check_method(spec.validation, columns, spec.target)
-    _check_stopping(spec, task)
+    check_stopping(spec, task)
     _check_kind(spec, features)
     if spec.threshold is not None and task not in (None, CLASSIFICATION):
         raise InvalidInput("threshold is for two classes; leave it out for a numeric target", param="threshold")
@@ -88,7 +93,7 @@ def _check_forecast(spec: TrainingSpec, columns: Sequence[Column], target: Colum
     return spec.model_copy(update={"hyperparameters": given, "task": FORECAST, "features": [], "time": time})
 
 
-def _check_stopping(spec: TrainingSpec, task: str | None) -> None:
+def check_stopping(spec: TrainingSpec, task: str | None) -> None:
     if spec.stopping is None:
         return
     if spec.algorithm == AUTO:
@@ -152,6 +157,12 @@ def feature_columns(spec: TrainingSpec, columns: Sequence[Column]) -> list[Colum
         )
     chosen = {find(columns, name, "features").name for name in spec.features}
     return [column for column in columns if column.name in chosen]
+
+
+def task_in(spec: TrainingSpec, columns: Sequence[Column]) -> str | None:
+    """As `task_of`, of a spec that was checked."""
+    course = course_of(spec.algorithm)
+    return str(course.kind) if course is not None else task_of(spec, find(columns, spec.target, "target"))
 
 
 def task_of(spec: TrainingSpec, target: Column) -> str | None:

@@ -25,6 +25,7 @@ from modelworks.ml.package import Manifest, Package, PackageFile, ParitySamples
 from modelworks.ml.runtimes.onnx import MODEL_FILE, OnnxRuntime
 from modelworks.ml.runtimes.parity import difference, replay_parity
 from modelworks.ml.train.algorithms import TRAINERS, reads
+from modelworks.ml.train.anomaly import Anomaly
 from modelworks.ml.train.fit import Model
 from modelworks.ml.train.fitted import with_label
 from modelworks.ml.train.problem import Problem, class_text
@@ -42,7 +43,9 @@ _LIBRARIES = ("numpy", "scikit-learn", "lightgbm", "onnx", "onnxruntime", "model
 def write_graph(problem: Problem, model: Model) -> bytes:
     """The ONNX graph from raw columns (and host outputs) to `label` and `probabilities`, or `value`."""
     estimator = model.fitted.to_onnx(len(model.preparation.feature_names))
-    if problem.classes is not None:
+    if isinstance(problem, Anomaly):
+        estimator = problem.finish(estimator, model)
+    elif problem.classes is not None:
         estimator = with_label(estimator, [class_text(name) for name in problem.classes], model.threshold)
     return to_bytes(compose(model.preparation.graph(), estimator))
 
@@ -53,6 +56,8 @@ def signature_of(problem: Problem, model: Model) -> Signature:
     inputs = [
         spec.model_copy(update={"nullable": model.preparation.nullable[spec.name]}) for spec in signature_inputs(used)
     ]
+    if isinstance(problem, Anomaly):
+        return Signature(inputs=inputs, outputs=problem.outputs())
     if problem.classes is None:
         return Signature(inputs=inputs, outputs=[TensorSpec(name="value", datatype="FP32", shape=[-1])])
     outputs = [
@@ -108,6 +113,8 @@ def package(
 def training_side(problem: Problem, model: Model, part: Batch) -> dict[str, np.ndarray]:
     """What training says about rows, as outputs by name, rounded to float32 once."""
     answer = model.predict(part)
+    if isinstance(problem, Anomaly):
+        return problem.said(model, answer)
     if problem.classes is None:
         return {"value": answer.astype(np.float32)}
     names = np.array([class_text(name) for name in problem.classes], dtype=object)

@@ -19,7 +19,7 @@ from modelworks.ml.evaluate.inputs import coerce
 from modelworks.ml.evaluate.splits import ASIDE, TEST, TRAIN, Plan, plan
 from modelworks.ml.forecast.series import Series, read_series
 from modelworks.ml.forecast.windows import horizon_of
-from modelworks.ml.train.algorithms import FORECAST
+from modelworks.ml.train.algorithms import FORECAST, course_of
 from modelworks.ml.train.checks import check_method, check_training, feature_columns, find, is_forecast, task_of
 from modelworks.ml.train.rows import kept_rows, split_leading
 
@@ -59,6 +59,12 @@ class Problem:
             return self.stored.batch(self.columns, rows)
         return {column.name: self.batch[column.name][rows] for column in self.columns}
 
+    def split(
+        self, method: Method, rows: np.ndarray, along: np.ndarray | None, seed: int, ahead: int | None = None
+    ) -> Plan:
+        """Which of `rows` train and which test."""
+        return plan(method, self.task, rows, self.target, along, seed, ahead=ahead)
+
     def portions(self, rows: np.ndarray, size: int) -> Iterator[tuple[np.ndarray, Batch]]:
         """(some of `rows`, their features) until all were there; of stored data in the order in which they lie."""
         if self.stored is None:
@@ -86,12 +92,15 @@ def pose(table: pa.Table | StoredTable, columns: Sequence[Column], spec: Trainin
     spec = check_training(spec, columns)
     if is_forecast(spec):
         return _pose_series(table, columns, spec)
+    if (course := course_of(spec.algorithm)) is not None:
+        posed: Problem = course.pose(table, columns, spec)
+        return posed
     if isinstance(table, StoredTable):
         return _pose_stored(table, columns, spec)
     target = find(columns, spec.target, "target")
     features = feature_columns(spec, columns)
     leading, rest = split_leading(spec.transforms)
-    raw = to_batch(table, features) | {target.name: _target_values(table, target)}
+    raw = to_batch(table, features) | {target.name: target_values(table, target)}
     if not table.num_rows:
         raise InvalidInput("the dataset has no rows", param="dataset")
     keep = kept_rows(leading, raw, features, target)
@@ -137,7 +146,7 @@ def divide(
     else:
         along = split_values(table, columns, method, problem.spec.target)
     chosen = problem.rows if rows is None else rows
-    return plan(method, problem.task, chosen, problem.target, along, seed, ahead=ahead)
+    return problem.split(method, chosen, along, seed, ahead)
 
 
 def _pose_stored(table: StoredTable, columns: Sequence[Column], spec: TrainingSpec) -> Problem:
@@ -152,7 +161,7 @@ def _pose_stored(table: StoredTable, columns: Sequence[Column], spec: TrainingSp
         coded = column.fill_null("").combine_chunks().dictionary_encode()
         values = np.array(coded.dictionary.to_pylist(), dtype=object)[coded.indices.to_numpy()]
     else:
-        values = _target_values(pa.table({target.name: column}), target)
+        values = target_values(pa.table({target.name: column}), target)
     keep = np.ones(table.num_rows, dtype=bool)
     if any(op.op != "drop-missing" for op in leading):
         raise InvalidInput(
@@ -175,7 +184,7 @@ def _pose_stored(table: StoredTable, columns: Sequence[Column], spec: TrainingSp
     return Problem(spec, task, features, {}, rows, encoded, classes, rest, table)
 
 
-def _target_values(table: pa.Table, target: Column) -> np.ndarray:
+def target_values(table: pa.Table, target: Column) -> np.ndarray:
     """float64 with NaN, int64 with INT64_MISSING (float64 if beyond), uint8 with BOOL_MISSING, or texts with ""."""
     import pyarrow as pa
 
@@ -293,7 +302,7 @@ def pose_test(
     """
     label = target_column(target, classes)
     table = coerce(table, [*columns, label])
-    values = _target_values(table, label)
+    values = target_values(table, label)
     batch = to_batch(table, columns)
     rows = np.flatnonzero(kept_rows(leading, batch | {target: values}, columns, label))
     if not len(rows):

@@ -19,6 +19,7 @@ from modelworks.ml.evaluate.splits import Plan, describe_method
 from modelworks.ml.forecast import forecasting
 from modelworks.ml.forecast.forecasting import describe as describe_forecast
 from modelworks.ml.package import Manifest, Package
+from modelworks.ml.train.course import Course
 from modelworks.ml.train.fit import Span, fit
 from modelworks.ml.train.packaging import lineage_of, package
 from modelworks.ml.train.problem import Problem, class_text, divide, pose, pose_test
@@ -65,7 +66,7 @@ def train(
     problem = pose(table, columns, spec)
     spec = problem.spec
     wanted = check_metrics(problem.task, spec.metrics, spec.gates)
-    method = spec.validation or DEFAULT_METHOD
+    method = spec.validation or (problem.default if isinstance(problem, Course) else DEFAULT_METHOD)
     report = _validate(problem, method, wanted, table, columns, test_table, listening)
     if searched:
         report["details"] |= {"search": searched, "notes": [searched["note"], *report["details"]["notes"]]}
@@ -79,6 +80,10 @@ def train(
     if problem.series is not None:
         series_model = forecasting.learn(problem, problem.rows, final)
         made = forecasting.package(problem, series_model, report["metrics"], lineage, ctx.workdir, ctx.threads)
+        return Trained(*made, report, list(listening.warnings))
+    if isinstance(problem, Course):
+        learnt = problem.learn(problem.rows, final)
+        made = problem.package(learnt, report["metrics"], lineage, ctx.workdir, ctx.threads)
         return Trained(*made, report, list(listening.warnings))
     model = fit(problem, problem.rows, final)
     if chosen := report["details"].get("threshold"):
@@ -118,6 +123,8 @@ def _validate(
         ctx.event("warning", note)
     found, chosen = choose_threshold(problem.spec.threshold, found, problem.classes)
     metrics, details = summarise(problem.task, found, wanted, problem.classes, problem.spec.seed)
+    if isinstance(problem, Course):
+        details |= problem.details(Predictions.join(found))
     details |= {"splitter": made.splitter, "notes": [*made.notes, *details["notes"]]}
     if chosen:
         details["threshold"] = chosen
@@ -151,6 +158,9 @@ def _on_test(problem: Problem, test_table: pa.Table, ctx: JobContext) -> Predict
             "series with POST /api/v1/evaluations",
             param="validation.test",
         )
+    if isinstance(problem, Course):
+        other = problem.again(test_table)
+        return other.judge(problem.learn(problem.rows, Span(ctx, 0.0, 0.8, problem.spec.seed, "test")), other.rows)
     leading, _ = split_leading(problem.spec.transforms)
     test = pose_test(test_table, problem.columns, problem.spec.target, problem.classes, leading)
     model = fit(problem, problem.rows, Span(ctx, 0.0, 0.8, problem.spec.seed, "test"))

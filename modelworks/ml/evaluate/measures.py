@@ -1,0 +1,90 @@
+"""Metrics of tasks that are neither classes nor numbers: functions of predictions and of how often each row counts.
+
+`w` [n]: the weight of each row, as a bootstrap draws them; None counts each once. NaN where a metric is undefined.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from modelworks.core.tasks import ANOMALY
+
+if TYPE_CHECKING:
+    from modelworks.ml.evaluate.metrics import Predictions
+
+Measure = Callable[..., float]
+
+
+def _mean(values: np.ndarray, w: np.ndarray | None) -> float:
+    if w is None:
+        return float(values.mean()) if len(values) else math.nan
+    total = w.sum()
+    return float(w @ values / total) if total > 0 else math.nan
+
+
+# anomaly-detection: `true` 1 an anomaly, 0 none, -1 not known; `output` [n, 2]: the score, and 1 where it is flagged
+
+
+def _known(p: Predictions, w: np.ndarray | None) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """(whether it is an anomaly, score, flag, weight) of the rows with a label."""
+    known = p.true >= 0
+    weights = np.ones(len(p.true)) if w is None else w
+    return p.true[known] == 1, p.output[known, 0], p.output[known, 1] > 0, weights[known]
+
+
+def _ranked(p: Predictions, w: np.ndarray | None) -> tuple[np.ndarray, np.ndarray] | None:
+    """(weight of anomalies, of all others) at each different score, the highest first; None with one kind alone."""
+    true, score, _, weights = _known(p, w)
+    up, down = weights * true, weights * ~true
+    if not up.sum() or not down.sum():
+        return None
+    order = np.argsort(-score, kind="stable")
+    ordered = score[order]
+    starts = np.flatnonzero(np.r_[True, ordered[1:] != ordered[:-1]])
+    return np.add.reduceat(up[order], starts), np.add.reduceat(down[order], starts)
+
+
+def _roc_auc(p: Predictions, w: np.ndarray | None = None) -> float:
+    if (ranked := _ranked(p, w)) is None:
+        return math.nan
+    up, down = ranked
+    below = down.sum() - np.cumsum(down)
+    return float(up @ (below + down / 2) / (up.sum() * down.sum()))
+
+
+def _average_precision(p: Predictions, w: np.ndarray | None = None) -> float:
+    if (ranked := _ranked(p, w)) is None:
+        return math.nan
+    up, down = ranked
+    hits = np.cumsum(up)
+    return float(up @ (hits / np.maximum(hits + np.cumsum(down), 1e-12)) / up.sum())
+
+
+def _flagging(which: str) -> Measure:
+    def measure(p: Predictions, w: np.ndarray | None = None) -> float:
+        true, _, flag, weights = _known(p, w)
+        hits, said, there = (weights[mask].sum() for mask in (true & flag, flag, true))
+        if not there:
+            return math.nan
+        precision, recall = hits / said if said else 0.0, hits / there
+        both = precision + recall
+        return float({"precision": precision, "recall": recall, "f1": 2 * precision * recall / both if both else 0.0}[which])
+
+    return measure
+
+
+MEASURES: dict[str, dict[str, Measure]] = {
+    ANOMALY: {
+        "reconstruction_error": lambda p, w=None: _mean(p.output[:, 0], w),
+        "flagged": lambda p, w=None: _mean(p.output[:, 1], w),
+        "roc_auc": _roc_auc,
+        "average_precision": _average_precision,
+        "precision": _flagging("precision"),
+        "recall": _flagging("recall"),
+        "f1": _flagging("f1"),
+    }
+}

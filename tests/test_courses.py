@@ -1,0 +1,132 @@
+"""Tasks that are not features to one target: what is learnt, that a package says the same, and what is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from modelworks.core.errors import InvalidInput
+from modelworks.core.types import Column
+from modelworks.ml.nets import loop as loops
+from modelworks.ml.runtimes.onnx import OnnxRuntime
+from modelworks.ml.runtimes.parity import replay_parity
+from tests import learning
+
+QUICK: dict[str, Any] = {"bottleneck": 8, "hidden": [32], "activation": "tanh", "noise": 0.3, "epochs": 20}
+ANOMALY: dict[str, Any] = {"algorithm": "autoencoder", "hyperparameters": {"positive": "malignant", **QUICK}}
+
+
+def unlabelled(rows: int = 200) -> learning.Table:
+    table, columns = learning.bundled("breast_cancer")
+    return table.select(table.column_names[:-1]).slice(0, rows), columns[:-1]
+
+
+@pytest.fixture
+def often(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loops, "_CHECKPOINT_EVERY", 0.0)
+    monkeypatch.setattr(loops, "_CHECKPOINT_SHARE", 0)
+
+
+def crashed_and_resumed(data: learning.Table, folder: Path, **spec: Any) -> tuple[str, str]:
+    """The digests of a package from one go, and from a run that was killed twice on its way."""
+    whole = learning.run(data, folder, **spec)
+    kept: dict[str, bytes] = {}
+    for after in (3, 9):
+        with pytest.raises(learning.Crash):
+            learning.run(data, folder, Dying(folder, kept, after), **spec)
+    ctx = learning.Context(folder, kept)
+    again = learning.run(data, folder, ctx, **spec)
+    assert any("goes on" in message for _, message, _ in ctx.events)
+    assert again.report == whole.report
+    return whole.manifest.digest, again.manifest.digest
+
+
+class Dying(learning.Context):
+    """Dies after so many checkpoints."""
+
+    def __init__(self, workdir: Path, kept: dict[str, bytes], after: int) -> None:
+        super().__init__(workdir, kept)
+        self.left = after
+
+    def checkpoint(self, name: str, data: bytes) -> None:
+        super().checkpoint(name, data)
+        self.left -= 1
+        if not self.left:
+            raise learning.Crash
+
+
+# anomalies
+
+
+def test_what_is_unlike_the_usual_scores_high_and_is_flagged(tmp_path: Path) -> None:
+    data = learning.bundled("breast_cancer")
+    trained = learning.run(data, tmp_path, target="target", **ANOMALY)
+    metrics = {name: found["mean"] for name, found in trained.report["metrics"].items()}
+    assert metrics["roc_auc"] > 0.9
+    assert metrics["average_precision"] > 0.85
+    assert trained.report["details"]["labelled"] == {"rows": 114, "anomalies": 47}
+    package = learning.packaged(trained, tmp_path)
+    runtime = OnnxRuntime()
+    runtime.load(package, 1)
+    assert replay_parity(package, runtime) == 32
+    benign = [name == "benign" for name in data[0]["target"].to_pylist()]
+    said = runtime.predict({one.name: data[0][one.name].to_numpy().astype(np.float32) for one in data[1][:-1]})
+    assert 0 < said["anomaly"][benign].mean() < 0.02  # the 0.99 quantile of what was learnt
+    assert said["anomaly"][~np.array(benign)].mean() > 0.5
+    assert ((said["score"] > trained.manifest.lineage["threshold"]) == said["anomaly"]).all()
+
+
+def test_labels_are_not_needed_and_their_metrics_are_undefined_then(tmp_path: Path) -> None:
+    trained = learning.run(unlabelled(), tmp_path, target=None, algorithm="autoencoder", hyperparameters=QUICK)
+    metrics = {name: found["mean"] for name, found in trained.report["metrics"].items()}
+    assert metrics["reconstruction_error"] < 1
+    assert metrics["roc_auc"] is metrics["f1"] is None
+    assert [one.name for one in trained.manifest.signature.outputs] == ["score", "anomaly"]
+
+
+@pytest.mark.usefixtures("often")
+def test_an_autoencoder_that_was_killed_ends_as_one_that_was_not(tmp_path: Path) -> None:
+    spec = {"target": "", "algorithm": "autoencoder", "hyperparameters": {**QUICK, "epochs": 4}}
+    whole, again = crashed_and_resumed(unlabelled(120), tmp_path, **spec)
+    assert whole == again
+
+
+@pytest.mark.parametrize(
+    ("spec", "code"),
+    [
+        ({"hyperparameters": {}}, "bad_hyperparameter"),  # which of the two diagnoses is the anomaly?
+        ({"hyperparameters": {"positive": "benin"}}, "bad_hyperparameter"),
+        ({"target": "mean radius"}, "bad_target"),
+        ({"hyperparameters": {"positive": "benign", "bottleneck": 30}}, "bad_hyperparameter"),
+        ({"metrics": ["accuracy"]}, "unknown_metric"),
+        ({"algorithm": "ridge", "target": None, "hyperparameters": {}}, "no_target"),
+        ({"task": "tabular-regression"}, "invalid_input"),
+    ],
+)
+def test_what_an_anomaly_is_must_be_told(spec: dict[str, Any], code: str, tmp_path: Path) -> None:
+    with pytest.raises(InvalidInput) as refused:
+        learning.run(learning.bundled("breast_cancer"), tmp_path, **({"target": "target"} | ANOMALY | spec))
+    assert refused.value.code == code
+
+
+def test_labels_of_every_kind_tell_anomalies(tmp_path: Path) -> None:
+    from modelworks.ml.train.anomaly import Anomaly
+
+    table, columns = unlabelled(6)
+    kinds: dict[str, tuple[Any, list[int]]] = {
+        "boolean": ([True, False, None, False, False, False], [1, 0, -1, 0, 0, 0]),
+        "integer": ([0, 1, None, 0, 0, 1], [0, 1, -1, 0, 0, 1]),
+        "category": (["usual", "fraud", None, "usual", "usual", "usual"], [0, 1, -1, 0, 0, 0]),
+    }
+    for kind, (values, expected) in kinds.items():
+        whole = table.append_column("label", pa.array(values))
+        posed = [*columns, Column(name="label", type=kind, nullable=True)]
+        spec = {"model": "m", "dataset": "d", "target": "label", "algorithm": "autoencoder"}
+        from modelworks.core.specs import TrainingSpec
+
+        checked = Anomaly.check(TrainingSpec.model_validate(spec), posed)
+        assert Anomaly.pose(whole, posed, checked).target.tolist() == expected
