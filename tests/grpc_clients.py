@@ -1,6 +1,6 @@
 """Independent clients against a running server, each in a process of its own. Prints `ok CLIENT`.
 
-python tests/grpc_clients.py triton|triton-aio|kserve PORT KEY MODEL
+python tests/grpc_clients.py triton|triton-aio|kserve PORT KEY MODEL [URL]
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import queue
 import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -107,25 +108,64 @@ def triton_aio(port: str, key: str, model: str) -> None:
     asyncio.run(run())
 
 
-def kserve(port: str, key: str, model: str) -> None:
-    from kserve import InferenceGRPCClient, InferInput, InferRequest
+def kserve(port: str, key: str, model: str, url: str = "") -> None:
+    """With `url` also over HTTP, and all datatypes it has against `every-but-bf16` (tests/every_datatype.py)."""
+    from kserve import InferenceGRPCClient, InferenceRESTClient, InferInput, InferRequest, RESTConfig
 
-    names = ["sepal length (cm)", "sepal width (cm)", "petal length (cm)", "petal width (cm)"]
-    headers = (("authorization", f"Bearer {key}"),)
+    headers = {"authorization": f"Bearer {key}"}
+
+    def request(name: str, values: dict[str, Any], binary: Any) -> Any:
+        inputs = []
+        for column, value in values.items():
+            item = InferInput(name=column, shape=list(value.shape), datatype=column if name != model else "FP32")
+            item.set_data_from_numpy(value, binary_data=binary(column))
+            inputs.append(item)
+        return InferRequest(model_name=name, infer_inputs=inputs)
+
+    def labels(found: Any) -> list[str]:
+        raw = next(output for output in found.outputs if output.name == "label").as_numpy().ravel().tolist()
+        return [label.decode() if isinstance(label, bytes) else label for label in raw]
 
     async def run() -> None:
-        server = InferenceGRPCClient(f"127.0.0.1:{port}")
-        assert await server.is_server_ready(headers=headers)
-        assert await server.is_model_ready(model, headers=headers)
+        names = ["sepal length (cm)", "sepal width (cm)", "petal length (cm)", "petal width (cm)"]
+        rows = {name: ROWS[:, column : column + 1] for column, name in enumerate(names)}
+        server, metadata = InferenceGRPCClient(f"127.0.0.1:{port}"), tuple(headers.items())
+        assert await server.is_server_live(headers=metadata)
+        assert await server.is_server_ready(headers=metadata)
+        assert await server.is_model_ready(model, headers=metadata)
         for raw in (True, False):
-            inputs = []
-            for column, name in enumerate(names):
-                item = InferInput(name=name, shape=[2, 1], datatype="FP32")
-                item.set_data_from_numpy(ROWS[:, column : column + 1], binary_data=raw)
-                inputs.append(item)
-            found = await server.infer(InferRequest(model_name=model, infer_inputs=inputs), headers=headers)
-            labels = next(output for output in found.outputs if output.name == "label").as_numpy().ravel().tolist()
-            assert [label.decode() if isinstance(label, bytes) else label for label in labels] == EXPECTED, labels
+            found = await server.infer(request(model, rows, lambda _, raw=raw: raw), headers=metadata)
+            assert labels(found) == EXPECTED
+        if not url:
+            return
+        rest = InferenceRESTClient(RESTConfig(protocol="v2"))
+        assert await rest.is_server_live(url, headers=headers)
+        assert await rest.is_server_ready(url, headers=headers)
+        assert await rest.is_model_ready(url, model, headers=headers)
+        for raw in (True, False):
+            found = await rest.infer(url, request(model, rows, lambda _, raw=raw: raw), model, headers=dict(headers))
+            assert labels(found) == EXPECTED
+        sys.path.insert(0, str(Path(__file__).parent))
+        import every_datatype
+
+        values = every_datatype.values()
+        del values["BF16"]  # kserve has none
+        ways = {"binary": lambda name: True, "JSON": lambda name: name == "FP16"}
+        for way, binary in ways.items():
+            for carrier in ("grpc", "http"):
+                asked = request("every-but-bf16", values, binary)
+                if carrier == "grpc" and way == "JSON":
+                    continue  # one request has raw or typed contents, not both; FP16 has no typed ones
+                found = (
+                    await server.infer(asked, headers=metadata)
+                    if carrier == "grpc"
+                    else await rest.infer(url, asked, "every-but-bf16", headers=dict(headers))
+                )
+                back = {output.name: output.as_numpy() for output in found.outputs}
+                wrong = [name for name in every_datatype.differing(back) if name != "BF16"]
+                print(carrier, way, "differing:", wrong)
+        await server.close()
+        await rest.close()
 
     asyncio.run(run())
 
@@ -145,5 +185,5 @@ def _check(result: Any) -> None:
 
 
 if __name__ == "__main__":
-    {"triton": triton, "triton-aio": triton_aio, "kserve": kserve}[sys.argv[1]](*sys.argv[2:5])
+    {"triton": triton, "triton-aio": triton_aio, "kserve": kserve}[sys.argv[1]](*sys.argv[2:6])
     print("ok", sys.argv[1])

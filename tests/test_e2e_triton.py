@@ -11,6 +11,7 @@ from typing import Any
 import httpx2
 import pytest
 
+from tests.every_datatype import write_model
 from tests.server import RunningServer
 
 ROWS = [
@@ -21,10 +22,17 @@ pytestmark = pytest.mark.skipif(importlib.util.find_spec("tritonclient") is None
 
 
 @pytest.fixture(scope="module")
-def told(iris: RunningServer) -> dict[str, Any]:
+def told(iris: RunningServer, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    client = iris.client
+    version = client.models.import_("every", write_model(tmp_path_factory.mktemp("every") / "every.onnx"))
+    client.deployments.put("every", model=f"every:{version.version}")
+    client.deployments.wait_ready("every")
     address = iris.url.removeprefix("http://")
     done = subprocess.run(
-        [sys.executable, "-m", "tests.triton_story", address, iris.key], capture_output=True, text=True, timeout=60
+        [sys.executable, "-m", "tests.triton_story", address, iris.key, str(iris.grpc_port)],
+        capture_output=True,
+        text=True,
+        timeout=60,
     )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
@@ -43,6 +51,13 @@ def test_every_form_of_request_gets_the_same_right_answer(iris: RunningServer, t
         assert answer["label"] == expected["label"], name
         for have, want in zip(answer["probabilities"], expected["probabilities"], strict=True):
             assert have == pytest.approx(want, abs=2e-4), name
+
+
+def test_every_datatype_comes_back_as_it_went_over_every_carrier(told: dict[str, Any]) -> None:
+    assert set(told["datatypes"]) == {
+        "http None", "http gzip", "http deflate", "http JSON", "http aio", "grpc", "grpc stream", "grpc aio",
+    }  # fmt: skip
+    assert {way: wrong for way, wrong in told["datatypes"].items() if wrong} == {}
 
 
 def test_what_the_client_asks_about_the_server_and_its_models(told: dict[str, Any]) -> None:

@@ -154,6 +154,44 @@ def test_what_is_read_by_hand_is_what_protobuf_reads(
     assert not expected.outputs
 
 
+def test_a_request_like_a_checked_one_is_read_by_its_form() -> None:
+    signature = Signature(inputs=[TensorSpec(name="x", datatype="FP32", shape=[-1, 2])], outputs=[])
+    kind = message("inference.ModelInferRequest")
+
+    def request(rows: int, data: bytes, **more: Any) -> bytes:
+        made = kind(model_name="formed", raw_input_contents=[data], **more)
+        made.inputs.add(name="x", datatype="FP32", shape=[rows, 2])
+        return bytes(made.SerializeToString())
+
+    first = request(30, bytes(240))  # a length of two bytes
+    found = quick.read(first)
+    assert found is not None
+    assert found.form is None
+    found.fits(first, signature)
+    again = quick.read(request(30, bytes(range(240))))
+    assert again is not None
+    assert again.form is not None
+    assert again.form.fits is signature
+    assert again.tensors == [Tensor("x", "FP32", [30, 2], bytes(range(240)))]
+    assert (again.model, again.version, again.id) == ("formed", "", "")
+    for other in (request(30, bytes(239)), request(31, bytes(240)), request(30, bytes(240), id="7")):
+        unlike = quick.read(other)
+        assert unlike is not None
+        assert unlike.form is None
+    assert quick.read(request(30, bytes(240)) + b"\x3a\x00") is None
+    assert quick.read(first[:-1]) is None
+
+
+def test_priority_and_sticky_key_are_metadata_too(rpc: GrpcHouse) -> None:
+    hints = (("x-priority", "low"), ("x-sticky-key", "me"))
+    rpc.call(OIP + "ModelInfer", infer_request(), metadata=rpc.metadata("admin", *hints))
+    call = rpc.house.router.calls[-1]
+    assert call.priority == 2
+    assert call.sticky.endswith("/me")
+    wrong = rpc.metadata("admin", ("x-priority", "urgent"))
+    assert rpc.code(OIP + "ModelInfer", infer_request(), metadata=wrong) == Code.INVALID_ARGUMENT
+
+
 def broken(change: Any) -> Any:
     request = infer_request()
     change(request)

@@ -1,18 +1,23 @@
 """What a user of tritonclient does against /v2, in a process without the server. Not a test module.
 
-python -m tests.triton_story HOST:PORT KEY     prints one JSON object of what came back
+python -m tests.triton_story HOST:PORT KEY GRPC_PORT     prints one JSON object of what came back
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
+import queue
 import sys
 
 import numpy as np
+import tritonclient.grpc as grpc_client
+import tritonclient.grpc.aio as grpc_aio
 import tritonclient.http as client
 import tritonclient.http.aio as aio
 from tritonclient.utils import InferenceServerException
+
+from tests.every_datatype import DATATYPES, differing, values
 
 NAMES = ["sepal length (cm)", "sepal width (cm)", "petal length (cm)", "petal width (cm)"]
 ROWS = np.array([[5.1, 3.5, 1.4, 0.2], [6.7, 3.0, 5.2, 2.3]], dtype=np.float32)
@@ -82,10 +87,67 @@ async def concurrent(url: str, headers: dict) -> list[dict]:
         return [shown(result) for result in results]
 
 
+def every(kind, *, binary: bool | None = True, but: tuple[str, ...] = ()):
+    """One input of every datatype; `binary` None: there is no such choice (gRPC)."""
+    made = []
+    for name, value in values().items():
+        if name not in but:
+            tensor = kind.InferInput(name, list(value.shape), name)
+            tensor.set_data_from_numpy(value, **({} if binary is None else {"binary_data": binary}))
+            made.append(tensor)
+    return made
+
+
+def back(result) -> list[str]:
+    """The datatypes that did not come back as they went."""
+    return differing({f"{name} back": result.as_numpy(f"{name} back") for name in DATATYPES})
+
+
+def all_datatypes(url: str, address: str, headers: dict) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    with client.InferenceServerClient(url) as triton:
+        for sent in (None, "gzip", "deflate"):
+            result = triton.infer(
+                "every",
+                every(client),
+                headers=dict(headers),
+                request_compression_algorithm=sent,
+                response_compression_algorithm=sent,
+            )
+            found[f"http {sent}"] = back(result)
+        # JSON for all that has such a form
+        whole = every(client)
+        halves = [tensor for tensor in whole if tensor.name() in ("FP16", "BF16")]
+        mixed = [*every(client, binary=False, but=("FP16", "BF16")), *halves]
+        outputs = [
+            client.InferRequestedOutput(f"{name} back", binary_data=name in ("FP16", "BF16")) for name in DATATYPES
+        ]
+        found["http JSON"] = back(triton.infer("every", mixed, outputs=outputs, headers=dict(headers)))
+    with grpc_client.InferenceServerClient(address) as triton:
+        found["grpc"] = back(triton.infer("every", every(grpc_client, binary=None), headers=headers))
+        arrived: queue.Queue = queue.Queue()
+        triton.start_stream(lambda result, error: arrived.put((result, error)), headers=headers)
+        triton.async_stream_infer("every", every(grpc_client, binary=None))
+        result, error = arrived.get(timeout=20)
+        found["grpc stream"] = [str(error)] if error else back(result)
+        triton.stop_stream()
+
+    async def aio_calls() -> None:
+        async with aio.InferenceServerClient(url) as triton:
+            found["http aio"] = back(await triton.infer("every", every(aio), headers=dict(headers)))
+        async with grpc_aio.InferenceServerClient(address) as triton:
+            result = await triton.infer("every", every(grpc_client, binary=None), headers=headers)
+            found["grpc aio"] = back(result)
+
+    asyncio.run(aio_calls())
+    return found
+
+
 def main() -> None:
-    url, key = sys.argv[1:]
+    url, key, grpc_port = sys.argv[1:]
     headers = {"authorization": f"Bearer {key}"}
     found = blocking(url, headers)
+    found["datatypes"] = all_datatypes(url, f"127.0.0.1:{grpc_port}", headers)
     found["concurrent"] = asyncio.run(concurrent(url, headers))
     print(json.dumps(found))
 

@@ -54,12 +54,12 @@ _NUMPY = {
     "FP32": "float32",
     "FP64": "float64",
 }
-_OIP = {numpy: oip for oip, numpy in _NUMPY.items()}
+_OIP = {**{numpy: oip for oip, numpy in _NUMPY.items()}, "void16": "BF16"}  # numpy has no bfloat16: two raw bytes
 _LITTLE = {  # numpy's dtype.str
     f"{'|' if size == 1 else '<'}{'b' if oip == 'BOOL' else numpy[0]}{size}": oip
     for oip, numpy in _NUMPY.items()
     for size in (DATATYPES[oip][0],)
-}
+} | {"|V2": "BF16"}
 
 
 _URL_SAFE = bytes.maketrans(b"-_", b"+/")
@@ -196,7 +196,7 @@ def datatype_of(array: np.ndarray) -> str | None:
 
 
 def from_numpy(name: str, array: np.ndarray) -> Tensor:
-    """A tensor from an array: numbers, bools, or an object/str array of str or bytes (BYTES)."""
+    """A tensor from an array: numbers, bools, an object/str array of str or bytes (BYTES), or dtype V2 (BF16)."""
     import numpy as np
 
     shape = list(array.shape)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -108,9 +109,7 @@ class Graph:
         if len(self.shape(tensor)) == 1:
             return tensor
         width = self.widths[tensor]
-        return self.node(
-            "Reshape", [tensor, self.constant([-1, width], INT64)], kind=self.kinds[tensor], width=width
-        )
+        return self.node("Reshape", [tensor, self.constant([-1, width], INT64)], kind=self.kinds[tensor], width=width)
 
     def concat(self, tensors: list[str]) -> str:
         """Tensors of one kind side by side; one alone is returned as it is."""
@@ -212,6 +211,29 @@ def session(model: bytes, threads: int = 1) -> onnxruntime.InferenceSession:
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.add_session_config_entry("session.inter_op.allow_spinning", "0")
     return onnxruntime.InferenceSession(model, sess_options=options, providers=["CPUExecutionProvider"])
+
+
+def float32_ports(model: bytes, names: Sequence[str]) -> tuple[bytes, dict[str, str]]:
+    """The model with float32 in the place of bfloat16, which numpy lacks, at the inputs and outputs of these names; and
+    what those are called then.
+    """
+    import onnx
+
+    loaded = onnx.load_model_from_string(model)
+    graph, cast = loaded.graph, onnx.helper.make_node
+    ports = {name: f"{name}/float32" for name in names}
+    for place, port in enumerate(port for port in graph.input if port.name in ports):
+        graph.node.insert(place, cast("Cast", [ports[port.name]], [port.name], to=onnx.TensorProto.BFLOAT16))
+    graph.node.extend(
+        cast("Cast", [port.name], [ports[port.name]], to=onnx.TensorProto.FLOAT)
+        for port in graph.output
+        if port.name in ports
+    )
+    for port in (*graph.input, *graph.output):
+        if port.name in ports:
+            port.name = ports[port.name]
+            port.type.tensor_type.elem_type = onnx.TensorProto.FLOAT
+    return loaded.SerializeToString(deterministic=True), ports
 
 
 def feed(inputs: list[Any], batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:

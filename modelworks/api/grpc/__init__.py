@@ -53,6 +53,7 @@ class GrpcServer:
             await server.start()
             gc.collect()
             gc.freeze()  # what was loaded is never garbage: later collections skip it
+            gc.set_threshold(20_000, 20, 20)  # grpcio makes many objects a call and leaves hardly a cycle
         except RuntimeError as error:  # grpc's word for an address that it cannot have
             log.error("gRPC does not listen", address=self._address, reason=str(error)[:200])
             return

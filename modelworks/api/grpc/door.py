@@ -30,6 +30,7 @@ from modelworks.core.errors import CatalogUnavailable, InvalidInput, ModelworksE
 from modelworks.core.telemetry import logger
 from modelworks.core.types import Answer, Call, Caller, Principal
 from modelworks.security import policy
+from modelworks.serve.hints import PRIORITY_HEADER, STICKY_HEADER, hint
 from modelworks.serve.observe import CANCELLED, rows_of
 
 log = logger("api.grpc")
@@ -86,9 +87,16 @@ class Rpc:
     async def infer(self, call: Call) -> Answer:
         """The gateway's answer. A cancelled call is aborted in the replica too."""
         self.call = call
+        self.hint(call)
         found = await self.services.gateway.infer(self.principal, call)
         self.model_version = found.model_version
         return found
+
+    def hint(self, call: Call) -> None:
+        """Note in a call what its metadata asks of the router: x-priority, x-sticky-key."""
+        carrier = self.carrier
+        if carrier.priority is not None or carrier.sticky is not None:
+            hint(call, self.principal, carrier.priority, carrier.sticky)
 
     async def admit_again(self, operation: str) -> None:
         """One more request in a stream: its key must still be valid, and it counts."""
@@ -139,12 +147,14 @@ class Rpc:
 class _Carrier:
     """The few entries of a call's metadata that matter here."""
 
-    __slots__ = ("authorization", "idempotency_key", "project", "request_id", "trace")
+    __slots__ = ("authorization", "idempotency_key", "priority", "project", "request_id", "sticky", "trace")
 
     def __init__(self, metadata: Any) -> None:
         self.authorization: str | None = None
         self.project: str | None = None
         self.idempotency_key: str | None = None
+        self.priority: str | None = None
+        self.sticky: str | None = None
         self.trace: dict[str, str] = {}  # W3C Trace Context
         self.request_id = ""
         for name, value in metadata:
@@ -158,6 +168,10 @@ class _Carrier:
                     self.request_id = value
             elif name == "idempotency-key":
                 self.idempotency_key = value
+            elif name == PRIORITY_HEADER:
+                self.priority = value
+            elif name == STICKY_HEADER:
+                self.sticky = value
             elif name == "traceparent" or name == "tracestate":
                 self.trace[name] = value[:512]
         if not self.request_id:
@@ -174,6 +188,17 @@ class Method:
     request: Any
     many_in: bool
     many_out: bool
+
+
+class _Unary:
+    """What grpc must know of a method with one message each way: it is made for each call, and grpc's own costs more."""
+
+    __slots__ = ("unary_unary",)
+    request_streaming = response_streaming = False
+    request_deserializer = response_serializer = None
+
+    def __init__(self, handler: Handler) -> None:
+        self.unary_unary = handler
 
 
 class Door(grpc.GenericRpcHandler):
@@ -244,7 +269,7 @@ class Door(grpc.GenericRpcHandler):
                     intake.close()
                 rpc.observe()
 
-        return grpc.unary_unary_rpc_method_handler(run)
+        return _Unary(run)
 
     def _cached(self, carrier: _Carrier) -> Principal | None:
         """Who calls, when that was verified before; None: look it up."""

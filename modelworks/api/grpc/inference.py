@@ -136,10 +136,12 @@ async def infer(rpc: Rpc, data: bytes) -> bytes:
         request = parse(_Request, data)
         call, names = _call(rpc, request)
         return encode(request.model_name, request, await rpc.infer(call), names)
-    name, version = plain.model, _version(plain.version)
+    name, version, form = plain.model, _version(plain.version), plain.form
     route = rpc.services.gateway.route(rpc.principal, name, version)
-    check(route, plain.tensors, plain.kind)
-    found = await rpc.infer(Call(name, plain.tensors, rpc.deadline(), rpc.request_id, version=version))
+    if form is None or form.fits is not route.signature:
+        check(route, plain.tensors, plain.kind)
+        plain.fits(data, route.signature)
+    found = await rpc.infer(Call(name, plain.tensors, rpc.deadline(), rpc.request_id, version=version, kind=plain.kind))
     return encode_raw(name, plain.id, found.model_version, found.outputs)
 
 
@@ -224,6 +226,7 @@ class _Line:
         try:
             call, self._names = _call(self._rpc, self._request)
             call.stream = True
+            self._rpc.hint(call)
             self._pending = self._rpc.services.gateway.submit(
                 self._rpc.principal, call, self._arrived.put_nowait, manual=True
             )

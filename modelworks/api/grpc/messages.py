@@ -44,6 +44,18 @@ def parse(kind: Any, data: bytes) -> Any:
         ) from None
 
 
+def varint(value: int) -> bytes:
+    """A length or a size as protobuf writes it."""
+    if value < 0x80:
+        return bytes((value,))
+    out = bytearray()
+    while value >= 0x80:
+        out.append(value & 0x7F | 0x80)
+        value >>= 7
+    out.append(value)
+    return bytes(out)
+
+
 def fill(kind: Any, data: Any) -> Message:
     """A message of the class `kind` from a JSON object with its fields; members it has no field for are left out."""
     plain = msgspec.json.decode(msgspec.json.encode(data, enc_hook=str))  # NaN and infinity become null, as in REST

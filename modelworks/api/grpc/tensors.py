@@ -6,7 +6,7 @@ from functools import lru_cache
 from typing import Any
 
 from modelworks.api.errors import NotImplementedHere
-from modelworks.api.grpc.messages import message
+from modelworks.api.grpc.messages import message, varint
 from modelworks.core.errors import InvalidInput
 from modelworks.core.tensors import DATATYPES, Tensor, element_count, pack, unpack
 from modelworks.core.types import Answer
@@ -169,25 +169,14 @@ def _head(model: str, model_version: str) -> bytes:
 
 @lru_cache(4096)
 def _output(name: str, datatype: str, shape: tuple[int, ...]) -> bytes:
-    sizes = b"".join(_varint(size) for size in shape)
+    sizes = b"".join(varint(size) for size in shape)
     packed = _part(b"\x1a", sizes) if shape else []
     body = b"".join([*_part(b"\x0a", name.encode()), *_part(b"\x12", datatype.encode()), *packed])
     return b"".join(_part(b"\x2a", body))
 
 
 def _part(tag: bytes, content: bytes) -> list[bytes]:
-    return [tag, _varint(len(content)), content]
-
-
-def _varint(value: int) -> bytes:
-    if value < 0x80:
-        return bytes((value,))
-    out = bytearray()
-    while value >= 0x80:
-        out.append(value & 0x7F | 0x80)
-        value >>= 7
-    out.append(value)
-    return bytes(out)
+    return [tag, varint(len(content)), content]
 
 
 def _version(model_version: str) -> str:

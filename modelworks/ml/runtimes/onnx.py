@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 MODEL_FILE = "model.onnx"
 _COLUMN_DTYPES: dict[str, Any] = {"FP32": np.float32, "INT64": np.int64, "BOOL": np.uint8}
 _DTYPES: dict[str, Any] = {
-    "BOOL": np.bool_, "FP16": np.float16, "FP32": np.float32, "FP64": np.float64,
+    "BOOL": np.bool_, "BF16": np.float32, "FP16": np.float16, "FP32": np.float32, "FP64": np.float64,
     **{f"{sign}INT{bits}": np.dtype(f"{sign.lower()}int{bits}") for sign in ("", "U") for bits in (8, 16, 32, 64)},
 }  # fmt: skip
 
@@ -34,6 +34,7 @@ class OnnxRuntime:
     def __init__(self) -> None:
         self._session: Any = None
         self._signature: Signature | None = None
+        self._ports: dict[str, str] = {}  # inputs and outputs that the session calls otherwise: those of BF16
         self._host: Callable[[Batch], Batch] | None = None
         self._rows: int | None = None
         self._refusals: tuple[type[Exception], ...] = ()
@@ -46,8 +47,12 @@ class OnnxRuntime:
         manifest = package.manifest
         self._refusals = (state.InvalidArgument,)
         self._failures = (state.Fail, state.RuntimeException, state.EPFail, state.NotImplemented)
+        model = package.path(MODEL_FILE).read_bytes()
+        specs = [*manifest.signature.inputs, *manifest.signature.outputs]
+        if half := [spec.name for spec in specs if spec.datatype == "BF16"]:
+            model, self._ports = graph.float32_ports(model, half)
         try:
-            self._session = graph.session(package.path(MODEL_FILE).read_bytes(), threads)
+            self._session = graph.session(model, threads)
         except (*self._refusals, *self._failures, state.InvalidProtobuf, state.InvalidGraph, state.NoSuchFile) as error:
             raise InvalidInput(f"onnxruntime cannot load the model: {_brief(error)}", code="bad_model") from error
         self._signature = manifest.signature
@@ -71,6 +76,8 @@ class OnnxRuntime:
         feed = self._columns(arrays) if tabular else arrays
         names = [spec.name for spec in signature.outputs]
         try:
+            if self._ports:
+                return self._run_half(names, feed)
             return dict(zip(names, self._run(names, feed), strict=True))
         except self._refusals as error:
             raise InvalidInput(f"the model refuses this input: {_brief(error)}", code="bad_input") from error
@@ -93,6 +100,16 @@ class OnnxRuntime:
     def close(self) -> None:
         self._session = None
 
+    def _run_half(self, names: list[str], feed: Batch) -> dict[str, np.ndarray]:
+        """Where there is bfloat16: answered as two raw bytes each (dtype V2)."""
+        ports = self._ports
+        asked = [ports.get(name, name) for name in names]
+        found = self._session.run(asked, {ports.get(name, name): array for name, array in feed.items()})
+        return {
+            name: (array.view(np.uint32) >> 16).astype(np.uint16).view("V2") if name in ports else array
+            for name, array in zip(names, found, strict=True)
+        }
+
     def _columns(self, batch: Batch) -> dict[str, np.ndarray]:
         counts = {len(column) for column in batch.values()}
         if len(counts) > 1:
@@ -104,7 +121,7 @@ class OnnxRuntime:
         self._inputs = self._session.get_inputs()
         outputs = {output.name for output in self._session.get_outputs()}
         for spec in signature.outputs:
-            if spec.name not in outputs:
+            if self._ports.get(spec.name, spec.name) not in outputs:
                 raise InvalidInput(
                     f"the graph has no output {spec.name!r}, which the signature promises", code="bad_package"
                 )
