@@ -13,7 +13,7 @@ import pyarrow.feather
 import pyarrow.parquet as pq
 import pytest
 
-from modelworks.core.errors import InvalidInput, UnsupportedMedia
+from modelworks.core.errors import InvalidInput, PayloadTooLarge, UnsupportedMedia
 from modelworks.core.specs import TableSchema
 from modelworks.ml.data.ingest import ingest
 
@@ -345,3 +345,21 @@ def test_a_text_repeated_a_million_times_is_read_in_portions(load):
     result, values = load(arrow_bytes(table, "parquet"), "data.parquet")
     assert result.rows == 2000
     assert values["t"][1999] == text
+
+
+def test_a_compressed_table_is_read_within_bounds(load, monkeypatch):
+    import gzip
+    import lzma
+
+    from modelworks.ml.data import archives
+
+    table = "a,b\n" + "1,x\n2,y\n" * 50
+    for packed, name in ((gzip.compress(table.encode()), "t.csv.gz"), (lzma.compress(table.encode()), "T.CSV.XZ")):
+        assert load(packed, name)[1]["b"][:2] == ["x", "y"]
+    assert load(table, "plain.csv.gz")[0].rows == 100
+    with pytest.raises(InvalidInput, match="damaged"):
+        load(gzip.compress(table.encode())[:-20], "t.csv.gz")
+    monkeypatch.setattr(archives, "LEAST", 1000)
+    with pytest.raises(PayloadTooLarge) as caught:
+        load(gzip.compress(b"a\n" + b"1\n" * 500_000), "t.csv.gz")
+    assert caught.value.code == "archive_bomb"

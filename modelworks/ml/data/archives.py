@@ -191,11 +191,11 @@ def _opener(head: bytes) -> Any:
 
 
 def _unpacked(path: Path, head: bytes, workdir: Path, limit: int) -> Path:
-    """The tar without its compression, within `limit`."""
+    """The tar or table without its compression, within `limit`."""
     opener = _opener(head)
     if opener is None:
         return path
-    out = workdir / "archive.tar"
+    out = workdir / "unpacked"
     left = limit
     with opener(path, "rb") as source, out.open("wb") as target:
         while block := source.read(_BLOCK):
@@ -208,6 +208,16 @@ def _unpacked(path: Path, head: bytes, workdir: Path, limit: int) -> Path:
                 )
             target.write(block)
     return out
+
+
+def unpack_table(path: Path, workdir: Path) -> Path:
+    """The one compressed file, within bounds; as it is when it is not compressed. InvalidInput, PayloadTooLarge."""
+    with path.open("rb") as file:
+        head = file.read(4)
+    try:
+        return _unpacked(path, head, workdir, max(LEAST, RATIO * path.stat().st_size))
+    except _BROKEN as error:
+        raise broken(error) from None
 
 
 def check_name(name: str) -> str:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from modelworks.core.errors import InvalidInput, UnsupportedMedia
 from modelworks.core.specs import TableSchema
-from modelworks.ml.data.archives import is_archive
+from modelworks.ml.data.archives import is_archive, unpack_table
 from modelworks.ml.data.faults import MAX_FIELD, check_names, fault
 from modelworks.ml.data.media import MAX_FILE
 
@@ -38,6 +38,7 @@ _BINARY_FORMATS = {
     "ipc": "arrow",
     "arrows": "arrow",
 }
+PACKABLE = (".csv", ".tsv", ".tab", ".jsonl", ".ndjson")  # texts that may come compressed: `x.csv.gz`
 _REFUSED_NAMES = ("pkl", "pickle", "joblib", "dill", "pt", "pth", "npy", "npz")
 _REFUSED_CONTENT = (
     (b"\x1f\x8b", "compressed by gzip"),
@@ -88,6 +89,9 @@ def open_table(path: Path, filename: str, schema: TableSchema, workdir: Path) ->
         from modelworks.ml.data.folders import open_archive
 
         return open_archive(path, schema, workdir)
+    stem, _, packing = filename.rpartition(".")
+    if packing.lower() in ("gz", "bz2", "xz") and stem.lower().endswith(PACKABLE):
+        path, filename = unpack_table(path, workdir), stem
     kind = sniff(path, filename, schema)
     if kind == "jsonl":
         from modelworks.ml.data.jsonl import JsonLines

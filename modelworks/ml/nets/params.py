@@ -92,6 +92,30 @@ class CnnParams(NetParams):
         return self
 
 
+class MultimodalParams(NetParams):
+    width: int = Field(64, ge=2, le=8192, description="numbers that each encoder gives to the head")
+    hidden: list[Width] = Field([64], max_length=16, description="widths of the head's layers")
+    activation: Activation = Field("relu", description="in encoders of tables and in the head")
+    dropout: float = Field(0.1, ge=0, lt=1, description="share of units left out at random in each step")
+    batch_norm: bool = Field(False, description="normalise over the batch, in encoders of images and in the head")
+    channels: list[Width] = Field([16, 32], min_length=1, max_length=32, description="of images and sounds: filters of each stage")
+    kernel: int = Field(3, ge=1, le=31, description="of images and sounds: width of the filters")
+    residual: int = Field(0, ge=0, le=32, description="of images and sounds: residual blocks in each stage")
+    pooling: Literal["flatten", "average"] = Field("flatten", description="of images and sounds: how the last maps become one row")
+    shift: int = Field(0, ge=0, le=64, description="augment: move each training image by up to this many pixels")
+    heads: int = Field(4, ge=1, le=128, description="of texts: attention heads; must divide width")
+    layers: int = Field(1, ge=1, le=48, description="of texts: transformer layers")
+    clip_norm: float | None = Field(1.0, gt=0, le=1e6, description="the gradient's norm at most")
+
+    @model_validator(mode="after")
+    def _fits(self) -> MultimodalParams:
+        if self.width % self.heads:
+            raise ValueError("heads must divide width")
+        if self.kernel % 2 == 0:
+            raise ValueError("kernel must be odd")
+        return self
+
+
 class PretrainedParams(NetParams):
     """A head on a registered model: first alone, then, with `fine_tune`, together with it."""
 

@@ -34,6 +34,7 @@ TRAINERS: Registry[type[Trainer]] = Registry(
         "rnn": "modelworks.ml.nets.sequences:Rnn",
         "transformer": "modelworks.ml.nets.sequences:Transformer",
         "forecaster": "modelworks.ml.nets.forecaster:Forecaster",
+        "multimodal": "modelworks.ml.nets.multimodal:Multimodal",
         "text-classifier": "modelworks.ml.nets.pretrained:TextClassifier",
         "image-classifier": "modelworks.ml.nets.pretrained:ImageClassifier",
         "autoencoder": "modelworks.ml.nets.autoencoder:Autoencoder",
