@@ -195,7 +195,7 @@ def test_texts_are_cut_at_stops_and_never_within_a_character() -> None:
     shown = []
     for piece in (b"a \xf0\x9f", b"\x99\x82 E", b"N", b"X NO", b"W and more"):
         call.take(piece)
-        shown.append(call.ready(all=call.stopped))
+        shown.append(call.text.ready(all=call.stopped))
     assert shown == ["a ", "\N{SLIGHTLY SMILING FACE} ", "", "ENX ", ""]
     assert call.stopped
     known = Prefixes(4)

@@ -14,7 +14,7 @@ from modelworks.control.requests import without_paths
 from modelworks.core.errors import InvalidInput, NotFound
 from modelworks.core.specs import NAME_PATTERN, DeploymentSpec
 from modelworks.core.types import Caller, Deployment, DeploymentRevision, ModelVersion, Page, Replica
-from modelworks.ml.runtimes.choice import LLAMA, choose
+from modelworks.ml.runtimes.choice import LLAMA, TRANSFORMERS, choose
 from modelworks.security import audit
 from modelworks.store.catalog import Catalog, Tx
 
@@ -174,8 +174,10 @@ def _check_engine(spec: DeploymentSpec, model: ModelVersion) -> None:
             param = "context" if spec.context is not None else "engine"
             raise InvalidInput(f"{param} is for language models, and {model.ref} does {model.task}", param=param)
         return
-    if model.lineage.get("format") == "gguf":
-        choose(spec.engine, LLAMA, model.algorithm, model.lineage)
+    formats = {"gguf": LLAMA, "safetensors": TRANSFORMERS}
+    runtime = formats.get(str(model.lineage.get("format")))
+    if runtime is not None:
+        choose(spec.engine, runtime, model.algorithm, model.lineage)
     trained = model.lineage.get("context_length")
     if spec.context is not None and isinstance(trained, int) and spec.context > trained:
         raise InvalidInput(f"{model.ref} was trained on {trained} tokens; ask for at most that", param="context")

@@ -472,7 +472,7 @@ class DeploymentSpec(Spec):
         None, gt=0, le=600_000,
         description="a call without an answer after so long is sent to a second replica too; at most 5 in 100 are",
     )  # fmt: skip
-    engine: Literal["auto", "openvino", "llama"] = Field(
+    engine: Literal["auto", "openvino", "llama", "transformers"] = Field(
         "auto", description="of a language model; auto: the fastest here that reads its file at full quality"
     )
     context: int | None = Field(

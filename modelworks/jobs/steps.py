@@ -273,6 +273,10 @@ def import_version(step: Step) -> None:
     path, _ = _input(step, folders=True)
     context.progress(0.1, "checking")
     kind = build.sniff(path)
+
+    def tell(part: float, stage: str) -> None:
+        context.progress(0.1 + 0.8 * part, stage)
+
     if kind != "gguf" and spec.get("convert"):
         raise InvalidInput("only GGUF models are converted; leave convert out", param="convert")
     if kind == "gguf":
@@ -284,11 +288,13 @@ def import_version(step: Step) -> None:
             licence=spec["licence"],
             convert=spec.get("convert"),
             threads=context.threads,
-            tell=lambda part, stage: context.progress(0.1 + 0.8 * part, stage),
+            tell=tell,
         )
     elif kind == "folder":
         _refuse_classes(spec)
-        manifest, files = build.import_folder(path, context.workdir, task=spec["task"], licence=spec["licence"])
+        manifest, files = build.import_folder(
+            path, context.workdir, task=spec["task"], licence=spec["licence"], threads=context.threads, tell=tell
+        )
     elif kind == "onnx":
         manifest, files = build.import_onnx(
             path, context.workdir, task=spec["task"], classes=spec["classes"], licence=spec["licence"]

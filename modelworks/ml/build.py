@@ -16,6 +16,8 @@ from typing import BinaryIO, Literal
 from modelworks.core.embedding import EMBEDDING, RERANK
 from modelworks.core.errors import InvalidInput, PayloadTooLarge, UnsupportedMedia
 from modelworks.ml.data.archives import zip_directory
+from modelworks.ml.decoder_import import TASK as GENERATION
+from modelworks.ml.decoder_import import check_decoder, import_decoder
 from modelworks.ml.folder import CONFIG, config_of, stage
 from modelworks.ml.llm_import import check_llama, import_gguf
 from modelworks.ml.onnx_import import check_onnx, import_onnx
@@ -100,6 +102,9 @@ def check_package(manifest: Manifest, files: dict[str, Path], threads: int = 1) 
     if manifest.runtime == "llama":
         check_llama(manifest, files, threads)
         return
+    if manifest.runtime == "transformers":
+        check_decoder(manifest, files, threads)
+        return
     runtime = RUNTIMES.get(manifest.runtime)()
     runtime.load(Package(manifest, by_digest.__getitem__), threads)
     replay_parity(Package(manifest, by_digest.__getitem__), runtime)
@@ -107,7 +112,13 @@ def check_package(manifest: Manifest, files: dict[str, Path], threads: int = 1) 
 
 
 def import_folder(
-    path: Path, workdir: Path, *, task: str | None = None, licence: str | None = None, threads: int = 1
+    path: Path,
+    workdir: Path,
+    *,
+    task: str | None = None,
+    licence: str | None = None,
+    threads: int = 1,
+    tell: Callable[[float, str], None] = lambda part, stage: None,
 ) -> tuple[Manifest, dict[str, Path]]:
     """The same from a model's folder, or a ZIP of one: config.json, safetensors and tokenizer; see folder.py."""
     folder = stage(path, workdir)
@@ -116,8 +127,10 @@ def import_folder(
         from modelworks.ml.encoder_import import import_encoder
 
         return import_encoder(folder, workdir, task=found, licence=licence, threads=threads)
+    if found == GENERATION:
+        return import_decoder(folder, workdir, licence=licence, threads=threads, tell=tell)
     raise InvalidInput(
-        f"a model's folder is not served as {found[:80]!r}; name the task, one of {EMBEDDING}, {RERANK}",
+        f"a model's folder is not served as {found[:80]!r}; name the task, one of {EMBEDDING}, {RERANK}, {GENERATION}",
         param="task",
         code="unsupported_model",
     )
@@ -130,6 +143,8 @@ def _task_of(folder: Path) -> str:
         return EMBEDDING
     if str(named[0]).endswith("ForSequenceClassification"):
         return RERANK
+    if str(named[0]).endswith(("ForCausalLM", "LMHeadModel")):
+        return GENERATION
     return EMBEDDING if str(named[0]).endswith("Model") else str(named[0])
 
 

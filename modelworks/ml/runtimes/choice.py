@@ -8,7 +8,7 @@ from typing import Any
 from modelworks.core.errors import InvalidInput
 from modelworks.ml.gguf import check_exact, exact_type
 
-AUTO, LLAMA, OPENVINO = "auto", "llama", "openvino"
+AUTO, LLAMA, OPENVINO, TRANSFORMERS = "auto", "llama", "openvino", "transformers"
 BOTH = "openvino+llama"  # llama.cpp for the calls that ask for what OpenVINO lacks
 # architectures whose GGUF OpenVINO GenAI reads
 _READ = ("llama", "qwen2", "qwen3")
@@ -20,6 +20,15 @@ def choose(engine: str, runtime: str, architecture: str, lineage: dict[str, Any]
     `auto`: OpenVINO where it is installed and reads the file at its quality, as it is faster with many streams; with
     llama.cpp beside it for what it lacks.
     """
+    if runtime == TRANSFORMERS:
+        if engine not in (AUTO, TRANSFORMERS):
+            raise InvalidInput(
+                f"the engine {engine} reads GGUF files, and this model is safetensors; leave engine out, or import a GGUF file",
+                param="engine",
+            )
+        return TRANSFORMERS
+    if engine == TRANSFORMERS:
+        raise InvalidInput("transformers runs safetensors; for this GGUF file take llama or openvino", param="engine")
     if runtime != LLAMA:
         if engine != AUTO:
             raise InvalidInput(

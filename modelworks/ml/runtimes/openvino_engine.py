@@ -20,6 +20,7 @@ import msgspec
 
 from modelworks.core.generation import Logprob
 from modelworks.ml.runtimes.llm_openvino import News, Order, _frame
+from modelworks.ml.runtimes.llm_text import Text
 
 BLOCK = 32  # tokens of one block of the cache, on the CPU
 CHUNK = 256  # tokens of all calls that one step reads at most: a long prompt is read in pieces between others' tokens
@@ -42,27 +43,18 @@ class Call:
         self.cached = 0
         self.logprobs: list[Logprob] = []
         self._decode = codecs.getincrementaldecoder("utf-8")("replace").decode
-        self._text = order.prefix
-        self.stopped = False
+        self.text = Text(order.stop, order.prefix)
+
+    @property
+    def stopped(self) -> bool:
+        return self.text.stopped
 
     def take(self, data: bytes, *, final: bool = False) -> None:
-        self._text += self._decode(data, final)
-        found = [at for at in (self._text.find(stop) for stop in self.order.stop) if at >= 0]
-        if found:
-            self._text, self.stopped = self._text[: min(found)], True
-
-    def ready(self, *, all: bool) -> str:
-        """The text that no stop text can begin in."""
-        keep = 0
-        if not all:
-            keep = max((_overlap(self._text, stop) for stop in self.order.stop), default=0)
-        text = self._text[: len(self._text) - keep]
-        self._text = self._text[len(text) :]
-        return text
+        self.text.take(self._decode(data, final))
 
     def news(self, reason: str) -> News:
         done = bool(reason)
-        text = self.ready(all=done)
+        text = self.text.ready(all=done)
         logprobs, self.logprobs = self.logprobs, []
         asked = logprobs if self.order.logprobs else None
         return News(self.order.number, text, reason, self.count, self.made, self.cached, asked, None, done)
@@ -220,11 +212,6 @@ class Engine:
             call.logprobs.append(one)
         call.take(data)
         return "stop" if call.stopped else ""
-
-
-def _overlap(text: str, stop: str) -> int:
-    """How much of the end of `text` is a beginning of `stop`."""
-    return next((size for size in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:size])), 0)
 
 
 def main() -> None:

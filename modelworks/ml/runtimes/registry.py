@@ -13,6 +13,7 @@ RUNTIMES: Registry[type[Runtime]] = Registry(
         "encoder": "modelworks.ml.runtimes.encoder:EncoderRuntime",  # texts to vectors, pairs of texts to scores
         "llama": "modelworks.ml.runtimes.llm_llama:LlamaRuntime",  # continuous: admit / step / abort
         "openvino": "modelworks.ml.runtimes.llm_openvino:OpenVinoRuntime",  # continuous; for packages of "llama" too
+        "transformers": "modelworks.ml.runtimes.llm_transformers:TransformersRuntime",  # continuous; safetensors
         "openvino+llama": "modelworks.ml.runtimes.llm_standby:StandbyRuntime",  # what OpenVINO lacks goes to llama.cpp
     },
 )

@@ -1,0 +1,176 @@
+"""A language model as the hubs keep it - config.json, safetensors, tokenizer.json - becomes a package for transformers."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from modelworks.core.errors import InvalidInput
+from modelworks.core.generation import TEXT_GENERATION
+from modelworks.core.tensors import Tensor, pack_bytes
+from modelworks.ml.folder import CONFIG, check_safetensors, config_of, licence_of, read_json, weights_of
+from modelworks.ml.package import Manifest, Package, PackageFile
+from modelworks.ml.runtimes.llm_template import CHATML, MAX_TEMPLATE, check_template
+from modelworks.ml.runtimes.llm_transformers import CHAT_FILE, TOKENIZER_FILE, TransformersRuntime
+
+TASK = "text-generation"
+RUNTIME = "transformers"
+INDEX = "model.safetensors.index.json"
+_WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
+# what a config may name that would run or fetch code
+_CODE = ("auto_map", "_attn_implementation", "attn_implementation", "_experts_implementation", "kernel_config")
+
+
+def import_decoder(
+    folder: Path,
+    workdir: Path,
+    *,
+    licence: str | None = None,
+    threads: int = 1,
+    tell: Callable[[float, str], None] = lambda part, stage: None,
+) -> tuple[Manifest, dict[str, Path]]:
+    """The manifest and the files of a package that serves the staged model in `folder`.
+
+    InvalidInput for weights that are quantised or not whole, for an architecture that needs code of its own, without a
+    tokenizer.json, and when the model does not generate. `tell`: how far it is.
+    """
+    config = {name: value for name, value in config_of(folder).items() if name not in _CODE}
+    _check_config(config)
+    weights = weights_of(folder)
+    if not (folder / TOKENIZER_FILE).is_file():
+        raise InvalidInput(
+            f"the folder has no {TOKENIZER_FILE}; save the tokenizer with transformers' PreTrainedTokenizerFast",
+            code="bad_model",
+        )
+    chat = _chat(folder, config)
+    check_template(chat["template"] or CHATML, bos=chat["bos"], eos=chat["eos"])
+    written = {CONFIG: config, CHAT_FILE: chat}
+    files = {name: workdir / f"written-{name}" for name in written}
+    for name, value in written.items():
+        files[name].write_bytes(json.dumps(value, sort_keys=True).encode())
+    files |= {path.name: path.resolve() for path in weights}
+    files[TOKENIZER_FILE] = (folder / TOKENIZER_FILE).resolve()
+    if (folder / INDEX).is_file():
+        files[INDEX] = (folder / INDEX).resolve()
+    tell(0.2, "reading it through")
+    manifest = Manifest(
+        task=TASK,
+        runtime=RUNTIME,
+        algorithm=str(config["model_type"])[:100],
+        signature=TEXT_GENERATION,
+        files={name: _file(path) for name, path in files.items()},
+        lineage={"format": "safetensors", "context_length": chat["context_length"], "token_bytes": _token_bytes(config)},
+        licence=licence or licence_of(folder),
+    )
+    tell(0.6, "trying it out")
+    _try_out(manifest, files, threads)
+    return manifest, files
+
+
+def check_decoder(manifest: Manifest, files: dict[str, Path], threads: int = 1) -> None:
+    """The same for a package that comes whole."""
+    data = {CONFIG, CHAT_FILE, TOKENIZER_FILE}
+    others = set(files) - data - {INDEX}
+    weights = [name for name in others if _WEIGHTS.fullmatch(name)]
+    sound = data <= set(files) and weights and len(weights) == len(others)
+    if not sound or manifest.signature != TEXT_GENERATION or manifest.task != TASK:
+        raise InvalidInput("this is not a sound package of a language model; export it again", code="bad_package")
+    config, chat = read_json(files[CONFIG]), read_json(files[CHAT_FILE])
+    if not isinstance(config, dict) or not isinstance(config.get("model_type"), str) or set(_CODE) & set(config):
+        raise InvalidInput(f"{CONFIG} is not as it was written; export the package again", code="bad_package")
+    if (
+        not isinstance(chat, dict)
+        or not all(isinstance(chat.get(name), str) for name in ("template", "bos", "eos"))
+        or not all(isinstance(id, int) for id in chat.get("ends") or [None])
+    ):
+        raise InvalidInput(f"{CHAT_FILE} is not as it was written; export the package again", code="bad_package")
+    _check_config(config)
+    for name in weights:
+        check_safetensors(files[name])
+    check_template(chat["template"] or CHATML, bos=chat["bos"], eos=chat["eos"])
+    _try_out(manifest, files, threads)
+
+
+def _check_config(config: dict[str, Any]) -> None:
+    if config.get("quantization_config"):
+        raise InvalidInput(
+            "quantised safetensors are not read; take the model in its original precision, or a GGUF file of it",
+            code="unsupported_model",
+        )
+
+
+def _try_out(manifest: Manifest, files: dict[str, Path], threads: int) -> None:
+    """InvalidInput unless two calls of different length that run together are answered."""
+    by_digest = {manifest.files[name].digest: path for name, path in files.items()}
+    runtime = TransformersRuntime()
+    runtime.load(Package(manifest, by_digest.__getitem__), threads, slots=2, context=512)
+    try:
+        for index, text in enumerate(("Hello", "Hello, and good morning to everybody")):
+            prompt = Tensor("prompt", "BYTES", [1], pack_bytes([text]))
+            runtime.admit(index, [prompt], {"max_tokens": 3, "temperature": 0}, False)
+        while len(runtime):
+            for _, item, _ in runtime.step(10.0):
+                if not isinstance(item, list):
+                    reason = getattr(item, "message", "no answer")
+                    raise InvalidInput(f"the model does not generate text here: {reason}", code="bad_model")
+    finally:
+        runtime.close()
+
+
+def _chat(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
+    """What chat.json holds. An empty template: the folder brought none, ChatML is used."""
+    settings = read_json(folder / "tokenizer_config.json", {})
+    if not isinstance(settings, dict):
+        raise InvalidInput("tokenizer_config.json is not an object", code="bad_model")
+    template = settings.get("chat_template")
+    if isinstance(template, list):  # several by name
+        template = next((it.get("template") for it in template if isinstance(it, dict) and it.get("name") == "default"), "")
+    beside = folder / "chat_template.jinja"
+    if beside.is_file():
+        template = beside.read_bytes()[: 4 * MAX_TEMPLATE].decode("utf-8", "replace")
+    generation = read_json(folder / "generation_config.json", {})
+    return {
+        "template": template if isinstance(template, str) else "",
+        "bos": _token(settings.get("bos_token")),
+        "eos": _token(settings.get("eos_token")),
+        "ends": _ends(folder, config, generation if isinstance(generation, dict) else {}, _token(settings.get("eos_token"))),
+        "context_length": _number(config, "max_position_embeddings", "n_positions", "n_ctx", "max_sequence_length"),
+    }
+
+
+def _ends(folder: Path, config: dict[str, Any], generation: dict[str, Any], eos: str) -> list[int]:
+    """The ids of the tokens that end an answer."""
+    tokens = (read_json(folder / TOKENIZER_FILE) or {}).get("added_tokens", [])
+    named = [it["id"] for it in tokens if isinstance(it, dict) and it.get("content") == eos and isinstance(it.get("id"), int)]
+    found: list[Any] = [*named]
+    for value in (generation.get("eos_token_id"), config.get("eos_token_id")):
+        found += value if isinstance(value, list) else [value]
+    return sorted({one for one in found if isinstance(one, int) and not isinstance(one, bool) and one >= 0})
+
+
+def _token(value: Any) -> str:
+    value = value.get("content") if isinstance(value, dict) else value
+    return value if isinstance(value, str) else ""
+
+
+def _token_bytes(config: dict[str, Any]) -> int:
+    """Bytes of one token's keys and values in 32 bits; 0 when the config does not tell."""
+    layers = _number(config, "num_hidden_layers", "n_layer") or 0
+    heads = _number(config, "num_attention_heads", "n_head") or 0
+    width = _number(config, "hidden_size", "n_embd") or 0
+    kept = _number(config, "num_key_value_heads") or heads
+    size = _number(config, "head_dim") or (width // heads if heads else 0)
+    return 4 * 2 * layers * kept * size
+
+
+def _number(config: dict[str, Any], *names: str) -> int | None:
+    return next((config[name] for name in names if isinstance(config.get(name), int) and config[name] > 0), None)
+
+
+def _file(path: Path) -> PackageFile:
+    with path.open("rb") as file:
+        return PackageFile(digest=hashlib.file_digest(file, "sha256").hexdigest(), size=path.stat().st_size)

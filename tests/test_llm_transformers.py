@@ -1,0 +1,219 @@
+"""Safetensors to answers: a small model of random weights, imported, run by the transformers engine, equal to generate()."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from modelworks.core.errors import InvalidInput
+from modelworks.core.tensors import Tensor, pack_bytes, unpack_bytes
+from modelworks.ml.build import export_package, import_folder, import_package
+from modelworks.ml.package import Manifest, Package
+from modelworks.ml.runtimes.choice import choose
+from modelworks.ml.runtimes.llm_transformers import CHUNK, TransformersRuntime
+
+NEEDED = ("torch", "transformers", "llguidance", "jinja2")
+MISSING = [name for name in NEEDED if importlib.util.find_spec(name) is None]
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(MISSING), reason=f"needs {', '.join(MISSING)}")]
+
+TEMPLATE = "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}{% endfor %}<|assistant|>"
+WORDS = ["the capital of France is Paris", "a ship and its crew at sea, far away", '{"city": "Paris", "big": true}', "你好 😀"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As a hub has it: a Llama of two layers with a byte-level tokenizer of 400 tokens."""
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    folder = tmp_path_factory.mktemp("llama")
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=["<end>"], initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator(WORDS * 4, trainer)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    torch.manual_seed(5)
+    config = LlamaConfig(
+        vocab_size=tokenizer.get_vocab_size(), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=1024, bos_token_id=None, eos_token_id=0,
+        initializer_range=0.3,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder)
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<end>", "chat_template": TEMPLATE}))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def imported(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Manifest, dict[str, Path]]:
+    return import_folder(folder, tmp_path_factory.mktemp("import"))
+
+
+def packaged(imported: tuple[Manifest, dict[str, Path]]) -> Package:
+    manifest, files = imported
+    return Package(manifest, {manifest.files[name].digest: path for name, path in files.items()}.__getitem__)
+
+
+@pytest.fixture(scope="module")
+def engine(imported: tuple[Manifest, dict[str, Path]]) -> Iterator[TransformersRuntime]:
+    runtime = TransformersRuntime()
+    runtime.load(packaged(imported), 1, slots=8)
+    yield runtime
+    runtime.close()
+
+
+@pytest.fixture(scope="module")
+def reference(folder: Path) -> Any:
+    """transformers' own greedy generation."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+    def generate(ids: list[int], count: int) -> list[int]:
+        made = model.generate(torch.tensor([ids]), max_new_tokens=count, do_sample=False, pad_token_id=0)
+        return made[0, len(ids) :].tolist()
+
+    return generate
+
+
+class Made:
+    def __init__(self) -> None:
+        self.text, self.reason, self.usage, self.parts = "", "", [0, 0, 0], 0
+        self.logprobs: list[dict[str, Any]] = []
+        self.error: Any = None
+
+    @property
+    def ids(self) -> list[int]:
+        return [one["id"] for one in self.logprobs]
+
+
+def run(runtime: TransformersRuntime, *calls: tuple[Tensor, dict[str, Any]], abort: int | None = None) -> list[Made]:
+    """All together, as streams; `abort`: the call that leaves after its third part."""
+    made = [Made() for _ in calls]
+    for number, (prompt, params) in enumerate(calls):
+        runtime.admit(number, [prompt], {"temperature": 0, **params}, True)
+    while len(runtime):
+        for number, item, _ in runtime.step(30.0):
+            one = made[number]
+            if isinstance(item, list):
+                one.text += unpack_bytes(item[0].data)[0].decode()
+                one.reason = unpack_bytes(item[1].data)[0].decode()
+                one.usage = memoryview(item[2].data).cast("i").tolist()
+                one.parts += 1
+                one.logprobs += json.loads(unpack_bytes(item[3].data)[0]) if len(item) > 3 else []
+            else:
+                one.error = item
+            if number == abort and one.parts == 3:
+                runtime.abort(number)
+    return made
+
+
+def prompt(text: str) -> Tensor:
+    return Tensor("prompt", "BYTES", [1], pack_bytes([text]))
+
+
+def tokens(*ids: int) -> Tensor:
+    return Tensor("tokens", "INT32", [len(ids)], struct.pack(f"<{len(ids)}i", *ids))
+
+
+def test_calls_that_run_together_say_what_generate_says_alone(engine: TransformersRuntime, reference: Any) -> None:
+    prompts = [[5, 9, 20], list(range(1, 40)), [7], [3 + at % 90 for at in range(CHUNK + 60)]]
+    counts = [12, 30, 4, 9]
+    calls = [(tokens(*ids), {"max_tokens": count, "logprobs": 0, "ignore_eos": True})
+             for ids, count in zip(prompts, counts, strict=True)]  # fmt: skip
+    *made, cut = run(engine, *calls, (tokens(8, 9), {"max_tokens": 500, "ignore_eos": True}), abort=4)
+    for ids, count, one in zip(prompts, counts, made, strict=True):
+        said = reference(ids, count)
+        assert one.ids[: len(said)] == said
+        assert (one.usage[:2], one.reason) == ([len(ids), count], "length")
+    assert cut.error is None
+    assert cut.parts < 50
+    assert engine._batch == []
+
+
+def test_a_prompt_is_measured_as_the_model_itself_does(engine: TransformersRuntime, folder: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    text = WORDS[0]
+    (made,) = run(engine, (prompt(text), {"echo": True, "logprobs": 2, "max_tokens": 0}))
+    assert (made.text, made.reason, made.logprobs[0]["logprob"]) == (text, "length", None)
+    shares = AutoModelForCausalLM.from_pretrained(folder)(torch.tensor([made.ids])).logits[0].detach().log_softmax(-1)
+    for at, one in enumerate(made.logprobs[1:]):
+        assert one["logprob"] == pytest.approx(float(shares[at, one["id"]]), abs=1e-4)
+        assert one["top_logprobs"][0]["id"] == int(shares[at].argmax())
+    assert "".join(one["token"] for one in made.logprobs) == text
+
+
+def test_seeds_stops_schemas_and_bias(engine: TransformersRuntime) -> None:
+    hot = {"temperature": 1.3, "max_tokens": 8, "top_p": 0.95, "ignore_eos": True}
+    schema = {"type": "object", "properties": {"big": {"type": "boolean"}}, "required": ["big"], "additionalProperties": False}
+    one, two, other, held, biased = run(
+        engine,
+        (prompt("a ship"), {**hot, "seed": 3}),
+        (prompt("a ship"), {**hot, "seed": 3}),
+        (prompt("a ship"), {**hot, "seed": 4}),
+        (prompt("{"), {"schema": schema, "max_tokens": 60}),
+        (prompt("a"), {"logit_bias": {"70": 100}, "max_tokens": 3, "logprobs": 0}),
+    )
+    assert one.text == two.text != other.text
+    assert isinstance(json.loads(held.text)["big"], bool)
+    assert biased.ids == [70] * 3
+    assert "\ufffd" not in one.text or one.reason == "length"
+    (whole,) = run(engine, (prompt("a ship"), {"max_tokens": 30, "ignore_eos": True}))
+    stop = whole.text[5:8]
+    (stopped,) = run(engine, (prompt("a ship"), {"max_tokens": 30, "ignore_eos": True, "stop": [stop]}))
+    assert (stopped.text, stopped.reason) == (whole.text[: whole.text.index(stop)], "stop")
+
+
+def test_what_is_not_sound_is_refused(engine: TransformersRuntime) -> None:
+    long, beyond, good = run(engine, (tokens(*[3] * 1024), {}), (tokens(100_000), {}), (prompt("x"), {"max_tokens": 1}))
+    assert (long.error.code, long.error.detail) == (
+        "context_length_exceeded", {"prompt_tokens": 1024, "context": 1024}
+    )  # fmt: skip
+    assert "vocabulary" in beyond.error.message
+    assert good.reason == "length"
+    with pytest.raises(InvalidInput) as refused:
+        choose("llama", "transformers", "llama", {})
+    assert refused.value.param == "engine"
+
+
+def test_the_package_travels_and_code_does_not(
+    imported: tuple[Manifest, dict[str, Path]], folder: Path, tmp_path: Path
+) -> None:
+    manifest, files = imported
+    assert (manifest.task, manifest.runtime, manifest.lineage["context_length"]) == ("text-generation", "transformers", 1024)
+    export_package(manifest, packaged(imported)._locate, tmp_path / "a.mwpkg")
+    (tmp_path / "in").mkdir()
+    assert import_package(tmp_path / "a.mwpkg", tmp_path / "in")[0].digest == manifest.digest
+
+    other = tmp_path / "other"
+    other.mkdir()
+    for path in folder.iterdir():
+        (other / path.name).write_bytes(path.read_bytes())
+    config = json.loads((other / "config.json").read_text())
+    evil = {**config, "auto_map": {"AutoModelForCausalLM": "evil.Evil"}}
+    (other / "config.json").write_text(json.dumps(evil))
+    (other / "evil.py").write_text("raise SystemExit(9)")
+    (tmp_path / "work").mkdir()
+    again, files = import_folder(other, tmp_path / "work")
+    assert again.digest == manifest.digest
+    assert not any(name.endswith(".py") for name in files)
+    for change, said in (
+        ({"model_type": "own"}, "cannot load"),
+        ({"quantization_config": {"quant_method": "bitsandbytes"}}, "quantised"),
+    ):
+        (other / "config.json").write_text(json.dumps({**evil, **change}))
+        work = tmp_path / f"work-{said[:3]}"
+        work.mkdir()
+        with pytest.raises(InvalidInput, match=said):
+            import_folder(other, work)
