@@ -1,10 +1,11 @@
 """Language models: ours through HTTP, keys and limits on, beside other servers and the engines called in their own process.
 
-    python -m bench.llm [--quick] [--only speed,gateway,prefix,cut,idle] [--rounds 3] [--vllm PYTHON]
+    python -m bench.llm [--quick] [--only speed,gateway,prefix,cut,idle] [--rounds 3] [--vllm PYTHON or URL] [--home HOME]
 
 SmolLM2-135M-Instruct from its pip package, as Q8_0 (vLLM: bf16). One machine runs clients and engines; every target gets
 the same prompts, of which no two begin alike, and all that is compared is measured in turns. `--vllm` names a Python
-that has vLLM for the CPU; without it vLLM is left out.
+that has vLLM for the CPU, or a server of it that runs; without it vLLM is left out. `--home` names a home whose server runs
+and has the deployment smollm2-chat of recipes/chat.toml, so that nothing is set up.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ from modelworks.core.types import Call
 from modelworks.engines.base import ReplicaSpec
 from modelworks.engines.local import LocalEngine
 from modelworks.ml.data.sources import resolve
+from modelworks.ml.gguf import to_q8_0
 from modelworks.ml.llm_import import import_gguf
 from modelworks.serve.channel import Link, connect
 
@@ -80,24 +82,27 @@ class Texts:
 
 
 class Server:
-    """Ours: `modelworks up` in a home of its own, the model deployed, and a key with limits."""
+    """Ours: `modelworks up` in a home of its own, the model deployed, and a key with limits; or one that runs already."""
 
-    def __init__(self, folder: Path) -> None:
-        self.home = folder / "home"
+    def __init__(self, folder: Path, home: Path | None = None) -> None:
+        self.home = home or folder / "home"
+        self.process = None if home else self._start(folder)
+        self.url = json.loads((self.home / "server.json").read_text())["url"]
+        self.client = Client(home=self.home)
+        if home is None:
+            self.client.models.import_(NAME, source=SOURCE, convert="q8_0")
+            self.client.deployments.put(NAME, model=NAME, resources={"threads": THREADS})
+        self.client.deployments.wait_ready(NAME)
+        limits = {"requests_per_minute": 10**6, "tokens_per_minute": 10**9}
+        self.key = self.client.keys.create(name="bench", role="invoke-only", **limits).key
+
+    def _start(self, folder: Path) -> subprocess.Popen[bytes]:
         command = [sys.executable, "-m", "modelworks.cli", "up", "--home", str(self.home), "--port", "0"]
         environment = {**os.environ, "MODELWORKS_QUEUE_LIMIT": "4096"}
-        self._log = (folder / "server.log").open("wb")
-        self.process = subprocess.Popen(
-            [*command, "--grpc-port", "0"], stdout=self._log, stderr=self._log, env=environment
-        )
-        address = self.home / "server.json"
-        until(address.exists, 30)
-        self.url = json.loads(address.read_text())["url"]
-        self.client = Client(home=self.home)
-        self.client.models.import_(NAME, source=SOURCE, convert="q8_0")
-        self.client.deployments.put(NAME, model=NAME, resources={"threads": THREADS})
-        self.client.deployments.wait_ready(NAME)
-        self.key = self.client.keys.create(name="bench", role="invoke-only", requests_per_minute=10**6).key
+        with (folder / "server.log").open("wb") as log:
+            process = subprocess.Popen([*command, "--grpc-port", "0"], stdout=log, stderr=log, env=environment)
+        until((self.home / "server.json").exists, 30)
+        return process
 
     def requests(self, asked: Asked, **more: Any) -> list[bytes]:
         return [
@@ -109,9 +114,12 @@ class Server:
         return together(self.url, self.requests(asked))
 
     def processes(self, kind: str) -> list[psutil.Process]:
-        inside = [self.process.pid, *(child.pid for child in psutil.Process(self.process.pid).children(recursive=True))]
-        found = [psutil.Process(pid) for pid in inside]
-        return [one for one in found if " ".join(one.cmdline()).startswith(f"modelworks {kind} ")]
+        found = []
+        for one in psutil.process_iter(["cmdline"]):
+            line = " ".join(one.info["cmdline"] or ())
+            if line.startswith(f"modelworks {kind} ") and line.rstrip().endswith(f"--home {self.home}"):
+                found.append(one)
+        return [one for one in found if kind != "replica" or f" {NAME} " in " ".join(one.cmdline())]
 
     def counted(self) -> int:
         """Tokens generated and delivered, by the metrics."""
@@ -126,9 +134,9 @@ class Server:
         return sum(int(float(line.rpartition(" ")[2])) for line in lines if line.startswith(name) and part in line)
 
     def stop(self) -> None:
-        self.process.terminate()
-        self.process.wait(30)
-        self._log.close()
+        if self.process is not None:
+            self.process.terminate()
+            self.process.wait(30)
 
 
 class Peer:
@@ -161,27 +169,35 @@ class Vllm:
     """vLLM's own server, on the CPU, with the same weights in bf16."""
 
     def __init__(self, python: str, model: Path, folder: Path) -> None:
+        self.process: subprocess.Popen[bytes] | None = None
+        self.address = python
+        if not python.startswith("http"):
+            self._start(python, model, folder)
+
+    def _start(self, python: str, model: Path, folder: Path) -> None:
         weights = folder / "hf"
         convert(model, weights)
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         self.address = f"http://127.0.0.1:{port}"
-        self._log = (folder / "vllm.log").open("wb")
+        said = folder / "vllm.log"
         command = [python, "-m", "vllm.entrypoints.openai.api_server", "--model", str(weights), "--served-model-name", NAME,
                    "--host", "127.0.0.1", "--port", str(port), "--dtype", "bfloat16", "--max-model-len", "2048"]  # fmt: skip
         environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "2", "OMP_NUM_THREADS": str(THREADS)}
-        self.process = subprocess.Popen(command, stdout=self._log, stderr=self._log, env=environment)
-        until(lambda: self.process.poll() is not None or _listens(port), 600)
-        if self.process.poll() is not None:
-            raise SystemExit(f"vLLM did not start: {(folder / 'vllm.log').read_text()[-2000:]}")
+        with said.open("wb") as log:
+            process = self.process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
+        until(lambda: process.poll() is not None or _listens(port), 600)
+        if process.poll() is not None:
+            raise SystemExit(f"vLLM did not start: {said.read_text()[-2000:]}")
 
     def run(self, asked: Asked) -> Figures:
         return run_http(self.address, NAME, asked)
 
     def stop(self) -> None:
-        self.process.terminate()
-        self.process.wait(60)
+        if self.process is not None:
+            self.process.terminate()
+            self.process.wait(60)
 
 
 def convert(model: Path, out: Path) -> None:
@@ -465,13 +481,14 @@ def idle(server: Server, goals: Goals, options: argparse.Namespace) -> None:
 
 
 @contextmanager
-def house() -> Iterator[tuple[Server, Path, Path]]:
+def house(home: Path | None) -> Iterator[tuple[Server, Path, Path]]:
     with tempfile.TemporaryDirectory(prefix="mw-bench-") as name:
         folder = Path(name)
-        _, files = import_gguf(resolve(SOURCE, folder), folder, convert="q8_0")
-        server = Server(folder)
+        model = folder / "model.gguf"
+        to_q8_0(resolve(SOURCE, folder), model)
+        server = Server(folder, home)
         try:
-            yield server, files["model.gguf"], folder
+            yield server, model, folder
         finally:
             server.stop()
 
@@ -481,11 +498,12 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="fewer tokens, streams and repeats")
     parser.add_argument("--only", default=",".join(PARTS), help="some of " + ", ".join(PARTS))
     parser.add_argument("--rounds", type=int)
-    parser.add_argument("--vllm", metavar="PYTHON")
+    parser.add_argument("--vllm", metavar="PYTHON or URL")
+    parser.add_argument("--home", type=Path)
     options = parser.parse_args()
     options.rounds = options.rounds or (1 if options.quick else 3)
     goals = Goals()
-    with house() as (server, model, folder):
+    with house(options.home) as (server, model, folder):
         for part in options.only.split(","):
             if part == "speed":
                 speed(server, model, goals, options, folder)
