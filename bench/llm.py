@@ -3,7 +3,8 @@
     python -m bench.llm [--quick] [--only speed,gateway,prefix,cut,idle] [--rounds 3] [--vllm PYTHON or URL] [--home HOME]
 
 SmolLM2-135M-Instruct from its pip package, as Q8_0 (vLLM: bf16). One machine runs clients and engines; every target gets
-the same prompts, of which no two begin alike, and all that is compared is measured in turns. `--vllm` names a Python
+prompts of the same size, of which no two begin alike, and all that is compared is measured in turns. CPU time a token (of all
+processes of a target) stands beside the rates: on a busy machine it is what can be compared. `--vllm` names a Python
 that has vLLM for the CPU, or a server of it that runs; without it vLLM is left out. `--home` names a home whose server runs
 and has the deployment smollm2-chat of recipes/chat.toml, so that nothing is set up.
 """
@@ -121,6 +122,10 @@ class Server:
                 found.append(one)
         return [one for one in found if kind != "replica" or f" {NAME} " in " ".join(one.cmdline())]
 
+    def cpu(self) -> float:
+        replicas = self.processes("replica")
+        return cpu_seconds(self.processes("gateway") + replicas + [one for it in replicas for one in it.children()])
+
     def counted(self) -> int:
         """Tokens generated and delivered, by the metrics."""
         return self._metric("modelworks_tokens_total{", 'kind="completion"')
@@ -160,6 +165,9 @@ class Peer:
         print(json.dumps(asked), file=self.process.stdin, flush=True)
         return Figures(*json.loads(self.process.stdout.readline()))
 
+    def cpu(self) -> float:
+        return cpu_seconds([psutil.Process(self.process.pid)])
+
     def stop(self) -> None:
         self.process.kill()
         self.process.wait()
@@ -194,10 +202,23 @@ class Vllm:
     def run(self, asked: Asked) -> Figures:
         return run_http(self.address, NAME, asked)
 
+    def cpu(self) -> float:
+        if self.process is None:
+            port = int(self.address.rpartition(":")[2])
+            found = [one.pid for one in psutil.net_connections() if one.status == "LISTEN" and one.laddr.port == port]
+            above = psutil.Process(found[0])
+        else:
+            above = psutil.Process(self.process.pid)
+        return cpu_seconds([above, *above.children(recursive=True)])
+
     def stop(self) -> None:
         if self.process is not None:
             self.process.terminate()
             self.process.wait(60)
+
+
+def cpu_seconds(processes: list[psutil.Process]) -> float:
+    return sum(sum(one.cpu_times()[:2]) for one in processes)
 
 
 def convert(model: Path, out: Path) -> None:
@@ -206,6 +227,8 @@ def convert(model: Path, out: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     found = AutoModelForCausalLM.from_pretrained(model.parent, gguf_file=model.name, dtype=torch.float32)
+    if hasattr(found.config, "quantization_config"):  # it says gguf, which the weights are not any more
+        del found.config.quantization_config
     fresh = AutoModelForCausalLM.from_config(found.config).to(torch.bfloat16)
     fresh.load_state_dict({name: value.to(torch.bfloat16) for name, value in found.state_dict().items()})
     fresh.save_pretrained(out)
@@ -249,29 +272,35 @@ def speed(server: Server, model: Path, goals: Goals, options: argparse.Namespace
     }
     if options.vllm:
         targets["vLLM's server"] = Vllm(options.vllm, model, folder)
-    table = Table("target", "streams", "tokens/s", "first token ms", title=f"{tokens} tokens out")
+    table = Table("target", "streams", "tokens/s", "first token ms", "CPU ms a token", title=f"{tokens} tokens out")
     rates: dict[tuple[str, int], float] = {}
+    costs: dict[tuple[str, int], float] = {}
     for streams in (1, MANY):
+        spent = dict.fromkeys(targets, 0.0)
         found: dict[str, list[Figures]] = {name: [] for name in targets}
         for round in range(options.rounds + 1):
             for name, target in targets.items():
+                before = target.cpu()
                 figures = target.run(texts.many(streams, tokens if round else 4))
                 if round:  # the first one warms up
                     if figures.failed or figures.tokens != streams * tokens:
                         raise SystemExit(f"{name} failed: {figures}")
                     found[name].append(figures)
+                    spent[name] += target.cpu() - before
         for name, all in found.items():
             rates[name, streams] = median(one.rate for one in all)
-            table.add_row(
-                name, str(streams), f"{rates[name, streams]:.1f}", f"{median(one.first_ms for one in all):.0f}"
-            )
+            costs[name, streams] = spent[name] / sum(one.tokens for one in all)
+            first, cost = median(one.first_ms for one in all), costs[name, streams] * 1e3
+            table.add_row(name, str(streams), f"{rates[name, streams]:.1f}", f"{first:.0f}", f"{cost:.2f}")
     for name in [name for name in targets if name != "ours, HTTP"]:
         targets[name].stop()
     console.print(table)
 
     def ratio(name: str, streams: int, least: float, what: str) -> None:
         found = rates["ours, HTTP", streams] / rates[name, streams]
-        goals.add(f"{streams} streams, HTTP, beside {what}", f">= {least:g} x", f"{found:.2f} x", found >= least)
+        cost = costs[name, streams] / costs["ours, HTTP", streams]
+        told = f"{found:.2f} x (by CPU time {cost:.2f} x)"
+        goals.add(f"{streams} streams, HTTP, beside {what}", f">= {least:g} x", told, found >= least)
 
     ratio("xllamacpp's server", MANY, 2.3, "xllamacpp's server")
     if options.vllm:
@@ -335,9 +364,6 @@ def gateway(server: Server, model: Path, goals: Goals, options: argparse.Namespa
     short: Asked = [([{"role": "user", "content": "Hi"}], 1)]
     singles = 50 if options.quick else 200
 
-    def cpu(kind: str) -> float:
-        return sum(sum(one.cpu_times()[:2]) for one in processes[kind])
-
     async def compare() -> tuple[list[float], list[float], list[float], list[float], float, float]:
         link = await connect(direct.handle.endpoint, SECRET)
 
@@ -359,9 +385,10 @@ def gateway(server: Server, model: Path, goals: Goals, options: argparse.Namespa
         made = 0
         for _ in range(options.rounds):
             rates[0].append((await _ask(link, texts.many(MANY, tokens))).rate)
-            before = cpu("gateway"), cpu("replica")
+            before = cpu_seconds(processes["gateway"]), cpu_seconds(processes["replica"])
             figures = await http(texts.many(MANY, tokens))
-            spent = [spent[0] + cpu("gateway") - before[0], spent[1] + cpu("replica") - before[1]]
+            after = cpu_seconds(processes["gateway"]), cpu_seconds(processes["replica"])
+            spent = [one + more - less for one, more, less in zip(spent, after, before, strict=True)]
             made += figures.tokens
             rates[1].append(figures.rate)
         link.close()
