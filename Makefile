@@ -20,7 +20,7 @@ check: install  ## style, types and the layers
 	@$(BIN)/lint-imports --no-cache
 
 bench: install
-	@$(BIN)/python -m bench.predict
+	@$(BIN)/python -m bench.compare $(ARGS)
 
 bench-llm: install  ## language models beside other servers and the engines alone; ARGS=--quick for a short run
 	@$(BIN)/python -m bench.llm $(ARGS)
