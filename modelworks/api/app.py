@@ -25,7 +25,7 @@ from modelworks.api import (
 )  # fmt: skip
 from modelworks.api.events import Stopping
 from modelworks.api.guard import Guard
-from modelworks.api.native import access, datasets, deployments, jobs, models, predict
+from modelworks.api.native import access, datasets, deployments, jobs, models, predict, reports
 from modelworks.api.routes import Routes, RouteTable
 from modelworks.api.services import Services
 from modelworks.core.errors import ModelworksError
@@ -35,6 +35,7 @@ ALL: tuple[Routes, ...] = (
     jobs.training,
     jobs.jobs,
     models.evaluations,
+    reports.routes,
     models.routes,
     deployments.routes,
     predict.routes,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -44,6 +45,7 @@ def evaluate(
         list[str] | None, typer.Option(help="Fail unless it holds: --gate 'accuracy>=0.9'. Repeatable.")
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the split.")] = 0,
+    html: Annotated[Path | None, typer.Option(help="Write the report as one HTML page with its figures.")] = None,
     watch: Annotated[
         bool, typer.Option("--watch/--detach", help="Follow the job to its end, or return at once.")
     ] = True,
@@ -73,12 +75,19 @@ def evaluate(
 
     job = follow(session, job)
     report = session.client.reports.get(str(job.result["report_id"]))
+    if html is not None:
+        _write_page(session, report.id, html)
     if session.json:
         session.emit({"job": job, "report": report})
     else:
         show_report(session, report)
     if failed := [_gate(one) for one in report.details.get("gates") or [] if not one["passed"]]:
         raise Failed(f"the gate failed: {'; '.join(failed)}")
+
+
+def _write_page(session: Session, report: str, out: Path) -> None:
+    out.write_text(session.client.reports.page(report), encoding="utf-8")
+    session.note(f"the report is at {out}")
 
 
 def show_report(session: Session, report: Report) -> None:
@@ -189,8 +198,23 @@ def list_reports(
 
 
 @command(reports, "show")
-def show(session: Session, report: Annotated[str, typer.Argument(help="Id of the report.")]) -> None:
-    """Show a report: metrics with intervals, confusion matrix or residuals, and a comparison."""
+def show(
+    session: Session,
+    report: Annotated[str, typer.Argument(help="Id of the report.")],
+    html: Annotated[Path | None, typer.Option(help="Write it as one HTML page with its figures.")] = None,
+    plots: Annotated[Path | None, typer.Option(help="Write its figures as PNG into this folder.")] = None,
+) -> None:
+    """Show a report: metrics with intervals, confusion matrix or residuals, and a comparison; or write it to files."""
+    if html is not None:
+        _write_page(session, report, html)
+    if plots is not None:
+        plots.mkdir(parents=True, exist_ok=True)
+        for one in session.client.reports.plots(report):
+            file = plots / f"{Path(one['name']).name}.png"
+            file.write_bytes(session.client.reports.plot(report, one["name"]))
+            session.note(f"{file}: {one['title']}")
+    if html is not None or plots is not None:
+        return
     found = session.client.reports.get(report)
     session.emit(found) if session.json else show_report(session, found)
 

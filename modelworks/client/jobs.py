@@ -169,6 +169,30 @@ class Reports(Resource[Mode]):
     async def get(self, report: str) -> Report:
         return await self._http.model(Request("GET", path("/api/v1/reports/{}", report)), Report)
 
+    @call
+    async def page(self, report: str) -> str:
+        """The report as one HTML page with its figures in it."""
+        return (await self._rendered(path("/api/v1/reports/{}/page", report))).text
+
+    @call
+    async def plots(self, report: str) -> Sequence[Mapping[str, str]]:
+        """The report's figures: `name` and `title` of each."""
+        found = (await self._rendered(path("/api/v1/reports/{}/plots", report))).json()
+        return list(found["data"])
+
+    @call
+    async def plot(self, report: str, name: str) -> bytes:
+        """One figure as PNG."""
+        return (await self._rendered(path("/api/v1/reports/{}/plots/{}", report, name))).content
+
+    async def _rendered(self, where: str) -> httpx2.Response:
+        """What the first call makes; one that takes more than a minute is asked for again."""
+        while True:
+            response = await self._http.send(Request("GET", where))
+            if response.status_code != 202:
+                return response
+            await self._http.carrier.sleep(_POLL[1])
+
 
 async def wait(
     http: Transport,

@@ -48,6 +48,7 @@ _CREATES = {
     "train": "training_jobs.create",
     "evaluate": "evaluations.create",
     "import": "models.create_version",
+    "render": "reports.render",
 }
 
 
@@ -219,6 +220,23 @@ class Library:
     def report(self, caller: Caller, report_id: str) -> Report:
         with self._catalog.read() as tx:
             return tx.get(Report, report_id, project_id=caller.project_id)
+
+    def render_report(self, caller: Caller, report_id: str) -> Job:
+        """The job that makes the report's page and figures: the one that did, or does, else a new one."""
+        with self._catalog.read() as tx:
+            report = tx.get(Report, report_id, project_id=caller.project_id)
+            made = requests.rendered(tx, report)
+        return made or self._create(caller, "render", {"report_id": report.id}, report.id)
+
+    def rendering(self, caller: Caller, job: Job, plot: str | None = None) -> bytes:
+        """The page that a `render` job made, or one of its figures."""
+        if plot is None:
+            return self._blobs.get(job.result["page"])
+        for one in job.result["plots"]:
+            if one["name"] == plot:
+                return self._blobs.get(one["digest"])
+        there = ", ".join(one["name"] for one in job.result["plots"]) or "none"
+        raise NotFound(f"the report has no plot {plot[:80]!r}; it has: {there}", code="plot_not_found", param="name")
 
     # models
 

@@ -12,7 +12,7 @@ from modelworks.control import backbones
 from modelworks.control.references import resolve_dataset, resolve_model
 from modelworks.core.errors import InvalidInput
 from modelworks.core.specs import ALIAS_PATTERN, NAME_PATTERN, EvaluationSpec, Method, TrainingSpec
-from modelworks.core.types import Dataset, ModelVersion
+from modelworks.core.types import Dataset, Job, ModelVersion, Report
 from modelworks.ml.evaluate.catalogue import check_metrics
 from modelworks.ml.evaluate.slices import parse_slice
 from modelworks.ml.search.space import check_search
@@ -83,6 +83,14 @@ def evaluation(tx: Tx, project_id: str, spec: EvaluationSpec) -> dict[str, Any]:
         resolved["compare"] = other.ref
         resolved["compare_version_id"] = other.id
     return resolved
+
+
+def rendered(tx: Tx, report: Report) -> Job | None:
+    """A job that renders this report, or has done so."""
+    jobs = tx.table(Job)
+    going = jobs.c.status.not_in(["failed", "cancelled", "cancelling"])
+    found = tx.list(Job, going, project_id=report.project_id, kind="render", newest_first=True, limit=1000)
+    return next((job for job in found if job.spec.get("report_id") == report.id), None)
 
 
 def _trained_on(tx: Tx, project_id: str, model: ModelVersion) -> Dataset:

@@ -17,6 +17,7 @@ from modelworks.store.blobs import Blobs
 from modelworks.store.catalog import Tx
 
 MANIFEST = "manifest"
+PREDICTIONS = "predictions"
 
 
 def store(blobs: Blobs, manifest: Manifest, files: dict[str, bytes] | dict[str, Path]) -> str:
@@ -71,6 +72,13 @@ def model(
     return kept
 
 
+def keep_predictions(blobs: Blobs, found: dict[str, Any]) -> dict[str, Any]:
+    """`found` with its predictions as a blob, for `report` to refer to."""
+    data = found.get("predictions")
+    rest = {name: value for name, value in found.items() if name != "predictions"}
+    return rest | {"kept": (blobs.put_bytes(data), len(data))} if data else rest
+
+
 def report(
     tx: Tx,
     job: Job,
@@ -82,8 +90,8 @@ def report(
     model_version: str | None = None,
     details: dict[str, Any] | None = None,
 ) -> Report:
-    """`found` has metrics, details and method."""
-    return tx.add(
+    """`found` has metrics, details and method, and where its predictions are."""
+    made = tx.add(
         Report(
             project_id=job.project_id,
             job_id=job.id,
@@ -97,6 +105,10 @@ def report(
             seed=seed,
         )
     )
+    if found.get("kept"):
+        digest, size = found["kept"]
+        tx.add(Artifact(project_id=job.project_id, digest=digest, kind=PREDICTIONS, size=size, owner_id=made.id))
+    return made
 
 
 def alias(tx: Tx, job: Job, version: ModelVersion, name: str) -> None:

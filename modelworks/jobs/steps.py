@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import modelworks
 from modelworks.core.errors import InvalidInput
 from modelworks.core.specs import DatasetEdit, EvaluationSpec, TableSchema, TrainingSpec
-from modelworks.core.types import Dataset, Job, ModelVersion
+from modelworks.core.types import Artifact, Dataset, Job, JobEvent, ModelVersion, Report
 from modelworks.jobs import registering
 from modelworks.jobs.context import Context
 from modelworks.jobs.parts import Delivered
@@ -50,6 +50,9 @@ class Step:
 
     def model(self, key: str) -> ModelVersion:
         return self._kept(ModelVersion, key)
+
+    def report(self) -> Report:
+        return self._kept(Report, "report_id")
 
     def table(self, dataset: Dataset) -> pa.Table:
         from pyarrow import parquet
@@ -212,12 +215,13 @@ def train(step: Step) -> None:
         _refuse(step, error, spec.model, dataset)
         return
     digest = registering.store(step.blobs, trained.manifest, trained.files)
+    found = registering.keep_predictions(step.blobs, trained.report)
 
     def write(tx: Tx, job: Job) -> None:
         report = registering.report(
             tx,
             job,
-            trained.report,
+            found,
             model=spec.model,
             dataset=dataset,
             seed=spec.seed,
@@ -228,8 +232,8 @@ def train(step: Step) -> None:
             report = tx.update(report, model_version=model.ref)
         if spec.alias:
             registering.alias(tx, job, model, spec.alias)
-        found = {"leaderboard": searched["leaderboard"], "search": _summary(searched)} if searched else {}
-        _finish_model(step, tx, job, model, metrics=report.metrics, report_id=report.id, **found)
+        more = {"leaderboard": searched["leaderboard"], "search": _summary(searched)} if searched else {}
+        _finish_model(step, tx, job, model, metrics=report.metrics, report_id=report.id, **more)
 
     step.commit(write)
 
@@ -243,6 +247,7 @@ def evaluate(step: Step) -> None:
     other = step.package(step.model("compare_version_id")) if "compare_version_id" in step.job.spec else None
     result = measure(spec, step.package(model), step.table(dataset), dataset.columns, step.context, other=other)
     found = {"metrics": result.metrics, "details": result.details, "method": result.method}
+    found |= registering.keep_predictions(step.blobs, {"predictions": result.predictions})
     if spec.method.test:
         _note_known_rows(result.details, dataset, [step.package(model), *([other] if other else [])])
 
@@ -263,6 +268,38 @@ def _note_known_rows(details: dict[str, Any], dataset: Dataset, packages: list[P
             note = f"these rows were trained on ({dataset.ref}): expect worse figures on new ones"
             if note not in details["notes"]:
                 details["notes"].append(note)
+
+
+def render(step: Step) -> None:
+    """A report as a page and its figures, which are kept with it."""
+    from modelworks.ml.evaluate.folds import read_kept
+    from modelworks.ml.evaluate.page import page
+    from modelworks.ml.evaluate.plots import draw
+
+    report = step.report()
+    with step.catalog.read() as tx:
+        held = tx.find(Artifact, owner_id=report.id, kind=registering.PREDICTIONS)
+        events = tx.list(JobEvent, job_id=report.job_id, kind="metric", limit=10_000)
+    found = read_kept(step.blobs.get(held.digest)) if held else None
+    shown = report.public()
+    drawn = draw(shown, found, [event.data for event in events])
+    step.context.progress(0.8, "drawn")
+    text = page(shown, drawn).encode()
+    files = {"page": ("report-page", text), **{f"plot:{name}": ("report-plot", png) for name, _, png in drawn}}
+    digests = {name: step.blobs.put_bytes(data) for name, (_, data) in files.items()}
+    result = {
+        "report_id": report.id,
+        "page": digests["page"],
+        "plots": [{"name": name, "title": title, "digest": digests[f"plot:{name}"]} for name, title, _ in drawn],
+    }
+
+    def write(tx: Tx, job: Job) -> None:
+        for name, (kind, data) in files.items():
+            size = len(data)
+            tx.add(Artifact(project_id=job.project_id, digest=digests[name], kind=kind, size=size, owner_id=report.id))
+        step.queue.finish(tx, job, result=result)
+
+    step.commit(write)
 
 
 def import_version(step: Step) -> None:
@@ -364,7 +401,7 @@ def _finish_model(
 def _refuse(step: Step, error: InvalidInput, model: str, dataset: Dataset) -> None:
     """A gate failed: the report stays, the job fails with the numbers, nothing is registered."""
     detail = dict(error.detail)
-    found = detail.pop("report")
+    found = registering.keep_predictions(step.blobs, detail.pop("report"))
     detail["metrics"] = found["metrics"]
 
     def write(tx: Tx, job: Job) -> None:
@@ -386,5 +423,6 @@ STEPS: dict[str, Callable[[Step], None]] = {
     "evaluate": evaluate,
     "import": import_version,
     "fold": fold,
+    "render": render,
     "trial": trial,
 }

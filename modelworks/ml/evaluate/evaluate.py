@@ -16,7 +16,7 @@ from modelworks.core.types import Column
 from modelworks.ml.base import JobContext
 from modelworks.ml.evaluate.catalogue import FORECAST, check_metrics, gate_results
 from modelworks.ml.evaluate.compare import compare
-from modelworks.ml.evaluate.folds import predict_folds, summarise
+from modelworks.ml.evaluate.folds import kept, predict_folds, summarise
 from modelworks.ml.evaluate.inputs import coerce
 from modelworks.ml.evaluate.metrics import Predictions
 from modelworks.ml.evaluate.slices import measure
@@ -48,6 +48,8 @@ class Evaluated:
     metrics: dict[str, Any]
     details: dict[str, Any]
     method: dict[str, Any]
+    predictions: bytes
+    """Those of the model itself (`folds.kept`), for the report's figures."""
 
 
 def evaluate(
@@ -99,7 +101,7 @@ def evaluate(
         details["slices"] = measure(task, spec.slices, whole, table, columns, wanted, spec.seed)
     if spec.gates:
         details["gates"] = gate_results(spec.gates, metrics)
-    return Evaluated(metrics, details, describe_method(spec.method))
+    return Evaluated(metrics, details, describe_method(spec.method), kept(sides[0], spec.seed))
 
 
 def _as_served(part: Predictions, package: Package) -> Predictions:

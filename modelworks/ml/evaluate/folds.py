@@ -27,6 +27,7 @@ from modelworks.ml.train.fit import Span, fit
 from modelworks.ml.train.problem import Problem, class_text
 from modelworks.ml.train.streaming import predict_stored
 
+_KEPT_ROWS, _KEPT_NUMBERS = 20_000, 1_000_000
 _QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
 
 
@@ -153,6 +154,20 @@ def _confusion(whole: Predictions, classes: list[Any]) -> dict[str, Any]:
         "confusion_matrix": {"classes": classes, "rows": "true", "columns": "predicted", "counts": matrix.tolist()},
         "per_class": per_class,
     }
+
+
+def kept(parts: Sequence[Predictions], seed: int) -> bytes:
+    """What a report keeps of its predictions for its figures: all, or as many as stay small, drawn at random."""
+    whole = Predictions.join(parts)
+    width = whole.output.shape[1] if whole.output.ndim == 2 else 1
+    most = max(1, min(_KEPT_ROWS, _KEPT_NUMBERS // width))
+    if len(whole.rows) > most:
+        whole = whole.take(np.sort(np.random.default_rng(seed).permutation(len(whole.rows))[:most]))
+    return _write(whole)
+
+
+def read_kept(data: bytes) -> Predictions:
+    return _read(data)
 
 
 def _write(predictions: Predictions) -> bytes:

@@ -12,7 +12,7 @@ from modelworks.core.types import Column
 from modelworks.ml.base import JobContext
 from modelworks.ml.evaluate.calibration import choose_threshold
 from modelworks.ml.evaluate.catalogue import check_metrics, failed_gate, gate_results
-from modelworks.ml.evaluate.folds import predict_folds, summarise
+from modelworks.ml.evaluate.folds import kept, predict_folds, summarise
 from modelworks.ml.evaluate.metrics import Predictions, score
 from modelworks.ml.evaluate.slices import measure
 from modelworks.ml.evaluate.splits import Plan, describe_method
@@ -35,7 +35,9 @@ DEFAULT_METHOD = Method(holdout=0.2)
 
 @dataclass(frozen=True)
 class Trained:
-    """`report`: metrics, details and method of the evaluation. `warnings`: what the job warned of, each once."""
+    """`report`: metrics, details, method and predictions (bytes, `folds.kept`) of the evaluation.
+
+    `warnings`: what the job warned of, each once."""
 
     manifest: Manifest
     files: dict[str, bytes]
@@ -136,7 +138,8 @@ def _validate(
         details |= describe_forecast(problem, made.parts, found, wanted)
     if problem.spec.gates:
         details["gates"] = gate_results(problem.spec.gates, metrics)
-    return {"metrics": metrics, "details": details, "method": describe_method(method)}
+    predictions = kept(found, problem.spec.seed)
+    return {"metrics": metrics, "details": details, "method": describe_method(method), "predictions": predictions}
 
 
 def measure_slices(

@@ -1,0 +1,72 @@
+"""A report as a page and figures: what is in it, that nothing in it is markup, and that it is made once."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from modelworks.core.errors import NotFound
+from modelworks.core.specs import TrainingSpec
+from modelworks.core.types import Job
+from modelworks.ml.evaluate.folds import read_kept
+from modelworks.ml.evaluate.page import page
+from modelworks.ml.evaluate.plots import draw, plots
+from tests.jobhome import Home, caller, iris_csv
+from tests.learning import Context, bundled, run
+
+WHO = caller()
+HOSTILE = "<script>alert('$x^{2$')</script>"
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Home]:
+    home = Home(tmp_path_factory.mktemp("reports") / "home")
+    home.start(workers=1)
+    home.ingest(WHO, iris_csv().replace("versicolor", HOSTILE))
+    yield home
+    home.close()
+
+
+@pytest.fixture(scope="module")
+def trained(home: Home) -> Job:
+    given = {"model": "iris", "dataset": "iris", "target": "species", "algorithm": "logistic-regression"}
+    spec = TrainingSpec.model_validate({**given, "validation": {"kfold": 3}, "slices": ["`petal length (cm)` > 4"]})
+    return home.succeeded(home.library.train(WHO, spec))
+
+
+def test_a_report_becomes_a_page_of_its_own_once(home: Home, trained: Job) -> None:
+    report = trained.result["report_id"]
+    job = home.succeeded(home.library.render_report(WHO, report))
+    text = home.library.rendering(WHO, job).decode()
+    assert home.library.render_report(WHO, report).id == job.id
+    assert HOSTILE not in text
+    assert "&lt;script&gt;" in text
+    assert not re.search(r"<(script|link|iframe|object)|javascript:|\son\w+=|(?:src|href)=\"(?!data:image/png;base64,)", text)
+    names = [one["name"] for one in job.result["plots"]]
+    assert names == ["confusion-matrix", "roc", "precision-recall", "calibration", "folds", "slices"]
+    assert text.count("<img ") == len(names)
+    for name in names:
+        assert home.library.rendering(WHO, job, name).startswith(b"\x89PNG")
+    with pytest.raises(NotFound, match="it has: confusion-matrix"):
+        home.library.rendering(WHO, job, "residuals")
+    assert f"{trained.metrics['accuracy']['mean']:.4g}" in text
+    with pytest.raises(NotFound):
+        home.library.render_report(caller("proj_b"), report)
+
+
+def test_a_net_on_numbers_has_residuals_and_its_learning_curve(tmp_path: Path) -> None:
+    ctx = Context(tmp_path)
+    trained = run(bundled("diabetes"), tmp_path, ctx, algorithm="mlp", hyperparameters={"epochs": 3, "hidden": [4]})
+    found = read_kept(trained.report["predictions"])
+    points = [{"step": step, "unit": unit, "part": part, "values": values} for part, unit, step, values in ctx.points]
+    report: dict[str, Any] = {name: trained.report[name] for name in ("metrics", "details", "method")}
+    names = [name for name, _, _ in plots(report, found, points)]
+    assert names == ["predicted", "residuals", "learning-curve"]
+    drawn = draw(report, found, points)
+    assert all(png.startswith(b"\x89PNG") and len(png) > 5000 for _, _, png in drawn)
+    about = {"id": "r", "job_id": "j", "model": "m", "model_version": None, "dataset": "d:1", "dataset_digest": "0" * 64, "seed": 0}
+    assert "Learning curve" in page(report | about, drawn)
