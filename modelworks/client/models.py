@@ -129,7 +129,7 @@ class Models(Resource[Mode]):
         """
         ref = Ref.parse(name)
         if ref.alias:
-            raise InvalidInput(f"an alias goes by delete_alias; to delete a version write {ref.name}:VERSION", param="model")
+            raise InvalidInput(f"{name!r} is an alias; to delete a version write {ref.name}:VERSION", param="model")
         where = path("/api/v1/models/{}", ref.name) + (f"/versions/{ref.version}" if ref.version else "")
         found = await self._http.json(Request("DELETE", where))
         return tuple(int(number) for number in found["versions"])
