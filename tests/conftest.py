@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tests import postgres
 from tests.server import RunningServer
 
 
@@ -39,3 +40,11 @@ def server(tmp_path: Path) -> Iterator[RunningServer]:
     own = RunningServer(tmp_path / "home")
     yield own
     own.stop()
+
+
+@pytest.fixture(scope="session")
+def postgres_url() -> Iterator[str]:
+    if postgres.programs() is None:
+        pytest.skip("PostgreSQL is not installed on this machine")
+    with postgres.server() as url:
+        yield url

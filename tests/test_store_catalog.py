@@ -2,23 +2,45 @@
 
 from __future__ import annotations
 
-import sqlite3
 import threading
 
 import pytest
 import sqlalchemy as sa
+from alembic.autogenerate import compare_metadata
+from alembic.migration import MigrationContext
 
-from modelworks.core.errors import CatalogUnavailable, Conflict, NotFound
-from modelworks.core.types import Job, Key, Project, User
+from modelworks.core.errors import CatalogUnavailable, Conflict, InvalidInput, NotFound
+from modelworks.core.types import Job, Key, Project, User, new_id
+from modelworks.store import migrations
 from modelworks.store.catalog import Catalog
+from modelworks.store.schema import metadata
 
 
-@pytest.fixture
-def catalog(tmp_path):
-    catalog = Catalog(tmp_path / "catalog.sqlite", busy_timeout=0.1)
+@pytest.fixture(params=["sqlite", "postgres"])
+def catalog(request, tmp_path):
+    """One of each kind: both must behave alike."""
+    url = tmp_path / "catalog.sqlite"
+    if request.param == "postgres":
+        url = in_schema(request.getfixturevalue("postgres_url"))
+    catalog = Catalog(url, busy_timeout=0.1)
     catalog.migrate()
     yield catalog
     catalog.close()
+
+
+def in_schema(url):
+    """A schema of its own, which is as good as a database and made sooner."""
+    name = new_id("test")
+    engine = sa.create_engine(url)
+    with engine.begin() as connection:
+        connection.execute(sa.schema.CreateSchema(name))
+    engine.dispose()
+    return f"{url}&options=-csearch_path%3D{name}"
+
+
+def second(catalog, **options):
+    """As another process would open it."""
+    return Catalog(catalog.engine.url.render_as_string(hide_password=False), **options)
 
 
 def names(catalog):
@@ -91,14 +113,13 @@ def test_another_projects_noun_is_not_found(catalog):
         tx.get(Job, job.id, project_id="theirs")
 
 
-def test_a_busy_catalog_is_unavailable_and_recovers(catalog, tmp_path):
-    other = sqlite3.connect(tmp_path / "catalog.sqlite", isolation_level=None)
-    other.execute("BEGIN IMMEDIATE")
-    with pytest.raises(CatalogUnavailable) as caught, catalog.write() as tx:
-        tx.add(Project(name="never"))
-    assert caught.value.retry_after > 0
-    assert names(catalog) == []  # readers go on
-    other.execute("ROLLBACK")
+def test_a_busy_catalog_is_unavailable_and_recovers(catalog):
+    other = second(catalog)
+    with other.write():
+        with pytest.raises(CatalogUnavailable) as caught, catalog.write() as tx:
+            tx.add(Project(name="never"))
+        assert caught.value.retry_after > 0
+        assert names(catalog) == []  # readers go on
     other.close()
     with catalog.write() as tx:
         tx.add(Project(name="now"))
@@ -117,15 +138,17 @@ def test_a_reader_sees_one_moment(catalog):
 
 
 def test_acknowledged_changes_are_synced_and_progress_is_not(catalog):
+    asked, no, yes = ("PRAGMA synchronous", 1, 2) if catalog.sqlite else ("SHOW synchronous_commit", "off", "on")
+
     def synchronous(tx):
-        return tx.execute(sa.text("PRAGMA synchronous")).scalar_one()
+        return tx.execute(sa.text(asked)).scalar_one()
 
     with catalog.write(durable=False) as tx:
-        assert synchronous(tx) == 1  # NORMAL
+        assert synchronous(tx) == no
     with catalog.write() as tx:
-        assert synchronous(tx) == 2  # FULL: also on a connection that was used for progress before
+        assert synchronous(tx) == yes  # also on a connection that was used for progress before
     with catalog.write(durable=False) as tx:
-        assert synchronous(tx) == 1
+        assert synchronous(tx) == no
 
 
 def test_counters_rise_with_their_topic_only(catalog):
@@ -167,9 +190,8 @@ def test_pages_are_newest_first_and_complete(catalog):
         assert tx.page(Project, limit=7).has_more is False
 
 
-def test_writers_in_threads_lose_nothing(tmp_path):
-    catalog = Catalog(tmp_path / "threads.sqlite")
-    catalog.migrate()
+def test_writers_in_threads_lose_nothing(catalog):
+    catalog = second(catalog)
     with catalog.write() as tx:
         tx.add(User(id="user_1", name="0"))
 
@@ -186,6 +208,33 @@ def test_writers_in_threads_lose_nothing(tmp_path):
         thread.join()
     with catalog.read() as tx:
         assert tx.get(User, "user_1").name == "40"
+    catalog.close()
+
+
+def test_what_a_database_cannot_hold_is_refused(catalog):
+    with pytest.raises(InvalidInput, match="larger than 64 bits"), catalog.write() as tx:
+        tx.add(Job(project_id="p", kind="train", spec={}, attempt=2**63))
+    if not catalog.sqlite:  # SQLite keeps it as it is
+        with pytest.raises(InvalidInput, match="NUL"), catalog.write() as tx:
+            tx.add(Project(name="a\x00b"))
+    assert names(catalog) == []
+
+
+def test_tables_of_another_version_are_told(catalog):
+    with catalog.write() as tx:
+        tx.execute(sa.text("ALTER TABLE projects DROP COLUMN created_at"))
+    with pytest.raises(Conflict, match="another development version"):
+        names(catalog)
+
+
+def test_an_older_catalog_is_brought_up_to_date(request):
+    """By Alembic's steps on Postgres, too (for SQLite see test_store_migrations)."""
+    catalog = Catalog(in_schema(request.getfixturevalue("postgres_url")))
+    migrations._alembic(catalog)
+    with catalog.engine.connect() as connection:
+        context = MigrationContext.configure(connection)
+        assert compare_metadata(context, metadata) == []
+    catalog.migrate()
     catalog.close()
 
 

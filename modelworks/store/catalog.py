@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import sqlalchemy as sa
 from pydantic import BaseModel
 from sqlalchemy import event
-from sqlalchemy.exc import DBAPIError, IntegrityError, OperationalError
+from sqlalchemy.exc import DataError, DBAPIError, IntegrityError, OperationalError, ProgrammingError
 
 from modelworks.core.errors import CatalogUnavailable, Conflict, InvalidInput, NotFound
 from modelworks.core.types import MOVES, Noun, Page, check_move, new_id
@@ -26,6 +26,9 @@ from modelworks.store import schema
 N = TypeVar("N", bound=Noun)
 
 _MOVING = {"Job": "job", "Deployment": "deployment", "Replica": "replica"}
+# on Postgres: writers take turns, as use cases rely on (whether a name is free, which version is next); readers never wait
+_TURN = "SELECT pg_advisory_xact_lock(hashtext('modelworks'), hashtext(current_schema()))"
+_ABSENT = ("42P01", "42703", "3F000")  # SQLSTATEs of Postgres: no such table, column, schema
 
 
 class Catalog:
@@ -34,8 +37,11 @@ class Catalog:
     def __init__(self, url: str | Path, *, busy_timeout: float = 5.0) -> None:
         text = f"sqlite:///{url}" if isinstance(url, Path) or "://" not in str(url) else str(url)
         self.sqlite = text.startswith("sqlite")
+        self._busy_timeout = busy_timeout
         options: dict[str, Any] = (
-            {"connect_args": {"timeout": busy_timeout}} if self.sqlite else {"pool_pre_ping": True}
+            {"connect_args": {"timeout": busy_timeout}}
+            if self.sqlite
+            else {"connect_args": {"connect_timeout": max(2, int(busy_timeout))}, "pool_pre_ping": True}
         )
         self.engine = sa.create_engine(text, pool_size=16, max_overflow=48, pool_timeout=busy_timeout, **options)
         if self.sqlite:
@@ -68,8 +74,7 @@ class Catalog:
                     connection.exec_driver_sql(begin)
                 else:
                     connection.begin()
-                    if durable is False:
-                        connection.exec_driver_sql("SET LOCAL synchronous_commit TO OFF")
+                    self._begin_postgres(connection, durable)
                 tx = Tx(connection, self.sqlite)
                 try:
                     yield tx
@@ -80,12 +85,17 @@ class Catalog:
                     with contextlib.suppress(DBAPIError):
                         _end(connection, "ROLLBACK", self.sqlite)
                     raise
-        except OverflowError as error:
+        except (OverflowError, DataError) as error:
+            if "NUL" in str(error):
+                raise InvalidInput("a text in the request has a NUL character in it; leave it out") from error
             raise InvalidInput("a number in the request is larger than 64 bits can hold", code="too_large") from error
         except IntegrityError as error:
             raise Conflict(f"this exists already or was changed by someone else: {_reason(error)}") from error
-        except (OperationalError, sa.exc.TimeoutError) as error:
-            if "no such" in str(error):  # a table or column: not a state that passes
+        except (OperationalError, ProgrammingError, sa.exc.TimeoutError) as error:
+            absent = getattr(getattr(error, "orig", None), "sqlstate", None) in _ABSENT
+            if isinstance(error, ProgrammingError) and not absent:
+                raise
+            if absent or "no such" in str(error):  # a table or column: not a state that passes
                 raise Conflict(
                     "this home was written by another development version of Modelworks; use that one, or name a new --home",
                     code="schema_mismatch",
@@ -94,6 +104,15 @@ class Catalog:
                 "the catalog is busy or away; nothing was changed, try again in a moment",
                 retry_after=1.0 + random.random(),
             ) from error
+
+    def _begin_postgres(self, connection: sa.Connection, durable: bool | None) -> None:
+        if durable is None:
+            connection.exec_driver_sql("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ READ ONLY")
+            return
+        connection.exec_driver_sql(f"SET LOCAL lock_timeout TO {max(1, int(self._busy_timeout * 1000))}")
+        if durable is False:
+            connection.exec_driver_sql("SET LOCAL synchronous_commit TO OFF")
+        connection.exec_driver_sql(_TURN)
 
     def counters(self) -> dict[str, int]:
         """Topic -> how often its nouns have changed. Cheap: gateways poll it."""
