@@ -99,7 +99,10 @@ def logs(
 
 @command(app, "watch")
 def watch(session: Session, job: JobId) -> None:
-    """Follow a job to its end; the exit code says how it ended."""
+    """Follow a job to its end; the exit code says how it ended.
+
+    On a terminal its curves of loss and metrics grow, with throughput and what is left.
+    """
     from modelworks.cli.progress import watch as follow
 
     ended = follow(session, session.client.jobs.get(job))

@@ -68,8 +68,13 @@ def watch(session: Session, job: Job) -> Job:
     from modelworks.client import error_of_job
 
     try:
-        with job_bar(session, f"{job.kind} {job.id}") as (progress, on_event):
-            ended = session.client.jobs.wait(job, progress=progress, on_event=on_event, check=False)
+        if session.notes.is_terminal and not session.json:
+            from modelworks.cli.curves import show
+
+            ended = show(session, job)
+        else:
+            with job_bar(session, f"{job.kind} {job.id}") as (progress, on_event):
+                ended = session.client.jobs.wait(job, progress=progress, on_event=on_event, check=False)
     except KeyboardInterrupt:
         session.note(
             f"the job goes on; `modelworks jobs watch {job.id}` follows it, `modelworks jobs cancel {job.id}` stops it"
