@@ -13,7 +13,7 @@ from modelworks.ml.train.algorithms import TRAINERS, check_hyperparameters, desc
 
 ALL = {
     "linear-regression", "ridge", "lasso", "elastic-net", "logistic-regression", "sgd-classifier", "sgd-regressor",
-    "gradient-boosted-trees", "mlp", "cnn", "rnn", "transformer", "forecaster", "autoencoder",
+    "gradient-boosted-trees", "mlp", "cnn", "rnn", "transformer", "forecaster", "autoencoder", "recommender",
     "multimodal", "text-classifier", "image-classifier",
 }  # fmt: skip
 

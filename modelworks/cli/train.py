@@ -28,6 +28,8 @@ def train(
     dataset: Annotated[str, typer.Option(help="NAME or NAME:VERSION.")],
     algorithm: Annotated[str, typer.Option(help="See `modelworks algorithms`.")],
     target: Annotated[str | None, typer.Option(help="The column to predict; some algorithms need none.")] = None,
+    user: Annotated[str | None, typer.Option(help="Of a recommender: the column that says who.")] = None,
+    item: Annotated[str | None, typer.Option(help="Of a recommender: the column that says what.")] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", help="A hyperparameter: --set C=0.5. Repeatable.")] = None,
     kfold: Annotated[int | None, typer.Option(help="Evaluate by K-fold.")] = None,
     repeats: Annotated[int, typer.Option(help="With --kfold: how many times.")] = 1,
@@ -83,6 +85,8 @@ def train(
         "target": target,
         "time": time if alone else None,
         "algorithm": algorithm,
+        "user": user,
+        "item": item,
         "hyperparameters": values.settings(set_),
         "validation": values.method(
             kfold=kfold, holdout=holdout, test=test, repeats=repeats, group=group, time=None if alone else time, split=split

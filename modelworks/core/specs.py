@@ -165,7 +165,7 @@ Transforms = list[Annotated[TransformSpec, BeforeValidator(_transform)]]
 
 
 class Method(Spec):
-    """How to evaluate: exactly one of `holdout`, `kfold`, `test`, `split`."""
+    """How to evaluate: exactly one of `holdout`, `kfold`, `test`, `split`, `last`."""
 
     holdout: float | None = Field(None, gt=0, lt=1, description="the share of rows held out")
     kfold: int | None = Field(None, ge=2, le=100, description="number of folds")
@@ -173,6 +173,9 @@ class Method(Spec):
     test: RefText | None = Field(None, description="another dataset whose rows are the test set")
     split: str | None = Field(
         None, description="a column that says `train` or `test` of each row; rows of any other value are left out"
+    )
+    last: int | None = Field(
+        None, ge=1, le=1000, description="of a recommender: each user's last so many rows, by `time` if there is one"
     )
     stratify: bool | None = Field(
         None, description="keep class shares in each part; by default wherever it is possible"
@@ -188,9 +191,9 @@ class Method(Spec):
 
     @model_validator(mode="after")
     def _one(self) -> Method:
-        chosen = [name for name in ("holdout", "kfold", "test", "split") if getattr(self, name) is not None]
+        chosen = [name for name in ("holdout", "kfold", "test", "split", "last") if getattr(self, name) is not None]
         if len(chosen) != 1:
-            raise ValueError("give exactly one of holdout, kfold, test and split")
+            raise ValueError("give exactly one of holdout, kfold, test, split and last")
         if self.group and self.time:
             raise ValueError("give group or time, not both")
         if self.split and (self.group or self.time or self.stratify):
@@ -334,9 +337,14 @@ class TrainingSpec(Spec):
     task: Literal[
         "tabular-classification", "tabular-regression", "image-classification", "image-regression", "text-classification",
         "text-regression", "audio-classification", "audio-regression", "multimodal-classification", "multimodal-regression",
-        "forecast", "anomaly-detection",
+        "forecast", "anomaly-detection", "recommendation",
     ] | None = Field(None, description="by default told from the algorithm, the target's type and the features")  # fmt: skip
-    time: str | None = Field(None, max_length=1000, description="of a forecast: the column that the series runs along")
+    time: str | None = Field(
+        None, max_length=1000,
+        description="of a forecast: the column that the series runs along; of a recommender: when each row happened",
+    )  # fmt: skip
+    user: str | None = Field(None, max_length=1000, description="of a recommender: the column that says who")
+    item: str | None = Field(None, max_length=1000, description="of a recommender: the column that says what")
     hyperparameters: dict[str, Any] = Field({}, description="of the algorithm; those not given have its defaults")
     features: list[str] | None = Field(
         None, description="the columns to learn from; by default all but target, group and time"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 CLASSIFICATION, REGRESSION = "tabular-classification", "tabular-regression"
-ANOMALY = "anomaly-detection"
+ANOMALY, RECOMMENDATION = "anomaly-detection", "recommendation"
 KINDS = ("tabular", "image", "text", "audio", "multimodal")
 _GOALS = ("classification", "regression")
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from modelworks.core.errors import InvalidInput
 from modelworks.core.specs import Gate
-from modelworks.core.tasks import ANOMALY, CLASSIFICATION, KINDS, REGRESSION, base_of, named
+from modelworks.core.tasks import ANOMALY, CLASSIFICATION, KINDS, RECOMMENDATION, REGRESSION, base_of, named
 
 FORECAST = "forecast"
 _FOUND = (CLASSIFICATION, ANOMALY)
@@ -82,14 +82,17 @@ METRICS: dict[str, Metric] = {
         Metric("average_precision", (ANOMALY,), True, 0, 1, "area under the precision-recall curve of the score"),
         Metric("reconstruction_error", (ANOMALY,), False, 0, math.inf, "mean anomaly score: how far rows are from what is usual"),
         Metric("flagged", (ANOMALY,), False, 0, 1, "share of rows that are flagged as anomalies"),
+        Metric("hit_rate", RECOMMENDATION, True, 0, 1, "share of users with a held-out item among the top_k recommended"),
+        Metric("recall_at_k", RECOMMENDATION, True, 0, 1, "share of a user's held-out items among the top_k, mean over users"),
+        Metric("ndcg", RECOMMENDATION, True, 0, 1, "discounted gain of the held-out items among the top_k, mean over users"),
         Metric("mse", _NUMBERS, False, 0, math.inf, "mean squared error"),
-        Metric("rmse", _NUMBERS, False, 0, math.inf, "root of the mean squared error"),
-        Metric("mae", _NUMBERS, False, 0, math.inf, "mean absolute error"),
+        Metric("rmse", (*_NUMBERS, RECOMMENDATION), False, 0, math.inf, "root of the mean squared error"),
+        Metric("mae", (*_NUMBERS, RECOMMENDATION), False, 0, math.inf, "mean absolute error"),
         Metric("mape", _NUMBERS, False, 0, math.inf, "mean absolute error as a share of the true value"),
         Metric("r2", _NUMBERS, True, -math.inf, 1, "share of the variance that is explained"),
     )
 }
-PRIMARY = {CLASSIFICATION: "accuracy", REGRESSION: "r2", FORECAST: "mase", ANOMALY: "reconstruction_error"}
+PRIMARY = {CLASSIFICATION: "accuracy", REGRESSION: "r2", FORECAST: "mase", ANOMALY: "reconstruction_error", RECOMMENDATION: "ndcg"}
 
 
 def describe() -> list[dict[str, Any]]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from modelworks.core.tasks import ANOMALY
+from modelworks.core.tasks import ANOMALY, RECOMMENDATION
 
 if TYPE_CHECKING:
     from modelworks.ml.evaluate.metrics import Predictions
@@ -77,7 +77,49 @@ def _flagging(which: str) -> Measure:
     return measure
 
 
+# recommendation: `true` the rating (NaN: a click); `output` [n, 4]: the rating said, the item's place among those
+# recommended (0 the first, -1 not to be counted), the user's number, and how many are recommended
+
+
+def _away(power: int) -> Measure:
+    def measure(p: Predictions, w: np.ndarray | None = None) -> float:
+        if np.isnan(p.true).any():
+            return math.nan
+        return float(_mean(np.abs(p.true - p.output[:, 0]) ** power, w) ** (1 / power))
+
+    return measure
+
+
+def _by_user(which: str) -> Measure:
+    def measure(p: Predictions, w: np.ndarray | None = None) -> float:
+        counted = p.output[:, 1] >= 0
+        place, k = p.output[counted, 1], p.output[counted, 3]
+        weights = np.ones(len(place)) if w is None else w[counted]
+        user = np.unique(p.output[counted, 2], return_inverse=True)[1].ravel()
+        if not len(user):
+            return math.nan
+        held = np.bincount(user, weights)
+        hit = place < k
+        there = held > 0
+        if which != "ndcg":
+            hits = np.bincount(user, weights * hit)[there]
+            return float((hits / held[there] if which == "recall_at_k" else (hits > 0)).mean())
+        gain = np.bincount(user, weights * hit / np.log2(place + 2))[there]
+        most = np.minimum(held[there], k.max()).round().astype(np.int64).clip(1)
+        best = np.cumsum(1 / np.log2(np.arange(int(most.max())) + 2))
+        return float(np.minimum(1.0, gain / best[most - 1]).mean())
+
+    return measure
+
+
 MEASURES: dict[str, dict[str, Measure]] = {
+    RECOMMENDATION: {
+        "rmse": _away(2),
+        "mae": _away(1),
+        "hit_rate": _by_user("hit_rate"),
+        "recall_at_k": _by_user("recall_at_k"),
+        "ndcg": _by_user("ndcg"),
+    },
     ANOMALY: {
         "reconstruction_error": lambda p, w=None: _mean(p.output[:, 0], w),
         "flagged": lambda p, w=None: _mean(p.output[:, 1], w),

@@ -48,6 +48,8 @@ def plan(
     ahead: with kfold along time, how many rows each fold tests; by default all folds have about as many.
     InvalidInput when there are too few rows, groups or rows of a class.
     """
+    if method.last:
+        raise InvalidInput("last is for recommenders: each user's last rows; give holdout or kfold", param="validation.last")
     if method.split:
         made = _given(method, rows, _needed(along))
     elif method.kfold:

@@ -92,6 +92,28 @@ class Reconstruction(nn.Module):
         return e.op("ReduceMean", e.op("Mul", away, away), e.constant(np.array([1], dtype=np.int64)), keepdims=1)
 
 
+class Factorisation(nn.Module):
+    """[user, item, other items...] by number -> [their scores..., the size of the numbers used]."""
+
+    def __init__(self, users: int, items: int, factors: int) -> None:
+        super().__init__()
+        self.users, self.items = nn.Embedding(users, factors), nn.Embedding(items, factors)
+        self.user_bias, self.item_bias = nn.Embedding(users, 1), nn.Embedding(items, 1)
+        for table in (self.users, self.items):
+            nn.init.normal_(table.weight, std=0.1)
+        for bias in (self.user_bias, self.item_bias):
+            nn.init.zeros_(bias.weight)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        places = x.long()
+        user, items = places[:, 0], places[:, 1:]
+        mine, theirs = self.users(user), self.items(items)
+        own, other = self.user_bias(user), self.item_bias(items)[:, :, 0]
+        scores = torch.einsum("nd,nid->ni", mine, theirs) + own + other
+        size = (mine**2).sum(dim=1) + (theirs[:, 0] ** 2).sum(dim=1) + own[:, 0] ** 2 + other[:, 0] ** 2
+        return torch.cat([scores, size[:, None]], dim=1)
+
+
 class Part(nn.Module):
     """The block of flattened features [n, f] in its own shape."""
 

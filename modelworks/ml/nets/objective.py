@@ -28,7 +28,7 @@ class Objective:
         self.kind = _kind(params.loss, self.classes)
         self.binary = self.kind == "binary-cross-entropy"
         self.gamma, self.smoothing = params.focal_gamma, params.label_smoothing
-        self.mean, self.scale = (0.0, 1.0) if self.classes else _spread(examples)
+        self.mean, self.scale = (0.0, 1.0) if self.classes else spread_of(examples)
         self.weights = _weights(examples, params)
 
     @property
@@ -110,7 +110,7 @@ def _kind(loss: str, classes: int | None) -> str:
     return loss
 
 
-def _spread(examples: Examples) -> tuple[float, float]:
+def spread_of(examples: Examples) -> tuple[float, float]:
     """Mean and deviation of the targets, in one pass."""
     import numpy as np
 

@@ -70,6 +70,22 @@ class AutoencoderParams(MlpParams):
     )
 
 
+class RecommenderParams(NetParams):
+    factors: int = Field(16, ge=1, le=4096, description="numbers of each user and item")
+    regularisation: float = Field(0.02, ge=0, le=1e6, description="L2 penalty on the numbers that a row uses")
+    negatives: int = Field(32, ge=1, le=10_000, description="of clicks: items drawn at random to be told from the one clicked")
+    top_k: int = Field(10, ge=1, le=1000, description="how many items it recommends, and what hit_rate, ndcg and recall_at_k count")
+    exclude_seen: bool = Field(True, description="whether items that the user had in training are left out of recommendations")
+    relevant: float | None = Field(
+        None, description="of ratings: from which one on a held-out item counts for hit_rate, ndcg and recall_at_k; null: each"
+    )
+    epochs: int = Field(30, ge=1, le=100_000, description="passes over the training rows, unless it stops earlier")
+    batch_size: int = Field(512, ge=1, le=1_000_000, description="rows of one step; gradient-descent takes all rows")
+    learning_rate: Annotated[float, Field(gt=0, le=100)] | Literal["auto"] = Field(
+        0.01, description="auto: a range test before training chooses it"
+    )
+
+
 class CnnParams(NetParams):
     shape: list[Width] | None = Field(
         None, min_length=2, max_length=3,

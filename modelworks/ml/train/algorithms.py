@@ -11,7 +11,7 @@ from pydantic import BaseModel, ValidationError
 
 from modelworks.core.errors import InvalidInput
 from modelworks.core.registry import Registry
-from modelworks.core.tasks import ANOMALY, named
+from modelworks.core.tasks import ANOMALY, RECOMMENDATION, named
 from modelworks.ml.base import Trainer
 
 FORECAST = "forecast"  # of a series, from its own past
@@ -38,6 +38,7 @@ TRAINERS: Registry[type[Trainer]] = Registry(
         "text-classifier": "modelworks.ml.nets.pretrained:TextClassifier",
         "image-classifier": "modelworks.ml.nets.pretrained:ImageClassifier",
         "autoencoder": "modelworks.ml.nets.autoencoder:Autoencoder",
+        "recommender": "modelworks.ml.nets.recommender:Recommender",
     },
 )
 # tasks that are not features to one target, each with what it does in its own way
@@ -46,6 +47,7 @@ COURSES: Registry[Any] = Registry(
     "task",
     {
         ANOMALY: "modelworks.ml.train.anomaly:Anomaly",
+        RECOMMENDATION: "modelworks.ml.train.recommendation:Recommendation",
     },
 )
 
