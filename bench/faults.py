@@ -1,20 +1,23 @@
 """What users notice of faults, over HTTP on a real server: a table of faults and figures.
 
-    python -m bench.faults [--seconds 60] [--cuts 10000] [--gateways 2]
+    python -m bench.faults [--seconds 60] [--cuts 10000] [--gateways 2] [--only killed,hung,cut,attacks,gateway]
 
 One server, two replicas of iris, 64 connections. Replicas are killed, stopped, clients cut in mid-flight, a gateway killed.
+Attacks (bench/attacks.py) come from a process of their own while 16 clients send 20 requests a second each.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import json
 import os
 import signal
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -23,11 +26,13 @@ import uvloop
 from rich.console import Console
 from rich.table import Table
 
+from bench.attacks import KINDS
 from bench.load import post
 from bench.predict import ROW, wait_for
 from modelworks import Client
 
 CONNECTIONS = 64
+ATTACK_SECONDS = 15.0  # longer than header_timeout
 
 
 @dataclass
@@ -44,12 +49,18 @@ class Seen:
     def failed(self) -> int:
         return sum(self.failures.values())
 
+    def at(self, share: float) -> float:
+        """Milliseconds that this share of the requests took at most."""
+        ordered = sorted(self.times)
+        return ordered[min(len(ordered) - 1, int(share * len(ordered)))] * 1000 if ordered else 0.0
+
 
 class Load:
     """Connections that send one request after the other until stopped, each checked to be a right answer."""
 
-    def __init__(self, port: int, request: bytes, connections: int = CONNECTIONS) -> None:
+    def __init__(self, port: int, request: bytes, connections: int = CONNECTIONS, pause: float = 0.0) -> None:
         self.seen = Seen()
+        self._pause = pause
         self._port = port
         self._request = request
         self._stopped = False
@@ -84,17 +95,20 @@ class Load:
             else:
                 kind = f"{head[9:12].decode()} {body[:120].decode(errors='replace')}"
                 self.seen.failures[kind] = self.seen.failures.get(kind, 0) + 1
+            if self._pause:
+                await asyncio.sleep(self._pause)
 
 
 class Server:
     """`modelworks up` with iris on two replicas."""
 
     def __init__(self, home: Path, gateways: int) -> None:
-        command = [sys.executable, "-m", "modelworks.cli", "up", "--home", str(home), "--port", "0"]
+        command = [sys.executable, "-m", "modelworks.cli", "up", "--home", str(home), "--port", "0", "--grpc-port", "0"]
         more = ["--gateways", str(gateways)] if gateways > 1 else []
         self.process = subprocess.Popen(command + more, stdout=subprocess.DEVNULL)
         self.url = wait_for(home / "server.json")
         self.port = int(self.url.rsplit(":", 1)[1])
+        self.grpc_port = json.loads((home / "server.json").read_text())["grpc_port"]
         self.key = (home / "admin.key").read_text().strip()
         client = Client(url=self.url, api_key=self.key)
         client.datasets.create(name="iris", source="sklearn:iris")
@@ -106,8 +120,6 @@ class Server:
         client.deployments.wait_ready("iris")
 
     def request(self) -> bytes:
-        import json
-
         key = {"authorization": f"Bearer {self.key}"}
         return post("/api/v1/deployments/iris/predict", json.dumps({"inputs": [ROW]}).encode(), key)
 
@@ -190,6 +202,47 @@ async def cut_clients(server: Server, cuts: int) -> Row:
     return "clients cut in mid-flight", f"{cuts:,} cuts", figures
 
 
+async def attacked(server: Server, kind: str, seconds: float) -> Row:
+    """Whether polite clients notice, and what the gateways' memory does."""
+    calm = await _polite(server, 5.0)
+    gateways = server.processes("modelworks gateway")
+    before = sum(one.memory_info().rss for one in gateways)
+    command = [sys.executable, "-m", "bench.attacks", kind, str(server.port), str(server.grpc_port), str(seconds)]
+    foe = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert foe.stdin is not None
+    foe.stdin.write(server.key + "\n")
+    foe.stdin.close()
+    await asyncio.sleep(1.0)
+    watch = asyncio.create_task(_peak(gateways, seconds - 2))
+    seen = await _polite(server, seconds - 2)
+    peak = await watch
+    while foe.poll() is None:
+        await asyncio.sleep(0.2)
+    assert foe.stdout is not None
+    ends = json.loads(foe.stdout.read())
+    shown = ", ".join(f"{count:,} x {end}" for end, count in sorted(ends.items()))
+    figures = (
+        f"{shown}; others: {seen.failed} of {seen.answered + seen.failed:,} failed, p50 {calm.at(0.5):.1f} -> "
+        f"{seen.at(0.5):.1f} ms, p99 {calm.at(0.99):.1f} -> {seen.at(0.99):.1f} ms; "
+        f"gateway {(peak - before) / 1e6:+.1f} MB at most {_kinds(seen)}"
+    )
+    return KINDS[kind], f"{seconds:.0f} s", figures
+
+
+async def _polite(server: Server, seconds: float) -> Seen:
+    load = Load(server.port, server.request(), 16, pause=0.05)
+    await asyncio.sleep(seconds)
+    return await load.stop()
+
+
+async def _peak(processes: list[psutil.Process], seconds: float) -> int:
+    until, most = time.monotonic() + seconds, 0
+    while time.monotonic() < until:
+        most = max(most, sum(one.memory_info().rss for one in processes))
+        await asyncio.sleep(0.2)
+    return most
+
+
 async def killed_gateway(server: Server) -> Row:
     load = Load(server.port, server.request())
     await asyncio.sleep(1.0)
@@ -208,9 +261,26 @@ def _kinds(seen: Seen) -> str:
     return "; ".join(f"{count} x {kind}" for kind, count in list(seen.failures.items())[:3])
 
 
-async def story(server: Server, seconds: float, cuts: int) -> list[Row]:
-    rows = [await killed_replicas(server, seconds), await hung_replica(server), await cut_clients(server, cuts)]
-    return [*rows, await killed_gateway(server)]
+async def story(server: Server, seconds: float, cuts: int, only: set[str]) -> AsyncIterator[Row]:
+    if "killed" in only:
+        yield await killed_replicas(server, seconds)
+    if "hung" in only:
+        yield await hung_replica(server)
+    if "cut" in only:
+        yield await cut_clients(server, cuts)
+    for kind in KINDS:
+        if "attacks" in only or kind in only:
+            yield await attacked(server, kind, ATTACK_SECONDS)
+    if "gateway" in only:
+        yield await killed_gateway(server)
+
+
+async def rows(server: Server, seconds: float, cuts: int, only: set[str]) -> list[Row]:
+    found = []
+    async for row in story(server, seconds, cuts, only):
+        print(": ".join(row), file=sys.stderr, flush=True)
+        found.append(row)
+    return found
 
 
 def main() -> None:
@@ -218,15 +288,16 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=60.0)
     parser.add_argument("--cuts", type=int, default=10_000)
     parser.add_argument("--gateways", type=int, default=1)
+    parser.add_argument("--only", default="killed,hung,cut,attacks,gateway")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="mw-faults-") as folder:
         server = Server(Path(folder) / "home", options.gateways)
         try:
-            rows = uvloop.run(story(server, options.seconds, options.cuts))
+            table = uvloop.run(rows(server, options.seconds, options.cuts, set(options.only.split(","))))
         finally:
             server.close()
     shown = Table("fault", "how often", "what clients saw", title=f"{CONNECTIONS} connections, two replicas")
-    for row in rows:
+    for row in table:
         shown.add_row(*row)
     Console(width=160).print(shown)
 

@@ -120,7 +120,8 @@ def kserve(port: str, key: str, model: str, url: str = "") -> None:
             item = InferInput(name=column, shape=list(value.shape), datatype=column if name != model else "FP32")
             item.set_data_from_numpy(value, binary_data=binary(column))
             inputs.append(item)
-        return InferRequest(model_name=name, infer_inputs=inputs)
+        wanted = {"binary_data_output": True} if name != model else None
+        return InferRequest(model_name=name, infer_inputs=inputs, parameters=wanted)
 
     def labels(found: Any) -> list[str]:
         raw = next(output for output in found.outputs if output.name == "label").as_numpy().ravel().tolist()

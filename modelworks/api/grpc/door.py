@@ -443,7 +443,7 @@ async def _refused(rpc: Rpc, method: Method, error: Exception) -> Exception:
     if isinstance(error, grpc.aio.AbortError):
         return error
     if isinstance(error, ValidationError):
-        error = invalid(error.errors())
+        error = invalid([{**one, "loc": ("body", *one["loc"])} for one in error.errors()])
     elif not isinstance(error, ModelworksError):
         log.error("unexpected error", request_id=rpc.request_id, method=method.path[:200], exc_info=error)
         error = ModelworksError("unexpected")
