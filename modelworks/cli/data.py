@@ -185,7 +185,8 @@ def delete(
     force: Annotated[bool, typer.Option(help="Also when a model was trained on it.")] = False,
 ) -> None:
     """Delete a version, or all; refused while something uses it."""
-    gone = session.client.datasets.delete(dataset, force=force)
+    with named({"force=true": "--force"}):
+        gone = session.client.datasets.delete(dataset, force=force)
     if session.json:
         session.emit({"deleted": True, "versions": list(gone)})
         return

@@ -18,7 +18,7 @@ from modelworks.client.lists import page, path
 from modelworks.client.modes import Mode, Resource, call
 from modelworks.client.transport import Request, creation, unreachable
 from modelworks.client.types import Model
-from modelworks.core.errors import InvalidInput
+from modelworks.core.errors import InvalidInput, NotFound
 from modelworks.core.specs import Ref
 from modelworks.core.types import Alias, ModelVersion, Page
 
@@ -151,7 +151,8 @@ class Models(Resource[Mode]):
         if ref.alias:
             if ref.alias not in model.aliases:
                 known = ", ".join(model.aliases) or "none"
-                raise InvalidInput(f"model {ref.name!r} has no alias {ref.alias!r}; it has: {known}", param="model")
+                message = f"model {ref.name!r} has no alias {ref.alias!r}; it has: {known}"
+                raise NotFound(message, code="alias_not_found", param="model")
             return ref.name, model.aliases[ref.alias]
         return ref.name, model.latest.version
 

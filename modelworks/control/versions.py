@@ -138,8 +138,9 @@ def _refuse_models(tx: Tx, dataset: Dataset) -> None:
         if model.lineage.get("dataset_digest") == dataset.digest
     ]
     if found:
+        were = "was" if len(found) == 1 else "were"
         raise Conflict(
-            f"{dataset.ref} is what {_listed(found, 'model version')} was trained on; add force=true to delete it all the same",
+            f"{dataset.ref} is what {_listed(found, 'model version')} {were} trained on; add force=true to delete it all the same",
             code="dataset_in_use",
             detail={"dataset": dataset.ref, "models": found[:100]},
         )

@@ -8,7 +8,7 @@ from modelworks.api import schemas
 from modelworks.api.docs import release
 from modelworks.api.routes import After, IdPath, Limit, NamePath, Routes, Use, Who, answer, listing
 from modelworks.core.specs import KeySpec, MembershipSpec, ProjectSpec, UserSpec
-from modelworks.core.types import FINAL_JOB_STATES
+from modelworks.core.types import FINAL_JOB_STATES, MOVES, Deployment, Job
 
 routes = Routes("Access")
 server = Routes("Server")
@@ -180,8 +180,6 @@ def status(services: Use, caller: Who) -> Response:
 
     Rates are over the last ten seconds and all gateways; errors are answers with status 500 and above.
     """
-    from modelworks.core.types import MOVES, Deployment, Job
-
     jobs: dict[str, int] = {}
     with services.catalog.read() as tx:
         for state in MOVES["job"]:
