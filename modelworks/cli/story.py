@@ -155,6 +155,8 @@ def _method(spec: dict[str, Any]) -> str:
         return f"{method['kfold']}-fold cross-validation{repeats}"
     if method.get("test"):
         return f"test set {method['test']}"
+    if method.get("last") or (spec.get("user") and not method):
+        return f"each user's last {method.get('last') or 1} held out"
     return f"hold-out of {method.get('holdout') or 0.2}"
 
 
