@@ -132,6 +132,29 @@ def add(
         session.say(needs)
 
 
+@command(app, "measure")
+def measure(session: Session, model: Annotated[str, typer.Argument(help="NAME, NAME:VERSION or NAME@ALIAS.")]) -> None:
+    """Measure which engine runs a language model fastest here, for one user and for many; `engine: auto` goes by it."""
+    from modelworks.cli.progress import job_bar
+
+    with job_bar(session, f"measuring {model}") as (progress, _):
+        found = session.client.models.measure(model, on_job=progress)
+    if session.json:
+        session.emit(found)
+        return
+    rows = []
+    for engine, figures in found["engines"].items():
+        if "error" in figures:
+            rows.append((engine, "-", "-", "-", "-", figures["error"]))
+            continue
+        best = [who for who in ("one", "many") if found["fastest"][who] == engine]
+        pair = [f"{figures[who][name]:g}" for who in ("one", "many") for name in ("tokens_per_second", "first_token_ms")]
+        rows.append((engine, *pair, f"fastest for {' and '.join(best)}" if best else ""))
+    many = f"{found['calls']} calls"
+    session.table(("engine", "1 call: tokens/s", "first ms", f"{many}: tokens/s", "first ms", ""), rows)
+    session.say(f"measured on {found['machine']} with {found['threads']} threads, answers of {found['tokens']} tokens")
+
+
 @command(app, "export")
 def export(
     session: Session,

@@ -20,7 +20,7 @@ from modelworks.client.transport import Request, creation, unreachable
 from modelworks.client.types import Model
 from modelworks.core.errors import InvalidInput, NotFound
 from modelworks.core.specs import Ref
-from modelworks.core.types import Alias, ModelVersion, Page
+from modelworks.core.types import Alias, Job, ModelVersion, Page
 
 _WAIT = 24 * 3600.0
 
@@ -88,6 +88,17 @@ class Models(Resource[Mode]):
         job = await wait(self._http, response.json()["id"], timeout=_WAIT, progress=on_job)
         ref = Ref.parse(job.model_version or str(job.result.get("model_version")))
         return await self._version(ref.name, ref.version or 1)
+
+    @call
+    async def measure(self, model: str, *, on_job: OnJob | None = None) -> dict[str, Any]:
+        """Measure the engines that run the language model `model` where the server is; waits for it.
+
+        {"machine", "engines": {name: {"one": {"tokens_per_second", "first_token_ms"}, "many": ...}}, "fastest": {"one", "many"}}
+        """
+        ref, number = await self._resolve(model, None)
+        where = path("/api/v1/models/{}/versions/{}/measurements", ref, number)
+        job = await self._http.model(creation(where, key=None), Job)
+        return dict((await wait(self._http, job.id, timeout=_WAIT, progress=on_job)).result)
 
     @call
     async def export(

@@ -49,6 +49,7 @@ _CREATES = {
     "evaluate": "evaluations.create",
     "import": "models.create_version",
     "render": "reports.render",
+    "measure": "models.measure",
 }
 
 
@@ -317,6 +318,13 @@ class Library:
             "convert": requests.check_convert(convert),
         }
         return self._create(caller, "import", spec, name, upload=path)
+
+    def measure(self, caller: Caller, ref: str) -> Job:
+        """A job that measures the engines which run a language model here; deployments with `engine: auto` go by it."""
+        model = self.model_version(caller, ref)
+        if model.task != "text-generation":
+            raise InvalidInput(f"{model.ref} does {model.task}; engines are measured for language models", param="model")
+        return self._create(caller, "measure", {"model_version_id": model.id, "model": model.ref}, model.name)
 
     def export_version(self, caller: Caller, ref: str, out: Path) -> Path:
         """Write the package of a model version as one file at `out`."""

@@ -6,6 +6,7 @@ died with it, so the first turn only notes that down and starts anew.
 
 from __future__ import annotations
 
+import platform
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
@@ -17,7 +18,7 @@ from modelworks.control.references import resolve_model
 from modelworks.core import telemetry
 from modelworks.core.errors import Conflict, NotFound
 from modelworks.core.specs import DeploymentSpec
-from modelworks.core.types import Deployment, DeploymentRevision, ModelVersion, Replica
+from modelworks.core.types import Deployment, DeploymentRevision, Job, ModelVersion, Replica
 from modelworks.engines.base import Engine, Handle, Observed, ReplicaSpec
 from modelworks.serve.figures import Load
 from modelworks.store.blobs import Blobs
@@ -237,7 +238,7 @@ class Reconciler:
                 manifest=str(manifest),
                 blobs=str(self._blobs.root),
                 secret=self._secret,
-                engine=spec.engine,
+                engine=self._engine_of(model) if spec.engine == "auto" else spec.engine,
                 context=spec.context,
                 threads=spec.resources.threads,
                 memory_mb=spec.resources.memory_mb,
@@ -252,6 +253,18 @@ class Reconciler:
         self._held[row.id] = _Held(handle)
         self._replicas[row.id] = row
         self._write(row, endpoint=handle.endpoint, pid=handle.pid)
+
+    def _engine_of(self, model: ModelVersion) -> str:
+        """The engine that was measured as the fastest for many on this machine; "auto" without a measurement."""
+        if model.task != "text-generation":
+            return "auto"
+        with self._catalog.read() as tx:
+            jobs = tx.list(Job, kind="measure", status="succeeded", project_id=model.project_id, newest_first=True, limit=200)
+        for job in jobs:
+            if job.spec.get("model_version_id") == model.id and job.result.get("machine") == platform.node():
+                found = str(job.result["fastest"]["many"])
+                return "auto" if found == "openvino" else found  # auto is OpenVINO with llama.cpp beside it
+        return "auto"
 
     def _tell_draining(self) -> None:
         """Ask draining replicas to stop once gateways have had the time to turn away from them."""

@@ -22,7 +22,7 @@ Role = Literal["admin", "developer", "viewer", "invoke-only"]
 JobStatus = Literal[
     "queued", "validating", "running", "paused", "succeeded", "failed", "refused", "cancelling", "cancelled"
 ]
-JobKind = Literal["ingest", "train", "evaluate", "import", "edit", "diff", "trial", "fold", "render"]
+JobKind = Literal["ingest", "train", "evaluate", "import", "edit", "diff", "measure", "trial", "fold", "render"]
 Slot = Literal["taken", "later", "free", "wanted"]
 DeploymentStatus = Literal["creating", "updating", "ready", "degraded", "rolling_back", "failed", "deleting"]
 ReplicaStatus = Literal["starting", "ready", "draining", "failed", "stopped"]

@@ -5,6 +5,7 @@ Compute (`modelworks.ml`) is imported inside the steps. What a step made is seen
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -349,6 +350,20 @@ def import_version(step: Step) -> None:
     step.commit(write)
 
 
+def measure(step: Step) -> None:
+    """The engines that run a language model, measured on this machine; the result stays with the job."""
+    from modelworks.ml.measuring import measure as run
+
+    context = step.context
+    found = run(step.package(step.model("model_version_id")), context.threads, context.progress)
+    found = {"model_version": step.job.spec["model"], "machine": platform.node(), **found}
+
+    def write(tx: Tx, job: Job) -> None:
+        step.queue.finish(tx, job, model_version=step.job.spec["model"], result=found)
+
+    step.commit(write)
+
+
 def fold(step: Step) -> None:
     """One part of a validation: the predictions become a checkpoint of the job that they are a part of."""
     part = str(step.job.spec["part"])
@@ -422,6 +437,7 @@ STEPS: dict[str, Callable[[Step], None]] = {
     "train": train,
     "evaluate": evaluate,
     "import": import_version,
+    "measure": measure,
     "fold": fold,
     "render": render,
     "trial": trial,

@@ -155,6 +155,23 @@ async def create_model_version(request: Request, services: Use, caller: Who, nam
     return answer(version.public(), 201, {"location": where})
 
 
+@routes.post(
+    "/api/v1/models/{name}/versions/{version}/measurements",
+    "models.measure",
+    "Measure a language model's engines",
+    status=202,
+    answer=schemas.noun("Job"),
+    errors=(404,),
+    creates=True,
+)
+def measure_model_version(services: Use, caller: Who, name: NamePath, version: VersionPath) -> Response:
+    """A job whose result tells, for each engine that runs the model here, tokens a second and the time to the first
+    token, for one call and for many. Deployments with `engine: auto` that start afterwards take the fastest for many.
+    """
+    job = services.library.measure(caller, f"{name}:{version}")
+    return accepted(job.public(), f"/api/v1/jobs/{job.id}")
+
+
 @routes.delete("/api/v1/models/{name}", "models.delete", "Delete a model", answer=DELETED, errors=(409,))
 def delete_model(services: Use, caller: Who, name: NamePath) -> Response:
     """All its versions. 409, and nothing is deleted, while an alias, a deployment or a job uses one."""
