@@ -1,12 +1,14 @@
 """The reconcile loop against a hand-driven engine: what it starts, when calls move, what a crash or a refusal leads to."""
 
+import platform
+
 import pytest
 
 from modelworks.control.deployments import Deployments
 from modelworks.control.reconcile import Reconciler
 from modelworks.core.errors import InvalidInput, NotFound
 from modelworks.core.specs import DeploymentSpec
-from modelworks.core.types import Caller, Deployment, ModelVersion, Principal, Project, Replica, Signature
+from modelworks.core.types import Caller, Deployment, Job, ModelVersion, Principal, Project, Replica, Signature
 from modelworks.engines.base import Handle, Observed
 from modelworks.serve.figures import Load
 from modelworks.store.blobs import Blobs
@@ -266,3 +268,28 @@ def test_replicas_follow_the_load_up_at_once_and_down_slowly(house):
         house.engine.set(id, alive=False, exit_code=0, phase="stopped")
     house.turn(3)
     assert (house.get().status, len(house.active())) == ("ready", 1)
+
+
+def test_engine_auto_goes_by_what_was_measured_on_this_machine(house):
+    with house.catalog.write() as tx:
+        model = tx.add(
+            ModelVersion(
+                project_id=house.project.id, name="iris", version=2, task="text-generation", size=1,
+                digest=house.blobs.put_bytes(b"manifest 2"), signature=Signature(inputs=[], outputs=[]),
+                lineage={"format": "gguf", "file_type": 7}, algorithm="llama",
+            )
+        )  # fmt: skip
+    assert house.reconciler._engine_of(model) == "auto"
+    for machine, fastest, engine in (
+        ("elsewhere", "llama", "auto"),
+        (platform.node(), "llama", "llama"),
+        (platform.node(), "openvino", "auto"),  # with llama.cpp beside it
+    ):
+        result = {"machine": machine, "fastest": {"one": "llama", "many": fastest}}
+        spec = {"model_version_id": model.id, "model": model.ref}
+        with house.catalog.write() as tx:
+            tx.add(Job(project_id=house.project.id, kind="measure", status="succeeded", spec=spec, result=result))
+        assert house.reconciler._engine_of(model) == engine
+    house.put()
+    house.turn()
+    assert [spec.engine for spec in house.engine.specs.values()] == ["auto"]

@@ -14,6 +14,7 @@ import pytest
 from modelworks.core.errors import InvalidInput
 from modelworks.core.tensors import Tensor, pack_bytes, unpack_bytes
 from modelworks.ml.build import export_package, import_folder, import_package
+from modelworks.ml.measuring import candidates, measure
 from modelworks.ml.package import Manifest, Package
 from modelworks.ml.runtimes.choice import choose
 from modelworks.ml.runtimes.llm_transformers import CHUNK, TransformersRuntime
@@ -217,3 +218,13 @@ def test_the_package_travels_and_code_does_not(
         work.mkdir()
         with pytest.raises(InvalidInput, match=said):
             import_folder(other, work)
+
+
+def test_the_engines_of_a_model_are_measured(imported: tuple[Manifest, dict[str, Path]]) -> None:
+    stages: list[tuple[float, str]] = []
+    found = measure(packaged(imported), 1, lambda part, stage: stages.append((part, stage)))
+    assert stages == [(0.0, "measuring transformers")]
+    assert found["fastest"] == {"one": "transformers", "many": "transformers"}
+    figures = found["engines"]["transformers"]
+    assert all(figures[who][name] > 0 for who in ("one", "many") for name in ("tokens_per_second", "first_token_ms"))
+    assert candidates(packaged(imported)) == ["transformers"]
