@@ -193,6 +193,15 @@ def _pads(attributes: dict[str, Any], rank: int) -> list[int]:
     return [pads[place + side * rank] for place in reversed(range(rank)) for side in (0, 1)]
 
 
+def _pad(inputs: list[Any], attributes: dict[str, Any]) -> torch.Tensor:
+    mode = attributes.get("mode", "constant")
+    if mode not in ("constant", "reflect") or (len(inputs) > 3 and inputs[3] is not None):
+        raise InvalidInput(f"the backbone pads by {mode} on chosen axes, which is not trained here", code="bad_graph")
+    value = 0.0 if len(inputs) < 3 or inputs[2] is None else float(inputs[2])
+    pads = _pads({"pads": _list(inputs[1])}, inputs[0].ndim)
+    return f.pad(inputs[0], pads, value=value) if mode == "constant" else f.pad(inputs[0], pads, mode=mode)
+
+
 def _conv(inputs: list[Any], attributes: dict[str, Any]) -> torch.Tensor:
     x, weight = inputs[0], inputs[1]
     rank = weight.ndim - 2
@@ -272,7 +281,7 @@ _OPS: dict[str, Op] = {
     "Transpose": lambda i, a: i[0].permute(a.get("perm", list(reversed(range(i[0].ndim))))),
     "Concat": lambda i, a: torch.cat(i, a["axis"]), "Slice": _slice, "Expand": _expand, "ConstantOfShape": _filled,
     "Range": lambda i, a: torch.arange(*(one.item() for one in i), device=i[0].device), "Clip": _clip,
-    "LayerNormalization": _layer_norm, "BatchNormalization": _batch_norm, "Conv": _conv, "MaxPool": _max_pool,
+    "LayerNormalization": _layer_norm, "BatchNormalization": _batch_norm, "Conv": _conv, "Pad": _pad, "MaxPool": _max_pool,
     "AveragePool": _average_pool,
     "GlobalAveragePool": lambda i, a: i[0].mean(dim=list(range(2, i[0].ndim)), keepdim=True),
     "ReduceSum": _reduce(lambda x, axes, keep: x.sum(axes, keepdim=keep)),
