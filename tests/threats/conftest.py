@@ -85,6 +85,7 @@ def _objects(admin: Probe) -> dict[str, str]:
         "training-jobs.id": training,
         "evaluations.id": evaluation["id"],
         "reports.id": report,
+        "reports.name": "calibration",
     }
 
 
