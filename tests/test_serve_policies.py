@@ -197,16 +197,50 @@ def test_a_callers_own_mistakes_open_no_breaker_and_the_last_replica_is_never_sh
         await bench.start(a, b)
         for _ in range(50):
             await bench.call()
-        a.mood = BAD_INPUT  # whoever sends it may send many: nobody else shall suffer for it
+        a.mood = b.mood = BAD_INPUT  # whoever sends it may send many: nobody else shall suffer for it
+        a.served.clear()
+        b.served.clear()
         for _ in range(50):
-            await bench.call()
+            assert (await bench.call())[0] is BAD_INPUT
         assert not bench.broken
+        assert len(a.served) + len(b.served) < 65, "an input that is bad is not asked about again and again"
+        a.mood = b.mood = None
+        await asyncio.sleep(6.0)
         a.mood = b.mood = CRASH
         for _ in range(50):
             await bench.call()
         assert len(bench.broken) == 1
         a.mood = b.mood = None
         assert isinstance((await bench.call())[0], Part)
+
+    turned(story)
+
+
+def test_a_replica_that_fails_what_another_answers_is_avoided_and_its_callers_get_the_answer():
+    async def story(bench):
+        a, b = Replica("a"), Replica("b")
+        await bench.start(a, b)
+        a.mood = BAD_INPUT  # its weights are spoilt: it fails on every input
+        results = [await bench.call() for _ in range(30)]
+        assert answered(results) == 30, "nobody noticed"
+        assert len(bench.broken) == 1
+        assert len(a.served) < THRESHOLD + 3
+        a.mood = None
+        await asyncio.sleep(1.0)
+        assert answered([await bench.call() for _ in range(4)]) == 4
+        assert not bench.broken
+
+    turned(story)
+
+
+def test_with_a_single_replica_a_failing_model_is_told_at_once():
+    async def story(bench):
+        a = Replica("a")
+        await bench.start(a)
+        a.mood = BAD_INPUT
+        assert [(await bench.call())[0] for _ in range(20)] == [BAD_INPUT] * 20
+        assert len(a.served) == 20
+        assert not bench.broken
 
     turned(story)
 

@@ -35,6 +35,7 @@ class Pending:
     peer: Peer | None = None  # where it is aboard
     number = 0  # its id there
     hedge: Seat | None = None  # a second place
+    doubted: Peer | None = None  # whose model failed on it, while another is asked for its opinion
     begun = False  # a part of its answer was delivered: it cannot be retried
     done = False
     retries = 0
@@ -141,6 +142,11 @@ class Lane:
             if count < fewest or (best is not None and random.random() < 0.5):
                 best, fewest = peer, count
         return best
+
+    def opinion(self, accused: Peer) -> Peer | None:
+        """Who is asked whether an input is bad on which the model of `accused` failed: also one that is kept busy."""
+        others = [peer for peer in self.peers if peer is not accused and peer.usable]
+        return min(others, key=lambda peer: peer.outstanding, default=None)
 
     def share(self, count: int) -> list[tuple[Peer, int]] | None:
         """How many of `count` calls each replica would get from `pick` one by one; None unless all find a place at once."""

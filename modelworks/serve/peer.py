@@ -16,6 +16,7 @@ from modelworks.serve.routes import Target
 PING_EVERY = 0.5
 HUNG_AFTER = 2.5  # with the ping's interval, a replica that hangs is noticed within 3 seconds
 _FIRST_RETRY, _LAST_RETRY = 0.02, 0.5
+_FIRST_BELIEF, _LAST_BELIEF = 0.1, 5.0  # seconds that a replica is believed when it says that an input is bad
 _MIN_WINDOW, _MAX_WINDOW = 2.0, 65536.0
 _QUEUE_SECONDS = 0.005  # beside two runs of the model, what a call may queue in a replica that is kept busy
 
@@ -57,6 +58,8 @@ class Peer:
         )
         self.retiring_until: float | None = None  # set: no new calls; closed when those aboard are done, or then
         self.suspect = False  # a call that a replica died with is aboard, and no second one may join
+        self.believed_until = 0.0
+        self._belief = _FIRST_BELIEF
         self._secret = secret
         self._on_change = on_change
         self._connect_to = connect
@@ -132,6 +135,15 @@ class Peer:
         if self.breaker.failed(now, may_open=may_open):
             pause = round(self.breaker.until - now, 1)
             log.warning("replica_avoided", replica=self.target.replica_id, reason=reason, seconds=pause)
+
+    def judge(self, now: float, *, bad_input: bool) -> None:
+        """Another replica was asked about an input on which this one's model failed. Where it is the input's fault, this
+        one is believed for a while, ever longer, as opinions cost runs of the model."""
+        if bad_input:
+            self.believed_until = now + self._belief
+            self._belief = min(_LAST_BELIEF, self._belief * 2)
+        else:
+            self._belief = _FIRST_BELIEF
 
     def succeed(self) -> None:
         """It answered although it had failed before."""

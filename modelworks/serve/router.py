@@ -262,10 +262,13 @@ class Router:
         elif item.code in ("draining", "replica_full"):
             self._lost(pending, died=False)  # refused before it ran
             return
-        elif (
-            item.status == 500 and item.code != "model_error"
-        ):  # that one speaks of the input, and would hit bystanders
-            self._blame(peer, pending.lane, item.code)
+        elif item.status == 500:
+            if item.code != "model_error":
+                self._blame(peer, pending.lane, item.code)
+            elif pending.doubted is None and self._ask_another(pending, peer):
+                return
+        if pending.doubted is not None:
+            self._judge(pending, item)
         pending.begun = True
         if pending.hedge is not None:
             self._drop_hedge(pending)
@@ -291,6 +294,31 @@ class Router:
         """A failure of the replica's own; its breaker opens only while another one can stand in."""
         others = any(other.usable for other in lane.peers if other is not peer)
         peer.fail(self._clock(), reason, may_open=others)
+
+    def _ask_another(self, pending: Pending, accused: Peer) -> bool:
+        """A model failed on an input: whose fault is it? Send the call to another replica, which will tell; False: it is
+        the input's, as far as anybody knows."""
+        call = pending.call
+        if pending.begun or call.stream or not call.idempotent or self._clock() < accused.believed_until:
+            return False
+        other = pending.lane.opinion(accused)
+        if other is None:
+            return False
+        self._leave(pending)
+        pending.done = False
+        pending.doubted = accused
+        self._release(pending, other)
+        return True
+
+    def _judge(self, pending: Pending, item: Part | ModelworksError) -> None:
+        """By what the second replica made of the call."""
+        accused, pending.doubted = pending.doubted, None
+        assert accused is not None
+        if isinstance(item, Part):
+            accused.judge(self._clock(), bad_input=False)
+            self._blame(accused, pending.lane, "its model fails on what another answers")
+        elif item.code == "model_error":
+            accused.judge(self._clock(), bad_input=True)
 
     def _lost(self, pending: Pending, *, died: bool) -> None:
         """Its replica is gone, hangs or refused it: send it elsewhere if that is safe."""
