@@ -49,7 +49,7 @@ _CREATES = {
     "evaluate": "evaluations.create",
     "import": "models.create_version",
     "render": "reports.render",
-    "measure": "models.measure",
+    "measure": "models.create_measurement",
 }
 
 

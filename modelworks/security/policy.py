@@ -58,7 +58,7 @@ OPERATIONS: dict[str, str] = {
     "models.list": "models:read",
     "models.get": "models:read",
     "models.create_version": "models:write",
-    "models.measure": "models:write",
+    "models.create_measurement": "models:write",
     "models.export": "models:read",
     "models.set_alias": "models:write",
     "models.delete_alias": "models:write",

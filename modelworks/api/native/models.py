@@ -157,7 +157,7 @@ async def create_model_version(request: Request, services: Use, caller: Who, nam
 
 @routes.post(
     "/api/v1/models/{name}/versions/{version}/measurements",
-    "models.measure",
+    "models.create_measurement",
     "Measure a language model's engines",
     status=202,
     answer=schemas.noun("Job"),
