@@ -12,7 +12,7 @@ demo:  ## the iris recipe from a CSV to an endpoint; STAY=1 leaves it running
 	@$(BIN)/modelworks demo $(if $(STAY),--stay)
 
 test: check  ## the whole suite
-	@$(BIN)/pytest -n 2 $(ARGS)
+	@$(BIN)/pytest -n 2 --dist loadscope --no-loadscope-reorder $(ARGS)
 
 check: install  ## style, types and the layers
 	@$(BIN)/ruff check modelworks tests bench bootstrap.py

@@ -35,7 +35,11 @@ class RunningServer:
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
             env={**os.environ, "MODELWORKS_WORKERS": str(self.workers)},
         )  # fmt: skip
-        until(lambda: self.address.exists() or self.process.poll() is not None, 30)
+        try:
+            until(lambda: self.address.exists() or self.process.poll() is not None, 60)
+        except AssertionError:
+            self.process.kill()  # a server that is left over would slow all that follow
+            raise
         if not self.address.exists():
             raise AssertionError(f"the server did not start: {self.process.communicate()[0]}")
         address = json.loads(self.address.read_text())
