@@ -28,7 +28,7 @@ def check_training(spec: TrainingSpec, columns: Sequence[Column]) -> TrainingSpe
         checked: TrainingSpec = course.check(spec, columns)
         return checked
     if not spec.target:
-        raise InvalidInput("name the column to predict in target", code="no_target", param="target")
+        raise InvalidInput("name the column to predict in 'target'", code="no_target", param="target")
     target = find(columns, spec.target, "target")
     if is_forecast(spec):
         return _check_forecast(spec, columns, target)
