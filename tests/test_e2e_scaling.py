@@ -22,7 +22,7 @@ def test_replicas_come_with_the_load_and_go_without_it(tmp_path: Path) -> None:
                 model="iris", dataset="iris", target="species", algorithm="logistic-regression"
             )
             client.training_jobs.wait(job)
-            replicas = {"min": 1, "max": 2, "target": 2, "scale_down_s": 2}
+            replicas = {"min": 1, "max": 2, "target": 1, "scale_down_s": 2}
             client.deployments.put("iris", model="iris", replicas=replicas)
             client.deployments.wait_ready("iris")
         stop, statuses = threading.Event(), []
@@ -36,7 +36,7 @@ def test_replicas_come_with_the_load_and_go_without_it(tmp_path: Path) -> None:
         for thread in floods:
             thread.start()
         with server.client as client:
-            until(lambda: client.deployments.get("iris").ready_replicas == 2, 30)
+            until(lambda: client.deployments.get("iris").ready_replicas == 2, 60)
             stop.set()
             for thread in floods:
                 thread.join()
