@@ -58,6 +58,20 @@ class Crash(BaseException):
     """Stands for kill -9."""
 
 
+class Dying(Context):
+    """Dies after so many checkpoints."""
+
+    def __init__(self, workdir: Path, kept: dict[str, bytes], after: int) -> None:
+        super().__init__(workdir, kept)
+        self.left = after
+
+    def checkpoint(self, name: str, data: bytes) -> None:
+        super().checkpoint(name, data)
+        self.left -= 1
+        if not self.left:
+            raise Crash
+
+
 Table = tuple[pa.Table, list[Column]]
 
 

@@ -38,26 +38,12 @@ def crashed_and_resumed(data: learning.Table, folder: Path, **spec: Any) -> tupl
     kept: dict[str, bytes] = {}
     for after in (3, 9):
         with pytest.raises(learning.Crash):
-            learning.run(data, folder, Dying(folder, kept, after), **spec)
+            learning.run(data, folder, learning.Dying(folder, kept, after), **spec)
     ctx = learning.Context(folder, kept)
     again = learning.run(data, folder, ctx, **spec)
     assert any("goes on" in message for _, message, _ in ctx.events)
     assert again.report == whole.report
     return whole.manifest.digest, again.manifest.digest
-
-
-class Dying(learning.Context):
-    """Dies after so many checkpoints."""
-
-    def __init__(self, workdir: Path, kept: dict[str, bytes], after: int) -> None:
-        super().__init__(workdir, kept)
-        self.left = after
-
-    def checkpoint(self, name: str, data: bytes) -> None:
-        super().checkpoint(name, data)
-        self.left -= 1
-        if not self.left:
-            raise learning.Crash
 
 
 # anomalies
@@ -197,6 +183,19 @@ def test_clicks_are_told_from_chance_and_each_users_last_is_held_out(tmp_path: P
     assert metrics["hit_rate"] == metrics["recall_at_k"] > 0.35  # 5 of some 30 items that are left by chance: 0.17
     assert metrics["ndcg"] < metrics["hit_rate"]
     served(trained, tmp_path)
+
+
+def test_a_recommender_is_evaluated_by_the_order_that_it_was_trained_with(tmp_path: Path) -> None:
+    from modelworks.core.specs import EvaluationSpec
+    from modelworks.ml.evaluate.evaluate import evaluate
+
+    table, columns = clicks()
+    given = {"algorithm": "recommender", "target": None, "time": "day", "hyperparameters": {**QUICK_TASTE, "epochs": 3}}
+    trained = learning.run((table, columns), tmp_path, **given)
+    spec = EvaluationSpec.model_validate({"model": "m", "dataset": "d", "method": {"last": 1}})
+    found = evaluate(spec, learning.packaged(trained, tmp_path), table, columns, learning.Context(tmp_path))
+    assert found.metrics == trained.report["metrics"]
+    assert found.details["users"] == trained.report["details"]["users"] == len(set(table["user"].to_pylist()))
 
 
 @pytest.mark.usefixtures("often")

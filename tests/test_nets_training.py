@@ -120,7 +120,7 @@ def test_a_run_that_is_broken_ends_as_one_that_is_not(
     given = {"dropout": 0.3, "momentum": 0.8, "schedule": "cosine", "batch_size": 16, "accumulate": 2, "epochs": 8}
     unbroken = learned(examples, learning.Context(tmp_path), stopping, **given)
     kept: dict[str, bytes] = {}
-    ctx = Crashing(tmp_path, kept, after=27)
+    ctx = learning.Dying(tmp_path, kept, after=27)
     with pytest.raises(learning.Crash):
         learned(examples, ctx, stopping, **given)
     again = learning.Context(tmp_path, kept)
@@ -128,20 +128,6 @@ def test_a_run_that_is_broken_ends_as_one_that_is_not(
     assert any("goes on in epoch" in message for _, message, _ in again.events)
     assert graph.to_bytes(resumed.model) == graph.to_bytes(unbroken.model)
     assert resumed.history == unbroken.history
-
-
-class Crashing(learning.Context):
-    """Dies after so many checkpoints, in the middle of an epoch."""
-
-    def __init__(self, workdir: Path, kept: dict[str, bytes], after: int) -> None:
-        super().__init__(workdir, kept)
-        self.left = after
-
-    def checkpoint(self, name: str, data: bytes) -> None:
-        super().checkpoint(name, data)
-        self.left -= 1
-        if not self.left:
-            raise learning.Crash
 
 
 @pytest.mark.parametrize("loss", ["cross-entropy", "focal", "mse", "mae", "huber", "binary-cross-entropy"])

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 CLASSIFICATION, REGRESSION = "tabular-classification", "tabular-regression"
-ANOMALY, RECOMMENDATION = "anomaly-detection", "recommendation"
+ANOMALY, FORECAST, RECOMMENDATION = "anomaly-detection", "forecast", "recommendation"
 KINDS = ("tabular", "image", "text", "audio", "multimodal")
 _GOALS = ("classification", "regression")
 

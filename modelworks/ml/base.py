@@ -62,9 +62,60 @@ class JobContext(Protocol):
 
     def restore(self, name: str) -> bytes | None: ...
 
-
     def model(self, ref: str) -> Package:
         """The registered model version `ref` ("minilm:1"), to build on. NotFound where there is none."""
+
+
+class Relay:
+    """A JobContext that hands everything on to `ctx`; those who change something of it inherit from this."""
+
+    def __init__(self, ctx: JobContext) -> None:
+        self.ctx = ctx
+        self.seed, self.threads, self.workdir, self.only = ctx.seed, ctx.threads, ctx.workdir, ctx.only
+
+    def progress(self, fraction: float, stage: str, **metrics: Any) -> None:
+        self.ctx.progress(fraction, stage, **metrics)
+
+    def event(self, kind: str, message: str, **data: Any) -> None:
+        self.ctx.event(kind, message, **data)
+
+    def metric(self, step: int, values: Mapping[str, float], *, unit: str = "epoch", part: str = "") -> None:
+        self.ctx.metric(step, values, unit=unit, part=part)
+
+    def spread(self, names: Sequence[str], parallel: int | None, seconds: float) -> None:
+        self.ctx.spread(names, parallel, seconds)
+
+    def checkpoint(self, name: str, data: bytes) -> None:
+        self.ctx.checkpoint(name, data)
+
+    def restore(self, name: str) -> bytes | None:
+        return self.ctx.restore(name)
+
+    def model(self, ref: str) -> Package:
+        return self.ctx.model(ref)
+
+
+class Part(Relay):
+    """A part of a job: fractions are mapped to [start, end], and what it says and keeps bears its label."""
+
+    def __init__(self, ctx: JobContext, start: float, end: float, label: str = "") -> None:
+        super().__init__(ctx)
+        self.start, self.end, self.label = start, end, label
+
+    def progress(self, fraction: float, stage: str, **metrics: Any) -> None:
+        self.ctx.progress(self.start + (self.end - self.start) * fraction, self._own(stage), **metrics)
+
+    def event(self, kind: str, message: str, **data: Any) -> None:
+        self.ctx.event(kind, self._own(message), **data)
+
+    def checkpoint(self, name: str, data: bytes) -> None:
+        self.ctx.checkpoint(self._own(name), data)
+
+    def restore(self, name: str) -> bytes | None:
+        return self.ctx.restore(self._own(name))
+
+    def _own(self, text: str) -> str:
+        return f"{self.label}: {text}" if self.label else text
 
 
 class Cancelled(Exception):

@@ -9,9 +9,8 @@ from typing import Any
 
 from modelworks.core.errors import InvalidInput
 from modelworks.core.specs import Gate
-from modelworks.core.tasks import ANOMALY, CLASSIFICATION, KINDS, RECOMMENDATION, REGRESSION, base_of, named
+from modelworks.core.tasks import ANOMALY, CLASSIFICATION, FORECAST, KINDS, RECOMMENDATION, REGRESSION, base_of, named
 
-FORECAST = "forecast"
 _FOUND = (CLASSIFICATION, ANOMALY)
 
 

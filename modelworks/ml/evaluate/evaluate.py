@@ -14,20 +14,16 @@ from modelworks.core.specs import EvaluationSpec, TrainingSpec
 from modelworks.core.tasks import CLASSIFICATION, REGRESSION, base_of
 from modelworks.core.types import Column
 from modelworks.ml.base import JobContext
-from modelworks.ml.evaluate.catalogue import FORECAST, check_metrics, gate_results
+from modelworks.ml.evaluate.catalogue import check_metrics, gate_results
 from modelworks.ml.evaluate.compare import compare
 from modelworks.ml.evaluate.folds import kept, predict_folds, summarise
 from modelworks.ml.evaluate.inputs import coerce
 from modelworks.ml.evaluate.metrics import Predictions
 from modelworks.ml.evaluate.slices import measure
 from modelworks.ml.evaluate.splits import Plan, describe_method
-from modelworks.ml.forecast.forecasting import describe as describe_forecast
-from modelworks.ml.forecast.forecasting import on_series
-from modelworks.ml.forecast.series import read_series
 from modelworks.ml.package import Manifest, Package
 from modelworks.ml.runtimes.registry import RUNTIMES
 from modelworks.ml.train.algorithms import COURSES
-from modelworks.ml.train.checks import find
 from modelworks.ml.train.course import Course
 from modelworks.ml.train.problem import Problem, divide, pose, pose_test, target_column
 from modelworks.ml.train.rows import split_leading
@@ -67,7 +63,7 @@ def evaluate(
     enforced. InvalidInput when the model cannot be evaluated this way.
     """
     task = base_of(package.manifest.task)
-    if task not in (CLASSIFICATION, REGRESSION, FORECAST) and task not in COURSES:
+    if task not in (CLASSIFICATION, REGRESSION) and task not in COURSES:
         raise InvalidInput(
             f"a model of task {package.manifest.task!r} cannot be evaluated on a table yet; tabular ones can", param="model"
         )
@@ -88,15 +84,15 @@ def evaluate(
     ]
     metrics, details = summarise(task, sides[0], wanted, package.manifest.classes, spec.seed)
     details |= {"splitter": made.splitter, "notes": [*made.notes, *details["notes"]]}
-    if problem is not None and problem.series is not None:
-        details |= describe_forecast(problem, made.parts, sides[0], wanted)
+    if isinstance(problem, Course):
+        details |= problem.details(made.parts, sides[0], wanted)
     if other is not None:
         details["comparison"] = {"with": spec.compare} | compare(
             task, sides[0], sides[1], wanted, spec.seed, [len(train) for train, _ in made.parts]
         )
-    if spec.slices and problem is not None and problem.series is not None and problem.series.resampled:
-        raise InvalidInput("the steps of a resampled series are no rows of the dataset; leave slices out", param="slices")
     if spec.slices:
+        if isinstance(problem, Course):
+            problem.check_slices()
         whole = Predictions.join(sides[0])
         details["slices"] = measure(task, spec.slices, whole, table, columns, wanted, spec.seed)
     if spec.gates:
@@ -143,8 +139,6 @@ def _check_pair(model: Manifest, other: Manifest) -> None:
 def _answer(package: Package, table: pa.Table, columns: Sequence[Column], ctx: JobContext, end: float) -> Predictions:
     """What the packaged graph itself says about a test set."""
     manifest = package.manifest
-    if manifest.task == FORECAST:
-        return _answer_series(package, table, columns, ctx, end)
     if manifest.task in COURSES:
         posed = _pose(package, table, columns)
         assert isinstance(posed, Course)
@@ -176,17 +170,6 @@ def _answer(package: Package, table: pa.Table, columns: Sequence[Column], ctx: J
     return Predictions(test.rows, test.target[test.rows], np.concatenate(outputs).astype(np.float64))
 
 
-def _answer_series(
-    package: Package, table: pa.Table, columns: Sequence[Column], ctx: JobContext, end: float
-) -> Predictions:
-    spec = _recorded(package.manifest)
-    time, target = (find(columns, str(name), "dataset") for name in (spec.time, spec.target))
-    series = read_series(table, time, target, spec.transforms)
-    found = on_series(package, series.values, series.order, ctx.threads)
-    ctx.progress(end, "testing")
-    return found
-
-
 def _retrain(
     spec: EvaluationSpec,
     sides: Sequence[Package],
@@ -216,16 +199,13 @@ def _pose(package: Package, table: pa.Table, columns: Sequence[Column]) -> Probl
     """The recorded problem over a dataset, whose columns are read in the types that the model was trained on."""
     manifest = package.manifest
     recorded = _recorded(manifest).model_copy(update={"validation": None})
-    if manifest.task == FORECAST:
-        typed = [find(columns, str(name), "dataset") for name in (recorded.time, recorded.target)]
-        return pose(table, typed, recorded)
     known = {spec.name: spec.column for spec in manifest.signature.inputs if spec.column}
     if manifest.classes is not None:
         known[recorded.target] = target_column(recorded.target, manifest.classes).type
     typed = [
         column.model_copy(update={"type": known.get(column.name, column.type)})
         for column in columns
-        if column.name in {*(recorded.features or known), recorded.target}
+        if column.name in {*(recorded.features or known), recorded.target, recorded.time}
     ]
     problem = pose(coerce(table, typed), typed, recorded)
     if problem.classes != manifest.classes:

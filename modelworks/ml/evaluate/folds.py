@@ -21,7 +21,6 @@ from modelworks.ml.evaluate.calibration import calibration, thresholds
 from modelworks.ml.evaluate.intervals import LEVEL, over_folds, over_rows
 from modelworks.ml.evaluate.metrics import Predictions
 from modelworks.ml.evaluate.splits import Plan
-from modelworks.ml.forecast.forecasting import forecast
 from modelworks.ml.train.course import Course
 from modelworks.ml.train.fit import Span, fit
 from modelworks.ml.train.problem import Problem, class_text
@@ -83,8 +82,6 @@ def predict_folds(
 
 
 def _predict(problem: Problem, train: np.ndarray, test: np.ndarray, ctx: Span) -> Predictions:
-    if problem.series is not None:
-        return forecast(problem, train, test, ctx)
     if isinstance(problem, Course):
         return problem.judge(problem.learn(train, ctx), test)
     model = fit(problem, train, ctx)

@@ -1,1 +1,1 @@
-"""Forecasts of a series from its own past: windows, the two baselines, rolling origins, and the package."""
+"""Series: read from tables, cut into windows; the two baselines, rolling origins."""

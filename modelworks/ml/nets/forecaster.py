@@ -16,11 +16,11 @@ import numpy as np
 
 from modelworks.core.errors import ModelworksError
 from modelworks.core.specs import Stopping
+from modelworks.core.tasks import FORECAST
 from modelworks.ml import graph as onnx_graph
 from modelworks.ml.base import JobContext
 from modelworks.ml.forecast.windows import Frame, Ridge, ridge
 from modelworks.ml.nets.params import ForecasterParams
-from modelworks.ml.train.algorithms import FORECAST
 
 if TYPE_CHECKING:
     import onnx

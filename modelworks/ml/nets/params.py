@@ -125,8 +125,7 @@ class MultimodalParams(NetParams):
 
     @model_validator(mode="after")
     def _fits(self) -> MultimodalParams:
-        if self.width % self.heads:
-            raise ValueError("heads must divide width")
+        _heads_divide(self.width, self.heads)
         if self.kernel % 2 == 0:
             raise ValueError("kernel must be odd")
         return self
@@ -146,10 +145,6 @@ class PretrainedParams(NetParams):
     dropout: float = Field(0.3, ge=0, lt=1, description="share of units left out before each layer of the head")
     fine_tune: int = Field(0, ge=0, le=1000, description="passes after that, in which the backbone learns too; 0: it stays")
     fine_tune_rate: float = Field(2e-5, gt=0, le=1, description="learning rate of those passes, rising and then falling")
-
-
-class TextClassifierParams(PretrainedParams):
-    pass
 
 
 class ImageClassifierParams(PretrainedParams):
@@ -187,8 +182,7 @@ class TransformerParams(SequenceParams):
 
     @model_validator(mode="after")
     def _divides(self) -> TransformerParams:
-        if self.width % self.heads:
-            raise ValueError("heads must divide width")
+        _heads_divide(self.width, self.heads)
         return self
 
 
@@ -221,3 +215,8 @@ class ForecasterParams(NetParams):
         1e-3, ge=0, le=1e6, description="L2 penalty on the weights; decoupled (weight decay) with adamw",
         json_schema_extra={"search": {"low": 1e-4, "high": 1.0, "log": True}},
     )  # fmt: skip
+
+
+def _heads_divide(width: int, heads: int) -> None:
+    if width % heads:
+        raise ValueError("heads must divide width")

@@ -12,9 +12,9 @@ from modelworks.core.errors import InvalidInput
 from modelworks.core.specs import Stopping, TransformSpec
 from modelworks.core.tasks import CLASSIFICATION
 from modelworks.core.types import Column
-from modelworks.ml.base import Examples, JobContext, Models
+from modelworks.ml.base import Examples, JobContext, Models, Part
 from modelworks.ml.data.transforms.host import TOKENS_AT_ONCE
-from modelworks.ml.nets.params import ImageClassifierParams, PretrainedParams, TextClassifierParams
+from modelworks.ml.nets.params import ImageClassifierParams, PretrainedParams
 from modelworks.ml.nets.sequences import alone
 from modelworks.ml.nets.trainer import NetTrainer, set_aside, set_up
 
@@ -84,7 +84,6 @@ class TextClassifier(Pretrained):
     tokens: ClassVar[bool] = True
     reads: ClassVar[tuple[str, ...]] = ("text",)
     backbone: ClassVar[str] = "embedding"
-    Params: ClassVar[type[TextClassifierParams]] = TextClassifierParams
 
     def front(self, examples: Examples, params: Any, models: Models) -> tuple[torch.nn.Module, int]:
         from modelworks.ml.nets.backbone import text_backbone
@@ -187,30 +186,12 @@ def _head(vectors: np.ndarray, outputs: int, params: Any) -> torch.nn.Module:
     return nn.Sequential(*parts, nn.Dropout(params.dropout), nn.Linear(width, outputs))
 
 
-class Stage:
-    """A JobContext for a part of one training: its own share of the progress, its own checkpoints, the curve going on."""
+class Stage(Part):
+    """A part of one training, whose curve goes on where the last one ended."""
 
     def __init__(self, ctx: JobContext, name: str, start: float, end: float, epochs: int = 0) -> None:
-        self._ctx, self._name, self._start, self._end, self._epochs = ctx, name, start, end, epochs
-        self.seed, self.threads, self.workdir, self.only = ctx.seed, ctx.threads, ctx.workdir, ctx.only
-
-    def progress(self, fraction: float, stage: str, **metrics: Any) -> None:
-        self._ctx.progress(self._start + (self._end - self._start) * fraction, f"{self._name}: {stage}", **metrics)
-
-    def event(self, kind: str, message: str, **data: Any) -> None:
-        self._ctx.event(kind, f"{self._name}: {message}", **data)
+        super().__init__(ctx, start, end, name)
+        self._epochs = epochs
 
     def metric(self, step: int, values: Mapping[str, float], *, unit: str = "epoch", part: str = "") -> None:
-        self._ctx.metric(step + self._epochs, values, unit=unit, part=part)
-
-    def spread(self, names: Any, parallel: int | None, seconds: float) -> None:
-        self._ctx.spread(names, parallel, seconds)
-
-    def checkpoint(self, name: str, data: bytes) -> None:
-        self._ctx.checkpoint(f"{self._name}: {name}", data)
-
-    def restore(self, name: str) -> bytes | None:
-        return self._ctx.restore(f"{self._name}: {name}")
-
-    def model(self, ref: str) -> Any:
-        return self._ctx.model(ref)
+        self.ctx.metric(step + self._epochs, values, unit=unit, part=part)

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from modelworks.core.specs import Method, SearchSpec, TrainingSpec
 from modelworks.core.types import Column
-from modelworks.ml.base import JobContext
+from modelworks.ml.base import JobContext, Relay
 from modelworks.ml.evaluate import metrics as m
 from modelworks.ml.evaluate.folds import predict_folds
 from modelworks.ml.evaluate.intervals import over_folds
 from modelworks.ml.evaluate.splits import Plan
-from modelworks.ml.package import Package
 from modelworks.ml.search.sampler import Pruner, Tried
 from modelworks.ml.train.problem import Problem, divide, pose
 
@@ -82,12 +80,12 @@ def _inner_plan(
     return divide(problem, method.model_copy(update={"parallel": 1}), table, columns, spec.seed, rows)
 
 
-class _Watch:
+class _Watch(Relay):
     """The job's context; tells the pruner of folds, or of the first fold's epochs where the trainer reports `val_METRIC`."""
 
     def __init__(self, ctx: JobContext, metric: str, pruner: Pruner, total: int) -> None:
-        self._ctx, self._metric, self._pruner, self._total = ctx, metric, pruner, total
-        self.seed, self.threads, self.workdir, self.only = ctx.seed, ctx.threads, Path(ctx.workdir), ctx.only
+        super().__init__(ctx)
+        self._metric, self._pruner, self._total = metric, pruner, total
         self.folds: list[float] = []
         self.steps: dict[int, float] = {}
         self._by_epoch = False
@@ -100,7 +98,7 @@ class _Watch:
         return {"steps": self.steps, "attributes": self._pruner.attributes}
 
     def metric(self, step: int, values: Mapping[str, float], *, unit: str = "epoch", part: str = "") -> None:
-        self._ctx.metric(step, values, unit=unit, part=part)
+        super().metric(step, values, unit=unit, part=part)
         if unit == "fold" and self._metric in values:
             self.folds.append(values[self._metric])
             if not self._by_epoch:
@@ -114,20 +112,5 @@ class _Watch:
         if self._pruner.behind(step, value) and not last:
             raise _Behind
 
-    def progress(self, fraction: float, stage: str, **metrics: Any) -> None:
-        self._ctx.progress(fraction, stage, **metrics)
-
-    def event(self, kind: str, message: str, **data: Any) -> None:
-        self._ctx.event(kind, message, **data)
-
     def spread(self, names: Sequence[str], parallel: int | None, seconds: float) -> None:
         """A trial is a part itself."""
-
-    def checkpoint(self, name: str, data: bytes) -> None:
-        self._ctx.checkpoint(name, data)
-
-    def restore(self, name: str) -> bytes | None:
-        return self._ctx.restore(name)
-
-    def model(self, ref: str) -> Package:
-        return self._ctx.model(ref)

@@ -11,10 +11,9 @@ from pydantic import BaseModel, ValidationError
 
 from modelworks.core.errors import InvalidInput
 from modelworks.core.registry import Registry
-from modelworks.core.tasks import ANOMALY, RECOMMENDATION, named
+from modelworks.core.tasks import ANOMALY, FORECAST, RECOMMENDATION, named
 from modelworks.ml.base import Trainer
 
-FORECAST = "forecast"  # of a series, from its own past
 AUTO = "auto"  # in place of an algorithm: the best of those that fit the task
 
 TRAINERS: Registry[type[Trainer]] = Registry(
@@ -47,6 +46,7 @@ COURSES: Registry[Any] = Registry(
     "task",
     {
         ANOMALY: "modelworks.ml.train.anomaly:Anomaly",
+        FORECAST: "modelworks.ml.train.forecasting:Forecast",
         RECOMMENDATION: "modelworks.ml.train.recommendation:Recommendation",
     },
 )

@@ -107,14 +107,17 @@ class Anomaly(Course):
     def _said(self, rows: np.ndarray, score: np.ndarray, flag: np.ndarray) -> Predictions:
         return Predictions(rows, self.target[rows], np.column_stack([score, flag.astype(np.float64)]))
 
-    def details(self, whole: Predictions) -> dict[str, Any]:
-        found: dict[str, Any] = {
+    def details(
+        self, parts: Sequence[tuple[np.ndarray, np.ndarray]], found: Sequence[Predictions], wanted: Sequence[str]
+    ) -> dict[str, Any]:
+        whole = Predictions.join(found)
+        made: dict[str, Any] = {
             "score_quantiles": {f"{q:g}": float(np.quantile(whole.output[:, 0], q)) for q in (0, 0.25, 0.5, 0.75, 0.95, 0.99, 1)}
         }
         known = whole.true >= 0
         if known.any():
-            found["labelled"] = {"rows": int(known.sum()), "anomalies": int((whole.true == 1).sum())}
-        return found
+            made["labelled"] = {"rows": int(known.sum()), "anomalies": int((whole.true == 1).sum())}
+        return made
 
     def package(
         self, model: Model, metrics: dict[str, Any], lineage: dict[str, Any], workdir: Path, threads: int
@@ -161,7 +164,6 @@ def flagged(model: Any, score: np.ndarray) -> np.ndarray:
 
 def _threshold(model: Any) -> float:
     return float(model.fitted.threshold)
-
 
 
 def _known(values: np.ndarray, label: Column, positive: str | None) -> np.ndarray:

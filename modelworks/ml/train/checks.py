@@ -5,15 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from pydantic import ValidationError
-
 from modelworks.core.errors import InvalidInput
-from modelworks.core.specs import DatasetEdit, Method, TrainingSpec
-from modelworks.core.tasks import CLASSIFICATION, REGRESSION, base_of, kind_of, named
+from modelworks.core.specs import Method, TrainingSpec
+from modelworks.core.tasks import CLASSIFICATION, FORECAST, REGRESSION, base_of, kind_of, named
 from modelworks.core.types import Column
 from modelworks.ml.data.transforms.catalogue import check_transforms
 from modelworks.ml.evaluate.catalogue import check_metrics
-from modelworks.ml.train.algorithms import AUTO, FORECAST, TRAINERS, check_hyperparameters, course_of
+from modelworks.ml.train.algorithms import AUTO, TRAINERS, check_hyperparameters, course_of
 
 _TASK_OF_TYPE = {"category": CLASSIFICATION, "boolean": CLASSIFICATION, "text": CLASSIFICATION, "number": REGRESSION}
 _SHOWN = 30
@@ -30,8 +28,6 @@ def check_training(spec: TrainingSpec, columns: Sequence[Column]) -> TrainingSpe
     if not spec.target:
         raise InvalidInput("name the column to predict in 'target'", code="no_target", param="target")
     target = find(columns, spec.target, "target")
-    if is_forecast(spec):
-        return _check_forecast(spec, columns, target)
     if spec.time is not None:
         raise InvalidInput(
             f"{spec.algorithm} does not forecast; leave time out, or give it in validation to split along it", param="time"
@@ -57,40 +53,6 @@ def check_training(spec: TrainingSpec, columns: Sequence[Column]) -> TrainingSpe
             "transforms": None if spec.transforms is None else check_transforms(spec.transforms),
         }
     )
-
-
-def is_forecast(spec: TrainingSpec) -> bool:
-    return spec.algorithm != AUTO and FORECAST in TRAINERS.get(spec.algorithm).tasks
-
-
-def _check_forecast(spec: TrainingSpec, columns: Sequence[Column], target: Column) -> TrainingSpec:
-    """As `check_training`: a series is its time and its target, and nothing else is learned from."""
-    task_of(spec, target)
-    time = spec.time or (spec.validation.time if spec.validation else None)
-    if time is None:
-        raise InvalidInput("a forecast needs time: the column that the series runs along", code="missing_time", param="time")
-    check_method(Method(holdout=0.5, time=time), columns, spec.target)
-    if spec.features:
-        raise InvalidInput(f"{spec.algorithm} learns from the target's own past; leave features out", param="features")
-    method = spec.validation
-    if method and (method.group or method.split or method.stratify or method.repeats > 1 or method.time not in (None, time)):
-        raise InvalidInput("a forecast is validated along its time: give holdout or kfold alone", param="validation")
-    check_metrics(FORECAST, spec.metrics, spec.gates)
-    if spec.stopping and spec.stopping.metric != "loss":
-        raise InvalidInput("a forecaster stops by its loss; leave metric out", param="stopping.metric")
-    for index, step in enumerate(spec.transforms or []):
-        if step.op != "resample" or index:
-            raise InvalidInput(
-                'a forecast takes one transform, {"op": "resample", "every": "1 day", "how": "mean", "fill": "previous"}',
-                param=f"transforms[{index}]",
-            )
-        try:
-            DatasetEdit(op="resample", time=time, **step.params)
-        except (ValidationError, TypeError) as error:
-            why = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
-            raise InvalidInput(f"resample: {why}", param=f"transforms[{index}]") from None
-    given = check_hyperparameters(spec.algorithm, spec.hyperparameters)
-    return spec.model_copy(update={"hyperparameters": given, "task": FORECAST, "features": [], "time": time})
 
 
 def check_stopping(spec: TrainingSpec, task: str | None) -> None:

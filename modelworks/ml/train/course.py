@@ -94,13 +94,18 @@ class Course(Problem):
     ) -> tuple[Manifest, dict[str, bytes]]:
         """The manifest and its files, proven to answer as the model does."""
 
-    @abstractmethod
     def read(self, outputs: dict[str, np.ndarray], rows: np.ndarray) -> Predictions:
-        """What a package's `outputs` say of `rows`: as `judge`, for a model that is there already."""
+        """What a package's `outputs` say of `rows`: as `judge`, for a model that is there already. For `answered`."""
+        raise NotImplementedError
 
-    def details(self, whole: Predictions) -> dict[str, Any]:
-        """What a report shows beside the metrics."""
+    def details(
+        self, parts: Sequence[tuple[np.ndarray, np.ndarray]], found: Sequence[Predictions], wanted: Sequence[str]
+    ) -> dict[str, Any]:
+        """What a report shows beside the metrics. `parts`: (trained, tested); `found`: what was said of each."""
         return {}
+
+    def check_slices(self) -> None:
+        """InvalidInput when its rows are none of the dataset's, which slices are cut from."""
 
     def answered(self, package: Package, ctx: JobContext, end: float) -> Predictions:
         """What a package says of all rows of this problem."""
@@ -114,6 +119,11 @@ class Course(Problem):
             ctx.progress(end * min(1.0, (start + _CHUNK) / len(self.rows)), "testing")
         runtime.close()
         return self.read({name: np.concatenate([part[name] for part in parts]) for name in parts[0]}, self.rows)
+
+    def named(self) -> dict[str, Any]:
+        """What a manifest says of every course."""
+        spec = self.spec
+        return {"task": self.kind, "algorithm": spec.algorithm, "licence": spec.licence, "description": spec.description}
 
     @property
     def params(self) -> Any:

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from modelworks.core.errors import InvalidInput
 from modelworks.core.specs import TransformSpec
-from modelworks.ml.base import Fitted, JobContext
+from modelworks.ml.base import Fitted, JobContext, Part
 from modelworks.ml.data.transforms.preparation import Preparation
 from modelworks.ml.nets.examples import MemoryExamples
 from modelworks.ml.train.algorithms import TRAINERS
@@ -20,58 +19,26 @@ from modelworks.ml.train.problem import Problem
 
 if TYPE_CHECKING:
     from modelworks.ml.base import Batch
-    from modelworks.ml.package import Package
 
 _EVERY = 0.25  # seconds between two reports of progress
 
 
-@dataclass
-class Span:
-    """A JobContext for a part of a job: fractions are mapped to [start, end], and reports are thinned out."""
+class Span(Part):
+    """A part of a job with a seed of its own, whose reports are thinned out."""
 
-    ctx: JobContext
-    start: float
-    end: float
-    seed: int
-    label: str = ""
-    threads: int = field(init=False)
-    workdir: Path = field(init=False)
-    only: str | None = field(init=False, default=None)
-    _last: float = field(init=False, default=0.0)
-
-    def __post_init__(self) -> None:
-        self.threads, self.workdir, self.only = self.ctx.threads, self.ctx.workdir, self.ctx.only
+    def __init__(self, ctx: JobContext, start: float, end: float, seed: int, label: str = "") -> None:
+        super().__init__(ctx, start, end, label)
+        self.seed = seed
+        self._last = 0.0
 
     def progress(self, fraction: float, stage: str, **metrics: Any) -> None:
         now = time.monotonic()
         if now - self._last >= _EVERY:
             self._last = now
-            self.ctx.progress(
-                self.start + (self.end - self.start) * fraction,
-                f"{self.label}: {stage}" if self.label else stage,
-                **metrics,
-            )
-
-    def event(self, kind: str, message: str, **data: Any) -> None:
-        self.ctx.event(kind, f"{self.label}: {message}" if self.label else message, **data)
+            super().progress(fraction, stage, **metrics)
 
     def metric(self, step: int, values: Mapping[str, float], *, unit: str = "epoch", part: str = "") -> None:
         self.ctx.metric(step, values, unit=unit, part=part or self.label)
-
-    def spread(self, names: Sequence[str], parallel: int | None, seconds: float) -> None:
-        self.ctx.spread(names, parallel, seconds)
-
-    def checkpoint(self, name: str, data: bytes) -> None:
-        self.ctx.checkpoint(self._own(name), data)
-
-    def restore(self, name: str) -> bytes | None:
-        return self.ctx.restore(self._own(name))
-
-    def model(self, ref: str) -> Package:
-        return self.ctx.model(ref)
-
-    def _own(self, name: str) -> str:
-        return f"{self.label}: {name}" if self.label else name
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,6 @@ alike.
 
 from __future__ import annotations
 
-import hashlib
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,14 +20,15 @@ from modelworks.ml.data.transforms.rows import missing_mask
 from modelworks.ml.data.types import batch_to_rows, signature_inputs
 from modelworks.ml.evaluate.metrics import labels
 from modelworks.ml.graph import compose, to_bytes
-from modelworks.ml.package import Manifest, Package, PackageFile, ParitySamples
-from modelworks.ml.runtimes.onnx import MODEL_FILE, OnnxRuntime
-from modelworks.ml.runtimes.parity import difference, replay_parity
+from modelworks.ml.package import Manifest, ParitySamples
+from modelworks.ml.runtimes.onnx import OnnxRuntime
+from modelworks.ml.runtimes.parity import difference
 from modelworks.ml.train.algorithms import TRAINERS, reads
 from modelworks.ml.train.anomaly import Anomaly
 from modelworks.ml.train.fit import Model
 from modelworks.ml.train.fitted import with_label
 from modelworks.ml.train.problem import Problem, class_text
+from modelworks.ml.train.seal import seal
 
 if TYPE_CHECKING:
     from modelworks.ml.base import Batch
@@ -81,33 +81,24 @@ def package(
 
     ModelworksError when the graph does not answer as training did on every row of the data.
     """
-    graph = write_graph(problem, model)
-    digest = hashlib.sha256(graph).hexdigest()
     spec, signature = problem.spec, signature_of(problem, model)
-    manifest = Manifest(
+
+    def prove(runtime: OnnxRuntime, manifest: Manifest) -> ParitySamples:
+        check_every_row(problem, model, runtime, manifest)
+        return parity_samples(problem, model, manifest)
+
+    return seal(
+        write_graph(problem, model), prove, workdir, threads,
         task=task_name(problem, signature),
         algorithm=spec.algorithm,
         signature=signature,
         classes=problem.classes,
         host_transforms=model.preparation.host,
-        files={MODEL_FILE: PackageFile(digest=digest, size=len(graph))},
         lineage=lineage,
         metrics=metrics,
         licence=spec.licence,
         description=spec.description,
-    )
-    path = workdir / f"{digest}.onnx"
-    path.write_bytes(graph)
-    try:
-        runtime = OnnxRuntime()
-        runtime.load(Package(manifest, lambda _: path), threads)
-        check_every_row(problem, model, runtime, manifest)
-        manifest = manifest.model_copy(update={"parity": parity_samples(problem, model, manifest)})
-        replay_parity(Package(manifest, lambda _: path), runtime)
-        runtime.close()
-    finally:
-        path.unlink()
-    return manifest, {MODEL_FILE: graph}
+    )  # fmt: skip
 
 
 def training_side(problem: Problem, model: Model, part: Batch) -> dict[str, np.ndarray]:

@@ -17,10 +17,8 @@ from modelworks.ml.data.transforms.rows import missing_mask
 from modelworks.ml.data.types import to_batch
 from modelworks.ml.evaluate.inputs import coerce
 from modelworks.ml.evaluate.splits import ASIDE, TEST, TRAIN, Plan, plan
-from modelworks.ml.forecast.series import Series, read_series
-from modelworks.ml.forecast.windows import horizon_of
-from modelworks.ml.train.algorithms import FORECAST, course_of
-from modelworks.ml.train.checks import check_method, check_training, feature_columns, find, is_forecast, task_of
+from modelworks.ml.train.algorithms import course_of
+from modelworks.ml.train.checks import check_method, check_training, feature_columns, find, task_of
 from modelworks.ml.train.rows import kept_rows, split_leading
 
 if TYPE_CHECKING:
@@ -50,8 +48,6 @@ class Problem:
     transforms: list[TransformSpec] | None
     stored: StoredTable | None = None
     """The rows, where they are not in memory; `batch` is then empty."""
-    series: Series | None = None
-    """Of a forecast: `rows` are then in order of time, and there are no features."""
 
     def part(self, rows: np.ndarray) -> Batch:
         """The features of `rows`."""
@@ -59,11 +55,9 @@ class Problem:
             return self.stored.batch(self.columns, rows)
         return {column.name: self.batch[column.name][rows] for column in self.columns}
 
-    def split(
-        self, method: Method, rows: np.ndarray, along: np.ndarray | None, seed: int, ahead: int | None = None
-    ) -> Plan:
-        """Which of `rows` train and which test."""
-        return plan(method, self.task, rows, self.target, along, seed, ahead=ahead)
+    def split(self, method: Method, rows: np.ndarray, along: np.ndarray | None, seed: int) -> Plan:
+        """Which of `rows` train and which test. `along`: what the method's column says of each (`split_values`)."""
+        return plan(method, self.task, rows, self.target, along, seed)
 
     def portions(self, rows: np.ndarray, size: int) -> Iterator[tuple[np.ndarray, Batch]]:
         """(some of `rows`, their features) until all were there; of stored data in the order in which they lie."""
@@ -90,8 +84,6 @@ def pose(table: pa.Table | StoredTable, columns: Sequence[Column], spec: Trainin
     InvalidInput for what cannot be learned, before any fit.
     """
     spec = check_training(spec, columns)
-    if is_forecast(spec):
-        return _pose_series(table, columns, spec)
     if (course := course_of(spec.algorithm)) is not None:
         posed: Problem = course.pose(table, columns, spec)
         return posed
@@ -121,12 +113,6 @@ def pose(table: pa.Table | StoredTable, columns: Sequence[Column], spec: Trainin
     return Problem(spec, task, features, batch, rows, encoded, classes, rest)
 
 
-def _pose_series(table: pa.Table | StoredTable, columns: Sequence[Column], spec: TrainingSpec) -> Problem:
-    time, target = find(columns, str(spec.time), "time"), find(columns, spec.target, "target")
-    series = read_series(table, time, target, spec.transforms)
-    return Problem(spec, FORECAST, [], {}, series.order, series.values, None, None, series=series)
-
-
 def divide(
     problem: Problem,
     method: Method,
@@ -135,18 +121,9 @@ def divide(
     seed: int,
     rows: np.ndarray | None = None,
 ) -> Plan:
-    """How `method` divides the problem's rows, or some of them. Of a series along its time: the tail, or as folds the last
-    horizons, each forecast from all before it.
-    """
-    ahead: int | None = None
-    along: np.ndarray | None
-    if problem.series is not None:
-        method, along = method.model_copy(update={"time": problem.series.time}), problem.series.along
-        ahead = horizon_of(problem.spec.hyperparameters)
-    else:
-        along = split_values(table, columns, method, problem.spec.target)
-    chosen = problem.rows if rows is None else rows
-    return problem.split(method, chosen, along, seed, ahead)
+    """How `method` divides the problem's rows, or some of them."""
+    along = split_values(table, columns, method, problem.spec.target)
+    return problem.split(method, problem.rows if rows is None else rows, along, seed)
 
 
 def _pose_stored(table: StoredTable, columns: Sequence[Column], spec: TrainingSpec) -> Problem:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +20,7 @@ from modelworks.ml.data.types import batch_to_rows
 from modelworks.ml.evaluate.metrics import Predictions
 from modelworks.ml.evaluate.splits import Plan
 from modelworks.ml.nets.recommender import Factors, Recommender
-from modelworks.ml.package import Manifest, Package, PackageFile, ParitySamples
+from modelworks.ml.package import Manifest, ParitySamples
 from modelworks.ml.train.algorithms import check_hyperparameters
 from modelworks.ml.train.checks import find
 from modelworks.ml.train.course import Course, mismatch
@@ -134,11 +133,9 @@ class Recommendation(Course):
     def clicks(self) -> bool:
         return not self.spec.target
 
-    def split(
-        self, method: Method, rows: np.ndarray, along: np.ndarray | None, seed: int, ahead: int | None = None
-    ) -> Plan:
+    def split(self, method: Method, rows: np.ndarray, along: np.ndarray | None, seed: int) -> Plan:
         if not method.last:
-            return super().split(method, rows, along, seed, ahead)
+            return super().split(method, rows, along, seed)
         ordered = rows[np.lexsort((self.order[rows], self._of("user")[rows]))]
         users = self._of("user")[ordered]
         counts = np.bincount(users)[users]
@@ -231,37 +228,24 @@ class Recommendation(Course):
             found[column.name] = np.array(values, dtype=np.int64 if column.type == "integer" else object)
         return found
 
-    def details(self, whole: Predictions) -> dict[str, Any]:
+    def details(
+        self, parts: Sequence[tuple[np.ndarray, np.ndarray]], found: Sequence[Predictions], wanted: Sequence[str]
+    ) -> dict[str, Any]:
         return {
             "users": len(self.names["user"]), "items": len(self.names["item"]), "rows": len(self.rows),
-            "top_k": int(whole.output[0, 3]), "feedback": "clicks" if self.clicks else "ratings",
+            "top_k": int(found[0].output[0, 3]), "feedback": "clicks" if self.clicks else "ratings",
         }  # fmt: skip
 
     def package(
         self, model: Taste, metrics: dict[str, Any], lineage: dict[str, Any], workdir: Path, threads: int
     ) -> tuple[Manifest, dict[str, bytes]]:
-        from modelworks.ml.runtimes.onnx import MODEL_FILE, OnnxRuntime
-        from modelworks.ml.runtimes.parity import replay_parity
         from modelworks.ml.train.recommending import graph_of
+        from modelworks.ml.train.seal import seal
 
-        data = graph_of(self, model)
-        digest = hashlib.sha256(data).hexdigest()
-        manifest = Manifest(
-            task=self.kind, algorithm=self.spec.algorithm, signature=self._signature(model),
-            files={MODEL_FILE: PackageFile(digest=digest, size=len(data))}, lineage=lineage, metrics=metrics,
-            licence=self.spec.licence, description=self.spec.description,
+        return seal(
+            graph_of(self, model), lambda runtime, manifest: self._samples(model, manifest, runtime), workdir, threads,
+            signature=self._signature(model), lineage=lineage, metrics=metrics, **self.named(),
         )  # fmt: skip
-        path = workdir / f"{digest}.onnx"
-        path.write_bytes(data)
-        try:
-            runtime = OnnxRuntime()
-            runtime.load(Package(manifest, lambda _: path), threads)
-            manifest = manifest.model_copy(update={"parity": self._samples(model, manifest, runtime)})
-            replay_parity(Package(manifest, lambda _: path), runtime)
-            runtime.close()
-        finally:
-            path.unlink()
-        return manifest, {MODEL_FILE: data}
 
     def _signature(self, model: Taste) -> Signature:
         inputs = [

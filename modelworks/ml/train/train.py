@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from modelworks.core.errors import InvalidInput
 from modelworks.core.specs import Gate, Method, TrainingSpec
 from modelworks.core.types import Column
-from modelworks.ml.base import JobContext
+from modelworks.ml.base import JobContext, Relay
 from modelworks.ml.evaluate.calibration import choose_threshold
 from modelworks.ml.evaluate.catalogue import check_metrics, failed_gate, gate_results
 from modelworks.ml.evaluate.folds import kept, predict_folds, summarise
 from modelworks.ml.evaluate.metrics import Predictions, score
 from modelworks.ml.evaluate.slices import measure
 from modelworks.ml.evaluate.splits import Plan, describe_method
-from modelworks.ml.forecast import forecasting
-from modelworks.ml.forecast.forecasting import describe as describe_forecast
-from modelworks.ml.package import Manifest, Package
+from modelworks.ml.package import Manifest
 from modelworks.ml.train.course import Course
 from modelworks.ml.train.fit import Span, fit
 from modelworks.ml.train.packaging import lineage_of, package
@@ -79,10 +77,6 @@ def train(
         lineage["search"] = {
             name: searched[name] for name in ("metric", "trials", "parallel", "space", "best", "reported")
         }
-    if problem.series is not None:
-        series_model = forecasting.learn(problem, problem.rows, final)
-        made = forecasting.package(problem, series_model, report["metrics"], lineage, ctx.workdir, ctx.threads)
-        return Trained(*made, report, list(listening.warnings))
     if isinstance(problem, Course):
         learnt = problem.learn(problem.rows, final)
         made = problem.package(learnt, report["metrics"], lineage, ctx.workdir, ctx.threads)
@@ -126,7 +120,7 @@ def _validate(
     found, chosen = choose_threshold(problem.spec.threshold, found, problem.classes)
     metrics, details = summarise(problem.task, found, wanted, problem.classes, problem.spec.seed)
     if isinstance(problem, Course):
-        details |= problem.details(Predictions.join(found))
+        details |= problem.details(made.parts, found, wanted)
     details |= {"splitter": made.splitter, "notes": [*made.notes, *details["notes"]]}
     if chosen:
         details["threshold"] = chosen
@@ -134,8 +128,6 @@ def _validate(
     if problem.spec.slices:
         tested = test_table if test_table is not None else table
         details["slices"] = measure_slices(problem, found, tested, columns, wanted)
-    if problem.series is not None:
-        details |= describe_forecast(problem, made.parts, found, wanted)
     if problem.spec.gates:
         details["gates"] = gate_results(problem.spec.gates, metrics)
     predictions = kept(found, problem.spec.seed)
@@ -149,18 +141,12 @@ def measure_slices(
     columns: Sequence[Column],
     wanted: list[str],
 ) -> list[dict[str, Any]]:
-    if problem.series is not None and problem.series.resampled:
-        raise InvalidInput("the steps of a resampled series are no rows of the dataset; leave slices out", param="slices")
+    if isinstance(problem, Course):
+        problem.check_slices()
     return measure(problem.task, problem.spec.slices, Predictions.join(found), table, columns, wanted, problem.spec.seed)
 
 
 def _on_test(problem: Problem, test_table: pa.Table, ctx: JobContext) -> Predictions:
-    if problem.series is not None:
-        raise InvalidInput(
-            "a forecast is validated on the tail of its own series: give holdout or kfold; evaluate the model on another "
-            "series with POST /api/v1/evaluations",
-            param="validation.test",
-        )
     if isinstance(problem, Course):
         other = problem.again(test_table)
         return other.judge(problem.learn(problem.rows, Span(ctx, 0.0, 0.8, problem.spec.seed, "test")), other.rows)
@@ -194,33 +180,14 @@ def check_gates(gates: Sequence[Gate], report: dict[str, Any]) -> None:
     )
 
 
-class _Listening:
+class _Listening(Relay):
     """The job's context, remembering the warnings that pass through."""
 
     def __init__(self, ctx: JobContext) -> None:
-        self._ctx = ctx
-        self.seed, self.threads, self.workdir, self.only = ctx.seed, ctx.threads, ctx.workdir, ctx.only
+        super().__init__(ctx)
         self.warnings: dict[str, None] = {}
-
-    def progress(self, fraction: float, stage: str, **metrics: Any) -> None:
-        self._ctx.progress(fraction, stage, **metrics)
 
     def event(self, kind: str, message: str, **data: Any) -> None:
         if kind == "warning":
             self.warnings[message] = None
-        self._ctx.event(kind, message, **data)
-
-    def metric(self, step: int, values: Mapping[str, float], *, unit: str = "epoch", part: str = "") -> None:
-        self._ctx.metric(step, values, unit=unit, part=part)
-
-    def spread(self, names: Sequence[str], parallel: int | None, seconds: float) -> None:
-        self._ctx.spread(names, parallel, seconds)
-
-    def checkpoint(self, name: str, data: bytes) -> None:
-        self._ctx.checkpoint(name, data)
-
-    def restore(self, name: str) -> bytes | None:
-        return self._ctx.restore(name)
-
-    def model(self, ref: str) -> Package:
-        return self._ctx.model(ref)
+        super().event(kind, message, **data)
