@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from modelworks.api.native import datasets
+from modelworks.api import waiting
 from modelworks.core.types import Column, Dataset, Job, JobEvent, ModelVersion, Signature
 from tests.api_house import ROW, House, house, read_all
 
@@ -137,7 +137,7 @@ def test_the_error_of_an_ingest_is_the_answer(api: House) -> None:
 
 
 def test_a_long_ingest_answers_202_with_the_job(api: House, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(datasets, "WAIT_SECONDS", 0.1)
+    monkeypatch.setattr(waiting, "WAIT_SECONDS", 0.1)
     with api.client() as client:
         answer = client.post("/api/v1/datasets", data={"name": "slow", "source": "sklearn:iris"})  # urlencoded
         assert answer.status_code == 202
@@ -147,7 +147,7 @@ def test_a_long_ingest_answers_202_with_the_job(api: House, monkeypatch: pytest.
 
 
 def test_an_upload_with_the_same_idempotency_key_is_made_once(api: House, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(datasets, "WAIT_SECONDS", 0.0)
+    monkeypatch.setattr(waiting, "WAIT_SECONDS", 0.0)
     with api.client() as client:
         send = {"headers": {"idempotency-key": "once"}}
         first = client.post("/api/v1/datasets", data={"name": "once"}, files={"file": ("x.csv", CSV)}, **send)

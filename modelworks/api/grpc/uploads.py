@@ -11,15 +11,14 @@ from typing import Any
 
 import anyio
 
-from modelworks.api.errors import from_job
 from modelworks.api.grpc.door import Rpc
 from modelworks.api.grpc.messages import fill, message, plain
 from modelworks.api.guard import too_large
-from modelworks.api.native.datasets import POLL, WAIT_SECONDS
 from modelworks.api.uploads import WRITE_AT
+from modelworks.api.waiting import ended
 from modelworks.core.errors import InvalidInput, RequestTimeout
 from modelworks.core.specs import TableSchema
-from modelworks.core.types import FINAL_JOB_STATES, Job
+from modelworks.core.types import Job
 
 
 async def upload(rpc: Rpc, requests: AsyncIterator[Any]) -> Any:
@@ -91,17 +90,9 @@ async def _next(rpc: Rpc, requests: AsyncIterator[Any]) -> Any:
 
 
 async def _outcome(rpc: Rpc, job: Job) -> Any:
-    library, loop = rpc.services.library, asyncio.get_running_loop()
-    until, pause = loop.time() + WAIT_SECONDS, POLL[0]
-    while job.status not in FINAL_JOB_STATES and loop.time() < until:
-        if await rpc.stopping.wait(pause):
-            break
-        pause = min(pause * 1.5, POLL[1])
-        job = await anyio.to_thread.run_sync(library.job, rpc.caller, job.id)
     kind = message("modelworks.v1.UploadDatasetResponse")
-    if job.status not in FINAL_JOB_STATES:
+    done = await ended(rpc.stopping, rpc.services, rpc.caller, job)
+    if done is None:
         return fill(kind, {"job": job.public()})
-    if job.status != "succeeded":
-        raise from_job(job.error)
-    dataset = await anyio.to_thread.run_sync(library.dataset, rpc.caller, str(job.result["dataset"]))
+    dataset = await anyio.to_thread.run_sync(rpc.services.library.dataset, rpc.caller, str(done.result["dataset"]))
     return fill(kind, {"dataset": dataset.public()})

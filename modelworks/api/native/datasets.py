@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from typing import Annotated, Any
 
 import anyio
@@ -13,16 +12,13 @@ from starlette.responses import Response
 
 from modelworks.api import errors, schemas
 from modelworks.api.body import MAX_CONTROL_VALUES, check_depth, check_values, decode_json
-from modelworks.api.events import Stopping
-from modelworks.api.routes import After, Limit, NamePath, Routes, Use, VersionPath, Who, accepted, answer, listing
+from modelworks.api.routes import After, Limit, NamePath, Routes, Use, VersionPath, Who, answer, listing
 from modelworks.api.services import Services
 from modelworks.api.uploads import receive_form
+from modelworks.api.waiting import outcome
 from modelworks.core.errors import InvalidInput
 from modelworks.core.specs import DatasetEdits, TableSchema
-from modelworks.core.types import FINAL_JOB_STATES, Caller, Job
-
-WAIT_SECONDS = 60.0  # how long an upload waits for its ingest before it answers 202
-POLL = (0.05, 0.5)
+from modelworks.core.types import Caller, Job
 
 routes = Routes("Datasets")
 
@@ -171,15 +167,13 @@ async def create_dataset(request: Request, services: Use, caller: Who) -> Respon
 
 async def _made(request: Request, services: Services, caller: Caller, job: Job) -> Response:
     """The dataset version that the job makes, once it has; after a minute the job."""
-    job = await finished(request, services, caller, job)
-    if job.status not in FINAL_JOB_STATES:
-        return accepted(job.public(), f"/api/v1/jobs/{job.id}")
-    if job.status != "succeeded":
-        raise errors.from_job(job.error)
-    reference = str(job.result["dataset"])
-    dataset = await anyio.to_thread.run_sync(lambda: services.library.dataset(caller, reference))
-    where = f"/api/v1/datasets/{dataset.name}/versions/{dataset.version}"
-    return answer(dataset.public(), 201, {"location": where})
+
+    async def version(job: Job) -> Response:
+        dataset = await anyio.to_thread.run_sync(services.library.dataset, caller, str(job.result["dataset"]))
+        where = f"/api/v1/datasets/{dataset.name}/versions/{dataset.version}"
+        return answer(dataset.public(), 201, {"location": where})
+
+    return await outcome(request, services, caller, job, version)
 
 
 @routes.get("/api/v1/datasets", "datasets.list", "List datasets", answer=schemas.page("Dataset"))
@@ -228,12 +222,11 @@ async def diff_dataset(
     comparison; when that takes more than a minute, it answers 202 with the job, and the same call again goes on waiting.
     """
     job = await anyio.to_thread.run_sync(lambda: services.library.diff_datasets(caller, name, from_, to, key))
-    job = await finished(request, services, caller, job)
-    if job.status not in FINAL_JOB_STATES:
-        return accepted(job.public(), f"/api/v1/jobs/{job.id}")
-    if job.status != "succeeded":
-        raise errors.from_job(job.error)
-    return answer(job.result)
+
+    async def told(job: Job) -> Response:
+        return answer(job.result)
+
+    return await outcome(request, services, caller, job, told)
 
 
 @routes.post(
@@ -293,17 +286,3 @@ def _schema(text: str | None) -> TableSchema:
         raise found from None
     except InvalidInput as error:
         raise InvalidInput(f"the form field `schema`: {error.message}", param="schema") from None
-
-
-async def finished(request: Request, services: Services, caller: Caller, job: Job) -> Job:
-    """The job once it is final, or as it is after a minute or when the server stops. No thread waits meanwhile."""
-    loop = asyncio.get_running_loop()
-    until = loop.time() + WAIT_SECONDS
-    pause = POLL[0]
-    stopping = request.scope["state"].get("stopping") or Stopping()
-    while job.status not in FINAL_JOB_STATES and loop.time() < until:
-        if await stopping.wait(pause):
-            break
-        pause = min(pause * 1.5, POLL[1])
-        job = await anyio.to_thread.run_sync(services.library.job, caller, job.id)
-    return job

@@ -13,9 +13,9 @@ from starlette.background import BackgroundTask
 from starlette.requests import Request
 from starlette.responses import FileResponse, Response
 
-from modelworks.api import errors, schemas
+from modelworks.api import schemas
 from modelworks.api.body import check_depth, decode_json
-from modelworks.api.native.datasets import DELETED, finished
+from modelworks.api.native.datasets import DELETED
 from modelworks.api.routes import (
     After,
     AliasPath,
@@ -31,9 +31,10 @@ from modelworks.api.routes import (
     listing,
 )
 from modelworks.api.uploads import receive_form
+from modelworks.api.waiting import outcome
 from modelworks.core.errors import InvalidInput
 from modelworks.core.specs import AliasSpec, EvaluationSpec
-from modelworks.core.types import FINAL_JOB_STATES
+from modelworks.core.types import Job
 
 routes = Routes("Models")
 evaluations = Routes("Evaluations")
@@ -144,15 +145,13 @@ async def create_model_version(request: Request, services: Use, caller: Who, nam
                 convert=form.fields.get("convert") or None,
             )
         )
-    job = await finished(request, services, caller, job)
-    if job.status not in FINAL_JOB_STATES:
-        return accepted(job.public(), f"/api/v1/jobs/{job.id}")
-    if job.status != "succeeded" or not job.model_version:
-        raise errors.from_job(job.error)
-    reference = job.model_version
-    version = await anyio.to_thread.run_sync(lambda: services.library.model_version(caller, reference))
-    where = f"/api/v1/models/{version.name}/versions/{version.version}"
-    return answer(version.public(), 201, {"location": where})
+
+    async def registered(job: Job) -> Response:
+        version = await anyio.to_thread.run_sync(services.library.model_version, caller, str(job.model_version))
+        where = f"/api/v1/models/{version.name}/versions/{version.version}"
+        return answer(version.public(), 201, {"location": where})
+
+    return await outcome(request, services, caller, job, registered)
 
 
 @routes.post(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable
 from typing import Annotated
 
 import anyio
@@ -9,11 +10,11 @@ from fastapi import Path as PathParam
 from starlette.requests import Request
 from starlette.responses import Response
 
-from modelworks.api import errors, schemas
-from modelworks.api.native.datasets import finished
-from modelworks.api.routes import IdPath, Routes, Use, Who, accepted, listing
+from modelworks.api import schemas
+from modelworks.api.routes import IdPath, Routes, Use, Who, listing
 from modelworks.api.services import Services
-from modelworks.core.types import FINAL_JOB_STATES, Caller, Job
+from modelworks.api.waiting import outcome
+from modelworks.core.types import Caller, Job
 
 routes = Routes("Evaluations")
 
@@ -43,11 +44,12 @@ async def get_report_page(request: Request, services: Use, caller: Who, id: IdPa
     """One HTML page with its figures inside and nothing from elsewhere. The first call waits until a job has made it; when
     that takes more than a minute, it answers 202 with the job.
     """
-    job = await _rendered(request, services, caller, id)
-    if job.status not in FINAL_JOB_STATES:
-        return accepted(job.public(), f"/api/v1/jobs/{job.id}")
-    data = await anyio.to_thread.run_sync(services.library.rendering, caller, job)
-    return Response(data, headers=SEALED, media_type="text/html")
+
+    async def page(job: Job) -> Response:
+        data = await anyio.to_thread.run_sync(services.library.rendering, caller, job)
+        return Response(data, headers=SEALED, media_type="text/html")
+
+    return await _rendered(request, services, caller, id, page)
 
 
 @routes.get(
@@ -62,10 +64,11 @@ async def list_report_plots(request: Request, services: Use, caller: Who, id: Id
     """What there is depends on the task: confusion matrix, ROC, precision and recall, calibration, predicted against true,
     residuals, forecast, learning curve, folds, slices.
     """
-    job = await _rendered(request, services, caller, id)
-    if job.status not in FINAL_JOB_STATES:
-        return accepted(job.public(), f"/api/v1/jobs/{job.id}")
-    return listing([{"name": one["name"], "title": one["title"]} for one in job.result["plots"]])
+
+    async def plots(job: Job) -> Response:
+        return listing([{"name": one["name"], "title": one["title"]} for one in job.result["plots"]])
+
+    return await _rendered(request, services, caller, id, plots)
 
 
 @routes.get(
@@ -78,16 +81,16 @@ async def list_report_plots(request: Request, services: Use, caller: Who, id: Id
 )
 async def get_report_plot(request: Request, services: Use, caller: Who, id: IdPath, name: PlotPath) -> Response:
     """As PNG."""
-    job = await _rendered(request, services, caller, id)
-    if job.status not in FINAL_JOB_STATES:
-        return accepted(job.public(), f"/api/v1/jobs/{job.id}")
-    data = await anyio.to_thread.run_sync(services.library.rendering, caller, job, name)
-    return Response(data, headers=SEALED, media_type="image/png")
+
+    async def plot(job: Job) -> Response:
+        data = await anyio.to_thread.run_sync(services.library.rendering, caller, job, name)
+        return Response(data, headers=SEALED, media_type="image/png")
+
+    return await _rendered(request, services, caller, id, plot)
 
 
-async def _rendered(request: Request, services: Services, caller: Caller, report_id: str) -> Job:
+async def _rendered(
+    request: Request, services: Services, caller: Caller, report_id: str, made: Callable[[Job], Awaitable[Response]]
+) -> Response:
     job = await anyio.to_thread.run_sync(services.library.render_report, caller, report_id)
-    job = await finished(request, services, caller, job)
-    if job.status in FINAL_JOB_STATES and job.status != "succeeded":
-        raise errors.from_job(job.error)
-    return job
+    return await outcome(request, services, caller, job, made)
