@@ -17,6 +17,7 @@ from modelworks.ml.build import export_package, import_folder, import_package
 from modelworks.ml.measuring import candidates, measure
 from modelworks.ml.package import Manifest, Package
 from modelworks.ml.runtimes.choice import choose
+from modelworks.ml.runtimes.llm_sampling import Chooser
 from modelworks.ml.runtimes.llm_transformers import CHUNK, TransformersRuntime
 
 NEEDED = ("torch", "transformers", "llguidance", "jinja2")
@@ -174,6 +175,27 @@ def test_seeds_stops_schemas_and_bias(engine: TransformersRuntime) -> None:
     stop = whole.text[5:8]
     (stopped,) = run(engine, (prompt("a ship"), {"max_tokens": 30, "ignore_eos": True, "stop": [stop]}))
     assert (stopped.text, stopped.reason) == (whole.text[: whole.text.index(stop)], "stop")
+
+
+def test_one_calls_parameters_do_not_end_the_others(engine: TransformersRuntime, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = {"max_tokens": 3, "ignore_eos": True, "logprobs": 0}
+    cold, greedy = run(engine, (prompt("a ship"), {**plain, "temperature": 1e-40}), (prompt("a ship"), plain))
+    assert cold.ids == greedy.ids != []
+    coldest = {**plain, "temperature": 1e-40, "repetition_penalty": 1e-40}
+    assert run(engine, (prompt("a ship"), coldest))[0].reason == "length"
+
+    choose = Chooser.choose
+
+    def failing(chooser: Chooser, logits: Any) -> int:
+        if chooser._sampling.seed == sum(chooser._made.values()):
+            raise RuntimeError("not this one")
+        return choose(chooser, logits)
+
+    monkeypatch.setattr(Chooser, "choose", failing)
+    for seed in (0, 1):  # at the prompt's end, and in the batch
+        lost, kept = run(engine, (prompt("a ship"), {**plain, "seed": seed}), (prompt("a ship"), plain))
+        assert lost.error.code == "model_error"
+        assert (kept.ids, kept.reason, engine._batch) == (greedy.ids, "length", [])
 
 
 def test_what_is_not_sound_is_refused(engine: TransformersRuntime) -> None:

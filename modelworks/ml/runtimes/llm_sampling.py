@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 # special tokens whose text is part of the answer: the edge reads tool calls and reasoning out of it
 MARKS = ("<think>", "</think>", "<tool_call>", "</tool_call>", "<|python_tag|>", "[TOOL_CALLS]", "[ARGS]")
 _SEEDS = 2**63
+_COLDEST = 1e-5  # temperatures and penalties below would leave the range of float32
 _LEAST = -9999.0  # in place of minus infinity, which JSON does not have
 
 
@@ -100,7 +101,8 @@ class Chooser:
         if given.temperature == 0:
             id = int(logits.argmax())
         else:
-            id = int(torch.multinomial(self._cut(logits / given.temperature), 1, generator=self._random))
+            shares = self._cut((logits - logits.max()) / max(given.temperature, _COLDEST))
+            id = int(torch.multinomial(shares, 1, generator=self._random))
         self._made[id] += 1
         if self._matcher is not None:
             self._matcher.consume_token(id)
@@ -113,7 +115,8 @@ class Chooser:
         if given.repetition_penalty != 1.0:
             seen = torch.tensor(sorted({*self._prompt, *self._made}))
             found = logits[seen]
-            logits[seen] = torch.where(found < 0, found * given.repetition_penalty, found / given.repetition_penalty)
+            penalty = max(given.repetition_penalty, _COLDEST)
+            logits[seen] = torch.where(found < 0, found * penalty, found / penalty)
         if (given.presence_penalty or given.frequency_penalty) and self._made:
             ids = torch.tensor(list(self._made))
             counts = torch.tensor(list(self._made.values()), dtype=logits.dtype)

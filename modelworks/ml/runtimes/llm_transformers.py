@@ -174,11 +174,8 @@ class TransformersRuntime:
         try:
             row = self._row(call_id, ask, grammar, stream)
         except Exception as error:  # a plug's edge: the call must not hang
-            if not isinstance(error, ModelworksError):
-                log.error("prompt_failed", exc_info=error)
-                error = ModelworksError("the model failed on this input; the deployment's log has the cause")
             with self._arrived:
-                self._ended.append((call_id, error, True))
+                self._ended.append(_failed(call_id, error))
                 self._arrived.notify()
             return
         with self._arrived:
@@ -228,9 +225,8 @@ class TransformersRuntime:
             logits = self._forward(torch.tensor([ids]), row.cache, torch.arange(row.read, row.read + len(ids))[None],
                                    None, keep=0 if measured else 1)[0]  # fmt: skip
         except Exception as error:  # a plug's edge: what the model throws belongs to the call
-            log.error("model_failed", exc_info=error)
             self._reading.remove(row)
-            return [(row.id, ModelworksError("the model failed on this input; the deployment's log has the cause"), True)]
+            return [_failed(row.id, error)]
         if measured:
             self._measure(row, ids, logits)
         row.read += len(ids)
@@ -279,6 +275,12 @@ class TransformersRuntime:
 
     def _made(self, row: Row, logits: torch.Tensor) -> list[Step]:
         """Choose the next token of a call: what there is to tell of it."""
+        try:
+            return self._next(row, logits)
+        except Exception as error:  # a plug's edge: what one call's parameters throw must not end the others
+            return [_failed(row.id, error)]
+
+    def _next(self, row: Row, logits: torch.Tensor) -> list[Step]:
         given = row.ask.sampling
         logits = logits.float().cpu()
         raw = logits.clone() if given.logprobs is not None else logits
@@ -349,6 +351,15 @@ class TransformersRuntime:
             self._cache = DynamicCache()
             for at, layer in enumerate(before.layers):
                 self._cache.update(layer.keys[rows][:, :, -longest:], layer.values[rows][:, :, -longest:], at)
+
+
+def _failed(call_id: Hashable, error: Exception) -> Step:
+    """The end of a call by `error`, which the log has when it is none of ours."""
+    if not isinstance(error, ModelworksError):
+        log.error("model_failed", exc_info=error)
+        said = "the model failed on this input; the deployment's log has the cause"
+        error = ModelworksError(said, code="model_error")
+    return call_id, error, True
 
 
 def _inference() -> contextlib.AbstractContextManager[Any]:
