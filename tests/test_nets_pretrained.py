@@ -179,6 +179,39 @@ def test_an_image_classifier_on_a_registered_model(eyes: Package, tmp_path: Path
     check_package(changed, tmp_path)
 
 
+def test_a_backbone_that_stays_as_it_is_may_hold_any_operator(tmp_path: Path) -> None:
+    """Split and quantised weights, which are not trained here."""
+    import onnx
+    from onnx import helper, numpy_helper
+
+    weight = np.random.default_rng(0).integers(0, 255, (8, 3, 3, 3), dtype=np.uint8)
+    constants = {"weight": weight, "scale": np.array(0.02, dtype=np.float32), "zero": np.array(128, dtype=np.uint8)}
+    nodes = [
+        helper.make_node("DequantizeLinear", ["weight", "scale", "zero"], ["kernel"]),
+        helper.make_node("Conv", ["image", "kernel"], ["maps"], strides=[2, 2]),
+        helper.make_node("Split", ["maps"], ["one", "two"], axis=1, num_outputs=2),
+        helper.make_node("Mul", ["one", "two"], ["product"]),
+        helper.make_node("Concat", ["product", "maps"], ["both"], axis=1),
+    ]
+    made = helper.make_graph(
+        nodes, "eyes", [helper.make_tensor_value_info("image", 1, ["n", 3, 8, 8])],
+        [helper.make_tensor_value_info("both", 1, ["n", 12, 3, 3])],
+        [numpy_helper.from_array(value, name) for name, value in constants.items()],
+    )  # fmt: skip
+    path = tmp_path / "eyes.onnx"
+    onnx.save(helper.make_model(made, opset_imports=[helper.make_opsetid("", 18)], ir_version=9), path)
+    backbone = registered(*build.import_onnx(path, tmp_path, task="image-embedding"))
+    files = media.digits(60)
+    table = pa.table({"image": pa.array(list(files.values()), pa.binary()), "target": [n.split("/")[1] for n in files]})
+    data = table, [Column(name="image", type="image"), Column(name="target", type="category")]
+    spec: dict[str, Any] = {"algorithm": "image-classifier", "validation": {"holdout": 0.3}}
+    given = {"backbone": "base:1", "epochs": 3, "hidden": [8]}
+    found = trained(data, backbone, learning.Context(tmp_path), hyperparameters=given, **spec)
+    check_package(found, tmp_path)
+    with pytest.raises(InvalidInput, match="DequantizeLinear, Split; leave fine_tune at 0"):
+        trained(data, backbone, learning.Context(tmp_path), hyperparameters={**given, "fine_tune": 1}, **spec)
+
+
 @pytest.mark.parametrize(
     ("algorithm", "transforms", "said"),
     [

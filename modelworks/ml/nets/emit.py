@@ -61,6 +61,13 @@ class Emitter:
             self.constants.append(numpy_helper.from_array(array, self._known[key]))
         return self._known[key]
 
+    def exact(self, array: np.ndarray) -> str:
+        """A constant of `array` as it is, of any type."""
+        from onnx import numpy_helper
+
+        self.constants.append(numpy_helper.from_array(array, self._name("c")))
+        return self.constants[-1].name
+
     def module(self, module: torch.nn.Module, tensor: str) -> str:
         """What `module` makes of `tensor`, when it is not training."""
         own = getattr(module, "emit", None)

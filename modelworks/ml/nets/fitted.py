@@ -66,8 +66,12 @@ def fitted_of(
     threads: int,
     history: Any,
     rows: int | None = None,
+    answers: tuple[torch.nn.Module, np.ndarray] | None = None,
 ) -> NetFitted:
-    """`net` written down. ModelworksError when the graph answers otherwise than the net for the rows `probe`."""
+    """`net` written down. ModelworksError when the graph answers otherwise than the net for the rows `probe`.
+
+    `answers`: the part of a net that torch can run, and what the rest of it made of `probe`.
+    """
     import torch
 
     def scores(e: emit.Emitter, last: str) -> tuple[str, int | None]:
@@ -80,7 +84,8 @@ def fitted_of(
 
     made = NetFitted(emit.write(net, shape, scores), threads, history, rows)
     with torch.inference_mode():
-        want = net(torch.from_numpy(np.ascontiguousarray(probe))).float()
+        run, given = answers or (net, probe)
+        want = run(torch.from_numpy(np.ascontiguousarray(given))).float()
         if objective.link == "scale":
             want = want.reshape(-1) * objective.scale + objective.mean
         elif objective.link == "softmax":

@@ -58,6 +58,19 @@ class Imported(nn.Module):
         return {name: one.detach().cpu().numpy() for name, one in zip(self.graph.weights, self.weights, strict=True)}
 
 
+class Frozen(nn.Module):
+    """A backbone that stays as it is: only written down, so that any operator may be in it."""
+
+    def __init__(self, backbone: TextBackbone | ImageBackbone) -> None:
+        super().__init__()
+        self.backbone = backbone
+
+    def emit(self, e: Emitter, x: str) -> str:
+        if isinstance(self.backbone, TextBackbone):
+            return write_encoder(e.add, e.exact, self.backbone, x)
+        return write_images(e.add, e.exact, self.backbone, x)
+
+
 class TextFront(nn.Module):
     """Token numbers [n, l] (as float32) to the backbone's vectors; what is padding in all rows is cut off before."""
 

@@ -38,7 +38,10 @@ class Pretrained(NetTrainer):
     Params: ClassVar[type[PretrainedParams]] = PretrainedParams
 
     def front(self, examples: Examples, params: Any, models: Models) -> tuple[torch.nn.Module, int]:
-        """(the backbone as a module from features [n, *shape] to vectors [n, d], rows that may go through at once)"""
+        """(the backbone as a module from features [n, *shape] to vectors [n, d], rows that may go through at once)
+
+        Without fine_tune it need not run: it only emits itself.
+        """
         raise NotImplementedError
 
     def transforms(self, columns: list[Column], params: Any, models: Models) -> list[TransformSpec]:
@@ -75,7 +78,8 @@ class Pretrained(NetTrainer):
             advice.give(whole)
             history = [*history, *whole.run()]
         probe = next(iter(examples.batches(min(rows, 8))))[0]
-        return fitted_of(net, examples.shape, objective, probe, ctx.threads, history, rows)
+        answers = None if params.fine_tune else (head, vectors.features[: len(probe)])
+        return fitted_of(net, examples.shape, objective, probe, ctx.threads, history, rows, answers)
 
 
 class TextClassifier(Pretrained):
@@ -87,7 +91,7 @@ class TextClassifier(Pretrained):
 
     def front(self, examples: Examples, params: Any, models: Models) -> tuple[torch.nn.Module, int]:
         from modelworks.ml.nets.backbone import text_backbone
-        from modelworks.ml.nets.interpret import TextFront
+        from modelworks.ml.nets.interpret import Frozen, TextFront
 
         block = alone(examples, "text-classifier")
         if block.kind != "tokens" or block.about.get("model") != params.backbone:
@@ -97,7 +101,8 @@ class TextClassifier(Pretrained):
                 code="wrong_features",
                 param="transforms",
             )
-        front = TextFront(text_backbone(models(params.backbone), params.backbone, BACKBONE))
+        found = text_backbone(models(params.backbone), params.backbone, BACKBONE)
+        front = TextFront(found) if params.fine_tune else Frozen(found)
         return front, max(1, TOKENS_AT_ONCE // block.shape[0])
 
     def transforms(self, columns: list[Column], params: Any, models: Models) -> list[TransformSpec]:
@@ -116,7 +121,7 @@ class ImageClassifier(Pretrained):
 
     def front(self, examples: Examples, params: Any, models: Models) -> tuple[torch.nn.Module, int]:
         from modelworks.ml.nets.backbone import image_backbone
-        from modelworks.ml.nets.interpret import ImageFront
+        from modelworks.ml.nets.interpret import Frozen, ImageFront
 
         block = alone(examples, "image-classifier")
         found = image_backbone(models(params.backbone), params.backbone, BACKBONE)
@@ -129,7 +134,8 @@ class ImageClassifier(Pretrained):
                 code="wrong_features",
                 param="transforms",
             )
-        return ImageFront(found), max(1, _PIXELS_AT_ONCE // int(np.prod(block.shape)))
+        front = ImageFront(found) if params.fine_tune else Frozen(found)
+        return front, max(1, _PIXELS_AT_ONCE // int(np.prod(block.shape)))
 
     def transforms(self, columns: list[Column], params: Any, models: Models) -> list[TransformSpec]:
         from modelworks.ml.nets.backbone import image_backbone
