@@ -179,6 +179,65 @@ def test_an_image_classifier_on_a_registered_model(eyes: Package, tmp_path: Path
     check_package(changed, tmp_path)
 
 
+def test_operators_answer_as_onnxruntime_does() -> None:
+    """And where they would not, they say so."""
+    import torch
+    from onnx import helper
+
+    from modelworks.ml.imported import read_graph
+    from modelworks.ml.nets.interpret import Imported
+
+    def both(op: str, shape: tuple[int, ...], count: int = 1, **attributes: Any) -> tuple[np.ndarray, np.ndarray]:
+        node = helper.make_node(op, ["x"] * count, ["y"], **attributes)
+        ports = [[helper.make_tensor_value_info(name, 1, sizes)] for name, sizes in (("x", shape), ("y", None))]
+        model = helper.make_model(
+            helper.make_graph([node], "one", *ports), opset_imports=[helper.make_opsetid("", 18)], ir_version=9
+        )
+        data, given = model.SerializeToString(), np.random.default_rng(1).normal(size=shape).astype(np.float32)
+        answer = Imported(read_graph(data, 18))(torch.from_numpy(given)).numpy()
+        return answer, graph.session(data).run(None, {"x": given})[0]
+
+    windows = {"kernel_shape": [2], "strides": [2], "ceil_mode": 1}
+    for op, shape, more in (
+        ("MaxPool", (2, 3, 9), {"kernel_shape": [3], "dilations": [2]}),
+        ("MaxPool", (2, 3, 5), {**windows, "pads": [1, 1]}),
+        ("AveragePool", (2, 3, 6), {**windows, "pads": [0, 1], "count_include_pad": 1}),
+        ("AveragePool", (1, 2, 4, 5, 6), {"kernel_shape": [2, 3, 1]}),
+        ("Max", (2, 3), {"count": 3}),
+        ("Min", (2, 3), {"count": 1}),
+    ):
+        np.testing.assert_allclose(*both(op, shape, **more), atol=1e-6)
+    for op, more in (
+        *((op, {"kernel_shape": [2], "auto_pad": "SAME_UPPER"}) for op in ("MaxPool", "AveragePool")),
+        ("Cast", {"to": 10}),
+    ):
+        with pytest.raises(InvalidInput, match="leave fine_tune at 0"):
+            both(op, (2, 3, 6), **more)
+
+
+def test_an_output_without_a_name_is_nobodys_input() -> None:
+    """A node's optional output that is left out, before one that leaves an input out."""
+    from onnx import helper
+
+    from modelworks.ml.imported import read_graph
+
+    nodes = [
+        helper.make_node("Dropout", ["x"], ["dropped", ""]),
+        helper.make_node("Clip", ["dropped", "", "most"], ["y"]),
+    ]
+    ports = [[helper.make_tensor_value_info(name, 1, ["n", 3])] for name in "xy"]
+    most = helper.make_tensor("most", 1, [], [0.5])
+    found = read_graph(helper.make_model(helper.make_graph(nodes, "g", *ports, [most])).SerializeToString(), 18)
+    wired: list[tuple[str, list[str]]] = []
+
+    def node(one: Any, names: list[str]) -> list[str]:
+        wired.append((one.op, names))
+        return [f"{one.op}{at}" for at in range(len(one.outputs))]
+
+    assert found.copy({"x": "X"}, node, str) == "Clip0"
+    assert wired == [("Dropout", ["X"]), ("Clip", ["Dropout0", "", "most"])]
+
+
 def test_a_backbone_that_stays_as_it_is_may_hold_any_operator(tmp_path: Path) -> None:
     """Split and quantised weights, which are not trained here."""
     import onnx
@@ -208,7 +267,7 @@ def test_a_backbone_that_stays_as_it_is_may_hold_any_operator(tmp_path: Path) ->
     given = {"backbone": "base:1", "epochs": 3, "hidden": [8]}
     found = trained(data, backbone, learning.Context(tmp_path), hyperparameters=given, **spec)
     check_package(found, tmp_path)
-    with pytest.raises(InvalidInput, match="DequantizeLinear, Split; leave fine_tune at 0"):
+    with pytest.raises(InvalidInput, match="DequantizeLinear, Split, which cannot be trained here; leave fine_tune at 0"):
         trained(data, backbone, learning.Context(tmp_path), hyperparameters={**given, "fine_tune": 1}, **spec)
 
 

@@ -57,7 +57,8 @@ class ImportedGraph:
             for name in one.inputs:
                 if name not in names:
                     names[name] = constant(name)
-            names |= dict(zip(one.outputs, node(one, [names[name] for name in one.inputs]), strict=True))
+            made = node(one, [names[name] for name in one.inputs])
+            names |= {here: there for here, there in zip(one.outputs, made, strict=True) if here}
         return names[self.output]
 
 

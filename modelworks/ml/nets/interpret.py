@@ -6,6 +6,7 @@ Imports torch: only the functions that build a net may import this file.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import reduce
 from typing import Any
 
 import numpy as np
@@ -29,12 +30,7 @@ class Imported(nn.Module):
         self.graph = graph
         unknown = sorted({node.op for node in graph.nodes if node.domain or node.op not in _OPS})
         if unknown:
-            raise InvalidInput(
-                f"the backbone's graph has operators that cannot be trained here: {', '.join(unknown[:10])}; leave "
-                "fine_tune at 0, so that it stays as it is",
-                code="not_trainable",
-                param="hyperparameters.fine_tune",
-            )
+            raise _untrainable(f"the backbone's graph has the operators {', '.join(unknown[:10])}")
         self.weights = nn.ParameterList([torch.from_numpy(_own(graph.constants[name])) for name in graph.weights])
         rest = [name for name in graph.constants if name not in set(graph.weights)]
         self._rest = {name: f"constant{place}" for place, name in enumerate(rest)}
@@ -100,6 +96,14 @@ class ImageFront(nn.Module):
 
     def emit(self, e: Emitter, x: str) -> str:
         return write_images(e.add, e.constant, self.backbone, x, self.body.trained)
+
+
+def _untrainable(what: str) -> InvalidInput:
+    return InvalidInput(
+        f"{what}, which cannot be trained here; leave fine_tune at 0, so that the backbone stays as it is",
+        code="not_trainable",
+        param="hyperparameters.fine_tune",
+    )
 
 
 def _own(values: np.ndarray) -> np.ndarray:
@@ -186,6 +190,8 @@ def _filled(inputs: list[Any], attributes: dict[str, Any]) -> torch.Tensor:
 
 def _cast(inputs: list[Any], attributes: dict[str, Any]) -> torch.Tensor:
     kinds = {1: torch.float32, 2: torch.uint8, 6: torch.int32, 7: torch.int64, 9: torch.bool, 11: torch.float32}
+    if attributes["to"] not in kinds:
+        raise _untrainable(f"the backbone casts to ONNX's type {attributes['to']}")
     return inputs[0].to(kinds[attributes["to"]])
 
 
@@ -209,17 +215,21 @@ def _pads(attributes: dict[str, Any], rank: int) -> list[int]:
 def _pad(inputs: list[Any], attributes: dict[str, Any]) -> torch.Tensor:
     mode = attributes.get("mode", "constant")
     if mode not in ("constant", "reflect") or (len(inputs) > 3 and inputs[3] is not None):
-        raise InvalidInput(f"the backbone pads by {mode} on chosen axes, which is not trained here", code="bad_graph")
+        raise _untrainable(f"the backbone pads by {mode}, or on chosen axes")
     value = 0.0 if len(inputs) < 3 or inputs[2] is None else float(inputs[2])
     pads = _pads({"pads": _list(inputs[1])}, inputs[0].ndim)
     return f.pad(inputs[0], pads, value=value) if mode == "constant" else f.pad(inputs[0], pads, mode=mode)
 
 
+def _explicit(attributes: dict[str, Any]) -> None:
+    if attributes.get("auto_pad", "NOTSET") not in ("NOTSET", "VALID"):
+        raise _untrainable("the backbone pads convolutions or pools by auto_pad")
+
+
 def _conv(inputs: list[Any], attributes: dict[str, Any]) -> torch.Tensor:
     x, weight = inputs[0], inputs[1]
     rank = weight.ndim - 2
-    if attributes.get("auto_pad", "NOTSET") not in ("NOTSET", "VALID"):
-        raise InvalidInput("the backbone pads its convolutions by auto_pad; export it with explicit pads", code="bad_graph")
+    _explicit(attributes)
     convolve = (f.conv1d, f.conv2d, f.conv3d)[rank - 1]
     return convolve(
         f.pad(x, _pads(attributes, rank)), weight, inputs[2] if len(inputs) > 2 else None,
@@ -234,22 +244,29 @@ def _batch_norm(inputs: list[Any], attributes: dict[str, Any]) -> torch.Tensor:
 
 
 def _max_pool(inputs: list[Any], attributes: dict[str, Any]) -> torch.Tensor:
-    kernel = attributes["kernel_shape"]
-    rank = len(kernel)
-    wide = f.pad(inputs[0], _pads(attributes, rank), value=float("-inf"))
-    pool = (f.max_pool1d, f.max_pool2d, f.max_pool3d)[rank - 1]
-    return pool(wide, kernel, attributes.get("strides", [1] * rank), ceil_mode=bool(attributes.get("ceil_mode", 0)))
+    rank = len(attributes["kernel_shape"])
+    dilation = attributes.get("dilations", [1] * rank)
+    return _pool((f.max_pool1d, f.max_pool2d, f.max_pool3d)[rank - 1], inputs[0], attributes, float("-inf"), dilation=dilation)
 
 
 def _average_pool(inputs: list[Any], attributes: dict[str, Any]) -> torch.Tensor:
+    if any(attributes.get("pads", ())) and not attributes.get("count_include_pad", 0):
+        raise _untrainable("the backbone's AveragePool leaves its padding out of the mean")
+    pool = (f.avg_pool1d, f.avg_pool2d, f.avg_pool3d)[len(attributes["kernel_shape"]) - 1]
+    return _pool(pool, inputs[0], attributes, 0.0)
+
+
+def _pool(pool: Callable[..., torch.Tensor], x: torch.Tensor, attributes: dict[str, Any], padding: float, **more: Any) -> torch.Tensor:
+    _explicit(attributes)
     kernel = attributes["kernel_shape"]
-    pads = _pads(attributes, len(kernel))
-    if any(pads) and not attributes.get("count_include_pad", 0):
-        raise InvalidInput("the backbone's AveragePool leaves its padding out of the mean, which is not trained here", code="bad_graph")
-    return f.avg_pool2d(
-        f.pad(inputs[0], pads), kernel, attributes.get("strides", [1] * len(kernel)),
-        ceil_mode=bool(attributes.get("ceil_mode", 0)),
-    )  # fmt: skip
+    rank = len(kernel)
+    strides = attributes.get("strides", [1] * rank)
+    wide = f.pad(x, _pads(attributes, rank), value=padding)
+    made = pool(wide, kernel, strides, ceil_mode=bool(attributes.get("ceil_mode", 0)), **more)
+    begins = attributes.get("pads", [0] * rank)[:rank]
+    for axis, (begin, stride) in enumerate(zip(begins, strides, strict=True), 2):  # no window begins behind the values
+        made = made.narrow(axis, 0, min(made.shape[axis], -(-(x.shape[axis] + begin) // stride)))
+    return made
 
 
 def _gemm(inputs: list[Any], attributes: dict[str, Any]) -> torch.Tensor:
@@ -284,8 +301,8 @@ _OPS: dict[str, Op] = {
     "Abs": _plain(torch.abs), "Tanh": _plain(torch.tanh), "Sigmoid": _plain(torch.sigmoid), "Relu": _plain(torch.relu),
     "Reciprocal": _plain(torch.reciprocal), "Equal": _plain(torch.eq), "Greater": _plain(torch.gt),
     "Less": _plain(torch.lt), "Not": _plain(torch.logical_not), "And": _plain(torch.logical_and),
-    "Or": _plain(torch.logical_or), "Where": _plain(torch.where), "Max": _plain(torch.maximum),
-    "Min": _plain(torch.minimum), "HardSwish": _plain(f.hardswish), "Identity": _same, "Dropout": _same,
+    "Or": _plain(torch.logical_or), "Where": _plain(torch.where), "Max": lambda i, a: reduce(torch.maximum, i),
+    "Min": lambda i, a: reduce(torch.minimum, i), "HardSwish": _plain(f.hardswish), "Identity": _same, "Dropout": _same,
     "LeakyRelu": lambda i, a: f.leaky_relu(i[0], a.get("alpha", 0.01)), "Elu": lambda i, a: f.elu(i[0], a.get("alpha", 1.0)),
     "HardSigmoid": lambda i, a: torch.clamp(a.get("alpha", 0.2) * i[0] + a.get("beta", 0.5), 0, 1),
     "Softmax": lambda i, a: torch.softmax(i[0], a.get("axis", -1)), "Cast": _cast, "Shape": _shape, "Gather": _gather,
