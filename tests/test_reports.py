@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,12 @@ from modelworks.core.specs import TrainingSpec
 from modelworks.core.types import Job
 from modelworks.ml.evaluate.folds import read_kept
 from modelworks.ml.evaluate.page import page
-from modelworks.ml.evaluate.plots import draw, plots
+from modelworks.ml.evaluate.plots import draw
+from modelworks.ml.train.train import Trained
 from tests.jobhome import Home, caller, iris_csv
-from tests.learning import Context, bundled, run
+from tests.learning import Context, Table, bundled, run
+from tests.test_courses import ratings
+from tests.test_forecast import passengers
 
 WHO = caller()
 HOSTILE = "<script>alert('$x^{2$')</script>"
@@ -58,15 +61,54 @@ def test_a_report_becomes_a_page_of_its_own_once(home: Home, trained: Job) -> No
         home.library.render_report(caller("proj_b"), report)
 
 
+def report_of(trained: Trained) -> dict[str, Any]:
+    about = {"id": "r", "job_id": "j", "model": "m", "model_version": None, "dataset": "d:1", "dataset_digest": "0" * 64, "seed": 0}
+    return about | {name: trained.report[name] for name in ("metrics", "details", "method")}
+
+
+def drawing(trained: Trained, ctx: Context) -> list[tuple[str, str, bytes]]:
+    points = [{"step": step, "unit": unit, "part": part, "values": values} for part, unit, step, values in ctx.points]
+    return draw(report_of(trained), read_kept(trained.report["predictions"]), points)
+
+
 def test_a_net_on_numbers_has_residuals_and_its_learning_curve(tmp_path: Path) -> None:
     ctx = Context(tmp_path)
     trained = run(bundled("diabetes"), tmp_path, ctx, algorithm="mlp", hyperparameters={"epochs": 3, "hidden": [4]})
-    found = read_kept(trained.report["predictions"])
-    points = [{"step": step, "unit": unit, "part": part, "values": values} for part, unit, step, values in ctx.points]
-    report: dict[str, Any] = {name: trained.report[name] for name in ("metrics", "details", "method")}
-    names = [name for name, _, _ in plots(report, found, points)]
-    assert names == ["predicted", "residuals", "learning-curve"]
-    drawn = draw(report, found, points)
+    drawn = drawing(trained, ctx)
+    assert [name for name, _, _ in drawn] == ["predicted", "residuals", "learning-curve"]
     assert all(png.startswith(b"\x89PNG") and len(png) > 5000 for _, _, png in drawn)
-    about = {"id": "r", "job_id": "j", "model": "m", "model_version": None, "dataset": "d:1", "dataset_digest": "0" * 64, "seed": 0}
-    assert "Learning curve" in page(report | about, drawn)
+    assert "Learning curve" in page(report_of(trained), drawn)
+
+
+QUICK: dict[str, Any] = {"epochs": 2, "hidden": [4]}
+
+
+@pytest.mark.parametrize(
+    ("data", "spec", "names"),
+    [
+        (
+            lambda: bundled("breast_cancer"),
+            {"algorithm": "autoencoder", "hyperparameters": {"positive": "malignant", "bottleneck": 2, **QUICK}},
+            ["learning-curve"],
+        ),
+        (
+            lambda: ratings(30, 10),
+            {"algorithm": "recommender", "target": "rating", "hyperparameters": {"epochs": 2, "factors": 2}},
+            ["learning-curve"],
+        ),
+        (
+            passengers,
+            {"algorithm": "forecaster", "target": "passengers", "time": "month", "hyperparameters": {"season": 12, **QUICK}},
+            ["forecast", "predicted", "residuals", "learning-curve"],
+        ),
+    ],
+    ids=["anomalies", "recommendations", "forecast"],
+)
+def test_a_report_of_every_course_is_a_page(
+    tmp_path: Path, data: Callable[[], Table], spec: dict[str, Any], names: list[str]
+) -> None:
+    ctx = Context(tmp_path)
+    trained = run(data(), tmp_path, ctx, **{"target": "target", **spec})
+    drawn = drawing(trained, ctx)
+    assert [name for name, _, _ in drawn] == names
+    assert page(report_of(trained), drawn).count("<img ") == len(names)

@@ -53,7 +53,7 @@ def predict_folds(
             continue
         left, right = start + (end - start) * (index / count), start + (end - start) * (number / count)
         kept = ctx.restore(name)
-        found = _read(kept) if kept else None
+        found = read_kept(kept) if kept else None
         label = f"fold {number} of {count}" if count > 1 else "hold-out"
         if found is None:
             part, began = Span(ctx, left, right, problem.spec.seed, label), time.monotonic()
@@ -163,10 +163,6 @@ def kept(parts: Sequence[Predictions], seed: int) -> bytes:
     return _write(whole)
 
 
-def read_kept(data: bytes) -> Predictions:
-    return _read(data)
-
-
 def _write(predictions: Predictions) -> bytes:
     """Predictions as an Arrow stream: exact to the last bit."""
     output = predictions.output
@@ -185,7 +181,7 @@ def _write(predictions: Predictions) -> bytes:
     return bytes(sink.getvalue())
 
 
-def _read(data: bytes) -> Predictions:
+def read_kept(data: bytes) -> Predictions:
     table = pa.ipc.open_stream(data).read_all()
     width = json.loads(table.schema.metadata[b"modelworks"])["width"]
     output = table.column("output").combine_chunks()

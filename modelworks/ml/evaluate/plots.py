@@ -55,7 +55,7 @@ def plots(report: dict[str, Any], found: Predictions | None, points: Sequence[Po
         made.append(("precision-recall", "Precision and recall", lambda a: _precision_recall(a, found, classes)))
     if details.get("calibration"):
         made.append(("calibration", "Calibration", lambda a: _calibration(a, details["calibration"])))
-    if found is not None and not classes:
+    if found is not None and found.output.ndim == 1:
         if "low" in found.beside:
             made.append(("forecast", "Truth and forecast", lambda a: _forecast(a, found)))
         made.append(("predicted", "Predicted against true", lambda a: _predicted(a, found)))
