@@ -135,6 +135,15 @@ def test_an_irregular_series_is_refused_until_it_is_resampled(workdir: Path) -> 
     made = learn(data, workdir, transforms=transforms, **given)
     assert made.manifest.lineage["forecast"]["step"] == "1 day"
     assert sum(details_of(made)["test_rows"]) == 24
+    sliced: dict[str, Any] = {"slices": ["passengers > 12"]}  # of rows, which the steps are not
+    with pytest.raises(InvalidInput) as refused:
+        learn(data, workdir, transforms=transforms, **given, **sliced)
+    assert refused.value.param == "slices"
+    for method in ({"test": "d"}, {"holdout": 0.2}):
+        ctx, spec = Context(workdir), EvaluationSpec.model_validate({"model": "m", "method": method, **sliced})
+        with pytest.raises(InvalidInput) as refused:
+            evaluate(spec, packaged(made, workdir), *data, ctx)
+        assert (refused.value.param, ctx.reports) == ("slices", [])
 
 
 @pytest.mark.parametrize(

@@ -75,7 +75,7 @@ def evaluate(
     if spec.method.test:
         made = Plan([], {"name": "test", "dataset": spec.method.test})
         sides = [
-            [_answer(side, table, columns, ctx, end)] for side, end in zip((package, other), ends, strict=False) if side
+            [_answer(spec, side, table, columns, ctx, end)] for side, end in zip((package, other), ends, strict=False) if side
         ]
     else:
         problem, made, sides = _retrain(spec, [side for side in (package, other) if side], table, columns, wanted, ctx, ends)
@@ -91,8 +91,6 @@ def evaluate(
             task, sides[0], sides[1], wanted, spec.seed, [len(train) for train, _ in made.parts]
         )
     if spec.slices:
-        if isinstance(problem, Course):
-            problem.check_slices()
         whole = Predictions.join(sides[0])
         details["slices"] = measure(task, spec.slices, whole, table, columns, wanted, spec.seed)
     if spec.gates:
@@ -136,11 +134,13 @@ def _check_pair(model: Manifest, other: Manifest) -> None:
         )
 
 
-def _answer(package: Package, table: pa.Table, columns: Sequence[Column], ctx: JobContext, end: float) -> Predictions:
+def _answer(
+    spec: EvaluationSpec, package: Package, table: pa.Table, columns: Sequence[Column], ctx: JobContext, end: float
+) -> Predictions:
     """What the packaged graph itself says about a test set."""
     manifest = package.manifest
     if manifest.task in COURSES:
-        posed = _pose(package, table, columns)
+        posed = _pose(spec, package, table, columns)
         assert isinstance(posed, Course)
         return posed.answered(package, ctx, end)
     if wide := [spec for spec in manifest.signature.inputs if not spec.column]:
@@ -183,7 +183,7 @@ def _retrain(
 
     The parts are made from the first side's rows.
     """
-    problems = [_pose(side, table, columns) for side in sides]
+    problems = [_pose(spec, side, table, columns) for side in sides]
     first = problems[0]
     made = divide(first, spec.method, table, columns, spec.seed)
     for note in made.notes:
@@ -195,8 +195,11 @@ def _retrain(
     ]
 
 
-def _pose(package: Package, table: pa.Table, columns: Sequence[Column]) -> Problem:
-    """The recorded problem over a dataset, whose columns are read in the types that the model was trained on."""
+def _pose(spec: EvaluationSpec, package: Package, table: pa.Table, columns: Sequence[Column]) -> Problem:
+    """The recorded problem over a dataset, whose columns are read in the types that the model was trained on.
+
+    InvalidInput also for slices that `spec` asks for and the problem has not.
+    """
     manifest = package.manifest
     recorded = _recorded(manifest).model_copy(update={"validation": None})
     known = {spec.name: spec.column for spec in manifest.signature.inputs if spec.column}
@@ -215,6 +218,8 @@ def _pose(package: Package, table: pa.Table, columns: Sequence[Column]) -> Probl
             code="unknown_class",
             param="dataset",
         )
+    if spec.slices and isinstance(problem, Course):
+        problem.check_slices()
     return problem
 
 

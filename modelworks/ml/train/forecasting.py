@@ -56,6 +56,8 @@ class Forecast(Course):
         method = spec.validation
         if method and (method.group or method.split or method.stratify or method.repeats > 1 or method.time not in (None, time)):
             raise InvalidInput("a forecast is validated along its time: give holdout or kfold alone", param="validation")
+        if spec.slices and spec.transforms:
+            raise _no_slices()
         check_metrics(FORECAST, spec.metrics, spec.gates)
         if spec.stopping and spec.stopping.metric != "loss":
             raise InvalidInput("a forecaster stops by its loss; leave metric out", param="stopping.metric")
@@ -88,7 +90,7 @@ class Forecast(Course):
 
     def check_slices(self) -> None:
         if self.run.resampled:
-            raise InvalidInput("the steps of a resampled series are no rows of the dataset; leave slices out", param="slices")
+            raise _no_slices()
 
     @property
     def run(self) -> Series:
@@ -158,6 +160,10 @@ class Forecast(Course):
         found = on_series(package, self.run.values, self.run.order, ctx.threads)
         ctx.progress(end, "testing")
         return found
+
+
+def _no_slices() -> InvalidInput:
+    return InvalidInput("the steps of a resampled series are no rows of the dataset; leave slices out", param="slices")
 
 
 @dataclass(frozen=True)

@@ -127,23 +127,12 @@ def _validate(
         details["notes"].append(chosen["note"])
     if problem.spec.slices:
         tested = test_table if test_table is not None else table
-        details["slices"] = measure_slices(problem, found, tested, columns, wanted)
+        whole = Predictions.join(found)
+        details["slices"] = measure(problem.task, problem.spec.slices, whole, tested, columns, wanted, problem.spec.seed)
     if problem.spec.gates:
         details["gates"] = gate_results(problem.spec.gates, metrics)
     predictions = kept(found, problem.spec.seed)
     return {"metrics": metrics, "details": details, "method": describe_method(method), "predictions": predictions}
-
-
-def measure_slices(
-    problem: Problem,
-    found: Sequence[Predictions],
-    table: pa.Table | StoredTable,
-    columns: Sequence[Column],
-    wanted: list[str],
-) -> list[dict[str, Any]]:
-    if isinstance(problem, Course):
-        problem.check_slices()
-    return measure(problem.task, problem.spec.slices, Predictions.join(found), table, columns, wanted, problem.spec.seed)
 
 
 def _on_test(problem: Problem, test_table: pa.Table, ctx: JobContext) -> Predictions:
