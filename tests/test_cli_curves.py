@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from io import StringIO
+from types import SimpleNamespace
 from typing import Any
 
+import pytest
 from rich.console import Console
 
+from modelworks import Client
+from modelworks.cli import curves as module
 from modelworks.cli.curves import Curves, duration, plot
 from modelworks.core.types import Job, JobEvent
+from tests.client_fake import KEY, FakeServer, page
 
 
 def job(**more: Any) -> Job:
@@ -68,6 +73,28 @@ def test_what_a_job_says_cannot_command_the_terminal() -> None:
     assert "\x1b" not in text
     assert "[bold]x[/bold]" in text
     assert "[red]" in text
+
+
+def test_a_job_that_says_nothing_is_looked_at_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake, where = FakeServer(), "/api/v1/jobs/job_1"
+    early, late = (job(progress=part, stage=stage).public() for part, stage in ((0.1, "reading"), (0.7, "final fit")))
+    fake.on("GET", where, early, late, job(progress=1.0, status="succeeded").public())
+    fake.on("GET", f"{where}/events", page())
+    drawn: list[str] = []
+
+    class Looking(Curves):
+        def look(self, job: Job) -> None:
+            super().look(job)
+            drawn.append(shown(self))
+
+    monkeypatch.setattr(module, "Curves", Looking)
+    console = Console(file=StringIO(), force_terminal=True)
+    with Client(fake.url, KEY) as client:
+        session: Any = SimpleNamespace(client=client, notes=console)
+        ended = module.show(session, job())
+    fake.close()
+    assert ended.status == "succeeded"
+    assert [said in text for said, text in (("10%", drawn[0]), ("final fit", drawn[1]), ("70%", drawn[1]))] == [True] * 3
 
 
 def test_durations() -> None:

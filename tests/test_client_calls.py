@@ -432,6 +432,13 @@ def test_wait_has_an_end(face: Face, fake: FakeServer) -> None:
         face.finish(face.client.training_jobs.wait("job_1", timeout=0))
 
 
+def test_a_report_that_nobody_renders_is_not_waited_for_for_ever(face: Face, fake: FakeServer) -> None:
+    fake.on("GET", "/api/v1/reports/rep_1/plots/roc", Reply({**JOB, "kind": "render"}, 202), Reply(b"png"))
+    with pytest.raises(DeadlineExceeded, match="job_1 is not final"):
+        face.finish(face.client.reports.plot("rep_1", "roc", timeout=0))
+    assert face.finish(face.client.reports.plot("rep_1", "roc", timeout=0)) == b"png"
+
+
 def test_stream_goes_on_where_it_was_cut(face: Face, fake: FakeServer) -> None:
     where = "/api/v1/jobs/job_1/events/stream"
     fake.on(

@@ -5,7 +5,6 @@ which come again when it is looked at anew.
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
@@ -23,7 +22,6 @@ _SPEED = ("rows_per_s", "lr", "learning_rate", "grad_norm", "eta_s", "memory_mb"
 _DOTS = ((0x01, 0x08), (0x02, 0x10), (0x04, 0x20), (0x40, 0x80))  # of a braille character, by row and column
 _COLOURS = ("cyan", "yellow", "green", "magenta")
 _WIDE = 30.0  # times that the highest point is above the lowest: then a logarithmic scale shows more
-_LOOK = 1.0  # seconds between two looks at the job itself
 
 Line = list[tuple[float, float]]
 
@@ -37,6 +35,9 @@ class Curves:
         self._lines: dict[tuple[str, str, str], Line] = {}  # (part, unit, metric) -> points
         self._newest: tuple[str, str] | None = None
         self._speed: dict[str, float] = {}
+
+    def look(self, job: Job) -> None:
+        self.job = job
 
     def take(self, event: JobEvent) -> None:
         if event.kind == "metric":
@@ -148,15 +149,9 @@ def duration(seconds: float) -> str:
 
 
 def show(session: Session, job: Job) -> Job:
-    """Draw the job until it is final, from its stream of events; the job as it ended."""
+    """Draw the job until it is final, as each look at it and each event come; the job as it ended."""
     from rich.live import Live
 
-    curves, looked = Curves(job), time.monotonic()
-    with Live(curves, console=session.notes, refresh_per_second=4) as live:
-        for event in session.client.jobs.stream(job):
-            curves.take(event)
-            if time.monotonic() - looked > _LOOK:
-                curves.job, looked = session.client.jobs.get(job), time.monotonic()
-        curves.job = session.client.jobs.get(job)
-        live.refresh()
-    return curves.job
+    curves = Curves(job)
+    with Live(curves, console=session.notes, refresh_per_second=4):
+        return session.client.jobs.wait(job, progress=curves.look, on_event=curves.take, check=False)

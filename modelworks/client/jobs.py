@@ -63,6 +63,7 @@ class Jobs(Resource[Mode]):
         while True:
             try:
                 async with self._http.open(_stream_request(job, after)) as response:
+                    silent_since = time.monotonic()
                     async for sent in self._http.carrier.events(response):
                         if sent.event == "end":
                             return
@@ -170,27 +171,34 @@ class Reports(Resource[Mode]):
         return await self._http.model(Request("GET", path("/api/v1/reports/{}", report)), Report)
 
     @call
-    async def page(self, report: str) -> str:
-        """The report as one HTML page with its figures in it."""
-        return (await self._rendered(path("/api/v1/reports/{}/page", report))).text
+    async def page(self, report: str, *, timeout: float | None = None) -> str:
+        """The report as one HTML page with its figures in it.
+
+        A job makes both when they are first asked for. The server waits for it, up to a minute a call; when it is not
+        done by then and `timeout` seconds are over: DeadlineExceeded, while the job goes on.
+        """
+        return (await self._rendered(path("/api/v1/reports/{}/page", report), timeout)).text
 
     @call
-    async def plots(self, report: str) -> Sequence[Mapping[str, str]]:
-        """The report's figures: `name` and `title` of each."""
-        found = (await self._rendered(path("/api/v1/reports/{}/plots", report))).json()
+    async def plots(self, report: str, *, timeout: float | None = None) -> Sequence[Mapping[str, str]]:
+        """The report's figures: `name` and `title` of each. Waits as `page` does."""
+        found = (await self._rendered(path("/api/v1/reports/{}/plots", report), timeout)).json()
         return list(found["data"])
 
     @call
-    async def plot(self, report: str, name: str) -> bytes:
-        """One figure as PNG."""
-        return (await self._rendered(path("/api/v1/reports/{}/plots/{}", report, name))).content
+    async def plot(self, report: str, name: str, *, timeout: float | None = None) -> bytes:
+        """One figure as PNG. Waits as `page` does."""
+        return (await self._rendered(path("/api/v1/reports/{}/plots/{}", report, name), timeout)).content
 
-    async def _rendered(self, where: str) -> httpx2.Response:
+    async def _rendered(self, where: str, timeout: float | None) -> httpx2.Response:
         """What the first call makes; one that takes more than a minute is asked for again."""
+        started = time.monotonic()
         while True:
             response = await self._http.send(Request("GET", where))
             if response.status_code != 202:
                 return response
+            if timeout is not None and time.monotonic() - started >= timeout:
+                raise _too_late(self._http.validate(Job, response.json()).id, timeout)
             await self._http.carrier.sleep(_POLL[1])
 
 
@@ -222,9 +230,13 @@ async def wait(
                 return _checked(job) if check else job
         elapsed = time.monotonic() - started
         if timeout is not None and elapsed >= timeout:
-            raise DeadlineExceeded(f"job {job_id} is not final after {timeout:g} s; it goes on", code="wait_timeout")
+            raise _too_late(job_id, timeout)
         pause = min(max(_POLL[0], elapsed / 20), _POLL[1])
         await http.carrier.sleep(pause if timeout is None else min(pause, timeout - elapsed))
+
+
+def _too_late(job_id: str, timeout: float) -> DeadlineExceeded:
+    return DeadlineExceeded(f"job {job_id} is not final after {timeout:g} s; it goes on", code="wait_timeout")
 
 
 async def _tell_events(http: Transport, job_id: str, after: int, on_event: OnEvent) -> int:
