@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -123,9 +123,10 @@ class Library:
         """A job whose result says what changed; one that was asked the same before answers again."""
         with self._catalog.read() as tx:
             spec = versions.comparison(tx, caller.project_id, name, old, new, key)
-            if known := versions.answered(tx, caller.project_id, spec):
-                return known
-        return self._create(caller, "diff", spec, name)
+            known = versions.answered(tx, caller.project_id, spec)
+        return known or self._create(
+            caller, "diff", spec, name, known=lambda tx: versions.answered(tx, caller.project_id, spec)
+        )
 
     def delete_dataset(self, caller: Caller, name: str, version: int | None = None, *, force: bool = False) -> list[int]:
         """Delete one version, or all; the numbers of those. Conflict names what uses one; `force` spares only jobs."""
@@ -227,7 +228,8 @@ class Library:
         with self._catalog.read() as tx:
             report = tx.get(Report, report_id, project_id=caller.project_id)
             made = requests.rendered(tx, report)
-        return made or self._create(caller, "render", {"report_id": report.id}, report.id)
+        spec = {"report_id": report.id}
+        return made or self._create(caller, "render", spec, report.id, known=lambda tx: requests.rendered(tx, report))
 
     def rendering(self, caller: Caller, job: Job, plot: str | None = None) -> bytes:
         """The page that a `render` job made, or one of its figures."""
@@ -344,14 +346,20 @@ class Library:
         *,
         asked: Any = None,
         upload: Path | None = None,
+        known: Callable[[Tx], Job | None] = lambda tx: None,
     ) -> Job:
-        """Queue a job once. An upload is in the store, with a row that keeps it, before the job is acknowledged."""
+        """Queue a job once, or answer with the one that is `known` by then: writers take turns.
+
+        An upload is in the store, with a row that keeps it, before the job is acknowledged.
+        """
         size = upload.stat().st_size if upload else 0
         if upload:
             spec = {**spec, "upload": self._blobs.put_file(upload, move=True)}
         operation = _CREATES[kind]
 
         def make() -> Job:
+            if there := known(tx):
+                return there
             slot: Slot = "later" if requests.has_parts(spec) else "taken"
             whose = {"project_id": caller.project_id, "created_by": caller.principal.key_id}
             job = self._queue.enqueue(tx, Job(kind=kind, spec=spec, slot=slot, **whose))
