@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 
+from modelworks.control import requests
 from modelworks.control.library import Library, collect
-from modelworks.core.errors import IdempotencyMismatch, InvalidInput, ModelworksError, NotFound
+from modelworks.core.errors import Conflict, IdempotencyMismatch, InvalidInput, ModelworksError, NotFound
 from modelworks.core.specs import EvaluationSpec, TrainingSpec
 from modelworks.core.types import (
     Artifact,
@@ -307,6 +308,42 @@ def test_jobs_are_listed_by_kind_and_status(home: Home, library: Library) -> Non
     assert library.jobs(A, "evaluate").items == []
     assert [event.message for event in library.events(A, job.id)] == ["queued", "cancelled"]
     assert [event.seq for event in library.events(A, job.id, 1)] == [2]
+
+
+def test_a_model_that_a_training_builds_on_is_not_deleted(home: Home, library: Library) -> None:
+    put_dataset(home, name="notes", columns=[Column(name="text", type="text"), COLUMNS[3]])
+    for version in (1, 2):
+        put_model(home, name="encoder", version=version, task="embedding", digest=f"{9 + version:064x}")
+    asked = training(dataset="notes", algorithm="text-classifier", hyperparameters={"backbone": "encoder:1"})
+    job = library.train(A, asked)
+    assert "encoder:1" in str(job.spec["hyperparameters"])
+    for version in (1, None):
+        with pytest.raises(Conflict) as refused:
+            library.delete_model(A, "encoder", version)
+        assert (refused.value.code, refused.value.detail["jobs"]) == ("model_in_use", [job.id])
+    assert library.delete_model(A, "encoder", 2) == [2]
+    library.cancel(A, job.id)
+    embedded = library.train(A, training(dataset="notes", transforms=[{"op": "embed", "columns": ["text"], "model": "encoder"}]))
+    with pytest.raises(Conflict) as refused:
+        library.delete_model(A, "encoder")
+    assert refused.value.detail["jobs"] == [embedded.id]
+    library.cancel(A, embedded.id)
+    assert library.delete_model(A, "encoder") == [1]
+
+
+def test_a_report_that_is_asked_for_twice_at_once_is_rendered_by_one_job(
+    home: Home, library: Library, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = library.train(A, training())
+    about = {"job_id": job.id, "model": "iris", "dataset": "iris:1", "dataset_digest": "", "method": {}, "metrics": {}}
+    with home.catalog.write() as tx:
+        first, second = (tx.add(Report(project_id="proj_a", **about)) for _ in range(2))
+    made = library.render_report(A, first.id)
+    assert library.render_report(A, second.id).id != made.id
+    looks = [lambda tx, report: None, requests.rendered]  # as one who looked before the other's job was there
+    monkeypatch.setattr(requests, "rendered", lambda tx, report: looks.pop(0)(tx, report))
+    assert library.render_report(A, first.id).id == made.id
+    assert looks == []
 
 
 def test_an_alias_moves_and_goes(home: Home, library: Library) -> None:

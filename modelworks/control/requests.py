@@ -29,14 +29,14 @@ MAX_CLASSES = 100_000
 def training(tx: Tx, project_id: str, spec: TrainingSpec) -> dict[str, Any]:
     """The job's spec: `spec` with defaults filled in and each dataset by its version, beside their ids."""
     dataset = resolve_dataset(tx, project_id, spec.dataset)
-    checked = backbones.resolved(tx, project_id, check_training(spec, dataset.columns))
+    checked, models = backbones.resolved(tx, project_id, check_training(spec, dataset.columns))
     search = check_search(checked, task_in(checked, dataset.columns))
     if search and search.validation:
         check_method(search.validation, dataset.columns, spec.target)
     for one in spec.slices:
         parse_slice(one, dataset.columns)
     checked = checked.model_copy(update={"dataset": dataset.ref, "search": search})
-    resolved = checked.model_dump(mode="json") | {"dataset_id": dataset.id}
+    resolved = checked.model_dump(mode="json") | {"dataset_id": dataset.id, "model_version_ids": models}
     if spec.validation and spec.validation.test:
         test = resolve_dataset(tx, project_id, spec.validation.test, "validation.test")
         if spec.target:
@@ -89,8 +89,8 @@ def rendered(tx: Tx, report: Report) -> Job | None:
     """A job that renders this report, or has done so."""
     jobs = tx.table(Job)
     going = jobs.c.status.not_in(["failed", "cancelled", "cancelling"])
-    found = tx.list(Job, going, project_id=report.project_id, kind="render", newest_first=True, limit=1000)
-    return next((job for job in found if job.spec.get("report_id") == report.id), None)
+    of_it = jobs.c.spec["report_id"].as_string() == report.id
+    return tx.find(Job, going, of_it, project_id=report.project_id, kind="render")
 
 
 def _trained_on(tx: Tx, project_id: str, model: ModelVersion) -> Dataset:

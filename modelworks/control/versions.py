@@ -119,13 +119,18 @@ def delete(tx: Tx, caller: Caller, name: str, version: int | None, *, force: boo
 def _refuse_jobs(tx: Tx, one: Dataset | ModelVersion, code: str) -> None:
     jobs = tx.table(Job)
     waiting = jobs.c.status.not_in(sorted(FINAL_JOB_STATES))
-    found = [job.id for job in tx.list(Job, waiting, project_id=one.project_id) if one.id in job.spec.values()]
+    found = [job.id for job in tx.list(Job, waiting, project_id=one.project_id) if one.id in _used(job)]
     if found:
         raise Conflict(
             f"{one.ref} is in use by {_listed(found, 'job')}; wait until it ends, or cancel it",
             code=code,
             detail={_word(one): one.ref, "jobs": found[:100]},
         )
+
+
+def _used(job: Job) -> list[Any]:
+    """What a job's spec names, ids among it; a training also the models that it builds on."""
+    return [*job.spec.values(), *job.spec.get("model_version_ids", [])]
 
 
 def _refuse_models(tx: Tx, dataset: Dataset) -> None:

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from modelworks.ml.data.ingest import Ingested
 
 # what the library resolved, beside the spec that was asked for
-_RESOLVED = frozenset({"dataset_id", "test_dataset_id", "model_version_id", "compare_version_id"})
+_RESOLVED = frozenset({"dataset_id", "test_dataset_id", "model_version_id", "model_version_ids", "compare_version_id"})
 _OF_PARTS = frozenset({"part", "of", "trial", "scope", "params", "history"})
 
 
