@@ -72,6 +72,28 @@ def test_a_prompts_log_probabilities_are_those_of_the_weights(made: tuple[Packag
     assert max(spread) - min(spread) > 1  # the weights tell tokens apart: a wrong place would be seen
 
 
+def test_a_prompt_that_cannot_be_measured_is_refused_with_its_reason(
+    made: tuple[Package, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runtime = LlamaRuntime()
+    runtime.load(made[0], 1, slots=1, context=256)
+    measured = {"echo": True, "logprobs": 1, "max_tokens": 0, "temperature": 0}
+
+    def error(*ids: int) -> Any:
+        runtime.admit(1, [Tensor("tokens", "INT32", [len(ids)], struct.pack(f"<{len(ids)}i", *ids))], measured, False)
+        ((_, answer, _),) = runtime.step(30.0)
+        return answer
+
+    try:
+        beyond = error(72, 100_000)
+        assert (beyond.status, beyond.param) == (400, "prompt")
+        assert "token id 100000 is beyond the vocabulary" in beyond.message
+        monkeypatch.setattr(runtime, "_known", lambda ids: ids)  # as when the engine itself refuses
+        assert error(100_000).status == 400
+    finally:
+        runtime.close()
+
+
 @pytest.mark.parametrize("kind", [LlamaRuntime, OpenVinoRuntime])
 def test_generated_tokens_have_the_log_probabilities_of_the_weights(made: tuple[Package, Any], kind: Any) -> None:
     package, model = made

@@ -192,18 +192,20 @@ class LlamaRuntime:
 
     def _echo(self, call: Generation, prompt: str | list[int]) -> list[int]:
         """Hold the prompt's text as the answer's beginning, with logprobs the probability of each token but the first."""
-        ids = self._ids(prompt) if isinstance(prompt, str) else prompt
+        ids = self._ids(prompt) if isinstance(prompt, str) else self._known(prompt)
         self._check_room(len(ids))
         call.prompt_tokens = len(ids)
         count = call.ask.sampling.logprobs
         if count is None:
             call.texts.append(prompt if isinstance(prompt, str) else self._text(ids))
             return ids
-        first, *rest = [*self._forced(call, [], ids[:1], 1), *self._forced(call, ids[:1], ids[1:], count or 1)]
-        if count is not None:
-            call.logprobs.append(Logprob(first.token, None, first.bytes, [], first.id))
-            call.logprobs += [_most(one, count) for one in rest]
-        text = b"".join(bytes(one.bytes) for one in (first, *rest)).decode("utf-8", "replace")
+        found = [*self._forced(call, [], ids[:1], 1), *self._forced(call, ids[:1], ids[1:], count or 1)]
+        if len(found) < len(ids):  # the call has ended, or is gone
+            return ids
+        first, *rest = found
+        call.logprobs.append(Logprob(first.token, None, first.bytes, [], first.id))
+        call.logprobs += [_most(one, count) for one in rest]
+        text = b"".join(bytes(one.bytes) for one in found).decode("utf-8", "replace")
         call.texts.append(prompt if isinstance(prompt, str) else text)
         return ids
 
@@ -214,9 +216,12 @@ class LlamaRuntime:
             raise InvalidInput("the prompt has no tokens", param="prompt")
         return [int(id) for id in found]
 
-    def _text(self, ids: list[int]) -> str:
+    def _known(self, ids: list[int]) -> list[int]:
         if max(ids) >= len(self._vocabulary):
             raise InvalidInput(f"token id {max(ids)} is beyond the vocabulary of {len(self._vocabulary)}", param="prompt")
+        return ids
+
+    def _text(self, ids: list[int]) -> str:
         return str(self._ask_engine("/detokenize", {"tokens": ids})["content"])
 
     @cached_property
