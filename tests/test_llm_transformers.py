@@ -242,7 +242,16 @@ def test_the_package_travels_and_code_does_not(
             import_folder(other, work)
 
 
-def test_the_engines_of_a_model_are_measured(imported: tuple[Manifest, dict[str, Path]]) -> None:
+def test_the_engines_of_a_model_are_measured(
+    imported: tuple[Manifest, dict[str, Path]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    admit, prompts = TransformersRuntime.admit, []
+
+    def noting(runtime: TransformersRuntime, call_id: Any, inputs: list[Tensor], *rest: Any) -> None:
+        prompts.append(inputs[0].data)
+        admit(runtime, call_id, inputs, *rest)
+
+    monkeypatch.setattr(TransformersRuntime, "admit", noting)
     stages: list[tuple[float, str]] = []
     found = measure(packaged(imported), 1, lambda part, stage: stages.append((part, stage)))
     assert stages == [(0.0, "measuring transformers")]
@@ -250,3 +259,11 @@ def test_the_engines_of_a_model_are_measured(imported: tuple[Manifest, dict[str,
     figures = found["engines"]["transformers"]
     assert all(figures[who][name] > 0 for who in ("one", "many") for name in ("tokens_per_second", "first_token_ms"))
     assert candidates(packaged(imported)) == ["transformers"]
+    assert len(set(prompts)) == len(prompts) == 2 + found["calls"]  # none that the engine has read before
+
+    def failing(*_: Any) -> None:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(TransformersRuntime, "admit", failing)
+    with pytest.raises(InvalidInput, match="transformers: RuntimeError: out of memory"):
+        measure(packaged(imported), 1, lambda *_: None)

@@ -8,6 +8,7 @@ from importlib.util import find_spec
 from typing import Any
 
 from modelworks.core.errors import InvalidInput, ModelworksError
+from modelworks.core.telemetry import logger
 from modelworks.core.tensors import Tensor, pack_bytes
 from modelworks.ml.package import Package
 from modelworks.ml.runtimes.choice import LLAMA, OPENVINO, TRANSFORMERS, choose
@@ -19,6 +20,8 @@ _CONTEXT = 512
 _STALLED = 120.0  # seconds without a token after which an engine is given up
 _MODULES = {OPENVINO: "openvino_genai", LLAMA: "xllamacpp", TRANSFORMERS: "transformers"}
 _PROMPT = "Write one paragraph about the number {}, and say where one meets it in daily life. "
+
+log = logger("measuring")
 
 
 def candidates(package: Package) -> list[str]:
@@ -37,7 +40,7 @@ def candidates(package: Package) -> list[str]:
 def measure(package: Package, threads: int, tell: Callable[[float, str], None]) -> dict[str, Any]:
     """`engines`: figures by engine, each for `one` call and for `many` at a time; `fastest`: the engine for each.
 
-    An engine that does not load here has its `error`. InvalidInput when none does.
+    An engine that fails here has its `error`. InvalidInput when none does.
     """
     names = candidates(package)
     figures: dict[str, Any] = {}
@@ -47,6 +50,9 @@ def measure(package: Package, threads: int, tell: Callable[[float, str], None]) 
             figures[name] = _of_engine(name, package, threads)
         except ModelworksError as error:
             figures[name] = {"error": error.message}
+        except Exception as error:  # a plug's edge: the other engines are measured still
+            log.error("engine_failed", engine=name, exc_info=error)
+            figures[name] = {"error": " ".join(f"{type(error).__name__}: {error}".split())[:300]}
     sound = {name: found for name, found in figures.items() if "error" not in found}
     if not sound:
         reasons = "; ".join(f"{name}: {found['error']}" for name, found in figures.items())
@@ -61,23 +67,27 @@ def _of_engine(name: str, package: Package, threads: int) -> dict[str, Any]:
     runtime.load(package, threads, slots=MANY, context=_CONTEXT)
     loaded = time.perf_counter() - begun
     try:
-        _run(runtime, 1, 4)  # what is set up at the first call is no part of the figures
-        return {"load_seconds": round(loaded, 2), "one": _run(runtime, 1, TOKENS), "many": _run(runtime, MANY, TOKENS)}
+        _run(runtime, 1, 4, first=0)  # what is set up at the first call is no part of the figures
+        one, many = _run(runtime, 1, TOKENS, first=1), _run(runtime, MANY, TOKENS, first=2)
+        return {"load_seconds": round(loaded, 2), "one": one, "many": many}
     finally:
         runtime.close()
 
 
-def _run(runtime: Any, calls: int, tokens: int) -> dict[str, float]:
-    """Tokens a second of all calls together, and the mean time to the first token."""
+def _run(runtime: Any, calls: int, tokens: int, *, first: int) -> dict[str, float]:
+    """Tokens a second of all calls together, and the mean time to the first token.
+
+    `first`: the number in the first call's prompt. No number comes twice, as engines keep what they have read.
+    """
     left: set[int] = set(range(calls))
-    first: dict[int, float] = {}
+    answered: dict[int, float] = {}
     waiting = list(range(calls))
     made = 0
     begun = time.perf_counter()
     while left:
         while waiting and len(runtime) < runtime.slots:
             number = waiting.pop(0)
-            prompt = Tensor("prompt", "BYTES", [1], pack_bytes([_PROMPT.format(number + calls) * 3]))
+            prompt = Tensor("prompt", "BYTES", [1], pack_bytes([_PROMPT.format(first + number) * 3]))
             params = {"temperature": 0, "max_tokens": tokens, "ignore_eos": True}
             runtime.admit(number, [prompt], params, True)
         steps = runtime.step(_STALLED)
@@ -86,12 +96,12 @@ def _run(runtime: Any, calls: int, tokens: int) -> dict[str, float]:
         for number, item, done in steps:
             if isinstance(item, ModelworksError):
                 raise item
-            first.setdefault(number, time.perf_counter() - begun)
+            answered.setdefault(number, time.perf_counter() - begun)
             if done:
                 left.discard(number)
                 made += memoryview(item[2].data).cast("i")[1] if item else 0
     seconds = time.perf_counter() - begun
     return {
         "tokens_per_second": round(made / seconds, 2),
-        "first_token_ms": round(1000 * sum(first.values()) / calls, 1),
+        "first_token_ms": round(1000 * sum(answered.values()) / calls, 1),
     }
