@@ -5,6 +5,9 @@ from __future__ import annotations
 import importlib.util
 import json
 import struct
+import tempfile
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -159,18 +162,17 @@ def test_a_prompt_is_measured_as_the_model_itself_does(engine: TransformersRunti
 def test_seeds_stops_schemas_and_bias(engine: TransformersRuntime) -> None:
     hot = {"temperature": 1.3, "max_tokens": 8, "top_p": 0.95, "ignore_eos": True}
     schema = {"type": "object", "properties": {"big": {"type": "boolean"}}, "required": ["big"], "additionalProperties": False}
-    one, two, other, held, biased = run(
+    (alone,) = run(engine, (prompt("a ship"), {**hot, "seed": 3}))
+    one, other, held, biased = run(
         engine,
-        (prompt("a ship"), {**hot, "seed": 3}),
         (prompt("a ship"), {**hot, "seed": 3}),
         (prompt("a ship"), {**hot, "seed": 4}),
         (prompt("{"), {"schema": schema, "max_tokens": 60}),
         (prompt("a"), {"logit_bias": {"70": 100}, "max_tokens": 3, "logprobs": 0}),
     )
-    assert one.text == two.text != other.text
+    assert one.text == alone.text != other.text  # whatever runs beside it
     assert isinstance(json.loads(held.text)["big"], bool)
     assert biased.ids == [70] * 3
-    assert "\ufffd" not in one.text or one.reason == "length"
     (whole,) = run(engine, (prompt("a ship"), {"max_tokens": 30, "ignore_eos": True}))
     stop = whole.text[5:8]
     (stopped,) = run(engine, (prompt("a ship"), {"max_tokens": 30, "ignore_eos": True, "stop": [stop]}))
@@ -196,6 +198,67 @@ def test_one_calls_parameters_do_not_end_the_others(engine: TransformersRuntime,
         lost, kept = run(engine, (prompt("a ship"), {**plain, "seed": seed}), (prompt("a ship"), plain))
         assert lost.error.code == "model_error"
         assert (kept.ids, kept.reason, engine._batch) == (greedy.ids, "length", [])
+
+
+def test_a_call_that_leaves_before_its_prompt_is_ready_is_waited_for(
+    engine: TransformersRuntime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ready, row = threading.Event(), TransformersRuntime._row
+    monkeypatch.setattr(TransformersRuntime, "_row", lambda *given: ready.wait(30.0) and row(*given))
+    engine.admit("slow", [prompt("a ship")], {}, True)
+    engine.abort("slow")
+    begun = time.monotonic()
+    assert engine.step(0.05) == []
+    assert time.monotonic() - begun >= 0.05  # it waits, rather than return at once again and again
+    ready.set()
+    assert engine.step(30.0) == [("slow", None, True)]
+    assert len(engine) == 0
+
+
+def test_folders_that_are_not_sound_are_refused_and_leave_nothing(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    other = tmp_path / "other"
+    other.mkdir()
+    for path in folder.iterdir():
+        (other / path.name).write_bytes(path.read_bytes())
+
+    def refused(name: str, data: str) -> InvalidInput:
+        before = (other / name).read_bytes()
+        (other / name).write_text(data)
+        work = Path(tempfile.mkdtemp(prefix="work"))
+        with pytest.raises(InvalidInput) as caught:
+            import_folder(other, work)
+        (other / name).write_bytes(before)
+        return caught.value
+
+    for data in ("[]", "{}", "{", '{"model": {"type": "BPE", "vocab": 7}}'):
+        assert refused("tokenizer.json", data).code in ("bad_tokenizer", "bad_model")
+    config = json.loads((other / "config.json").read_text())
+    assert refused("config.json", json.dumps({**config, "num_attention_heads": 0})).code == "bad_model"
+    assert list(tmp_path.glob("mw-*")) == []
+
+
+def test_a_model_that_no_token_ends_holds_to_no_schema(folder: Path, tmp_path: Path) -> None:
+    other, work = tmp_path / "other", tmp_path / "work"
+    other.mkdir()
+    work.mkdir()
+    for path in folder.iterdir():
+        (other / path.name).write_bytes(path.read_bytes())
+    config = json.loads((folder / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps({**config, "eos_token_id": 5000}))
+    (other / "generation_config.json").unlink()
+    (other / "tokenizer_config.json").unlink()
+    runtime = TransformersRuntime()
+    runtime.load(packaged(import_folder(other, work)), 1, slots=2)
+    try:
+        with pytest.raises(InvalidInput) as caught:
+            runtime.admit(1, [prompt("{")], {"schema": {"type": "object"}}, False)
+        assert (caught.value.code, caught.value.param) == ("unsupported_parameter", "response_format")
+        assert run(runtime, (prompt("{"), {"max_tokens": 2}))[0].reason == "length"
+    finally:
+        runtime.close()
 
 
 def test_what_is_not_sound_is_refused(engine: TransformersRuntime) -> None:

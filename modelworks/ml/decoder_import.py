@@ -12,6 +12,7 @@ from typing import Any
 from modelworks.core.errors import InvalidInput
 from modelworks.core.generation import TEXT_GENERATION
 from modelworks.core.tensors import Tensor, pack_bytes
+from modelworks.ml.data.tokens import load
 from modelworks.ml.folder import CONFIG, check_safetensors, config_of, licence_of, read_json, weights_of
 from modelworks.ml.package import Manifest, Package, PackageFile
 from modelworks.ml.runtimes.llm_template import CHATML, MAX_TEMPLATE, check_template
@@ -144,9 +145,7 @@ def _chat(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
 
 def _ends(folder: Path, config: dict[str, Any], generation: dict[str, Any], eos: str) -> list[int]:
     """The ids of the tokens that end an answer."""
-    tokens = (read_json(folder / TOKENIZER_FILE) or {}).get("added_tokens", [])
-    named = [it["id"] for it in tokens if isinstance(it, dict) and it.get("content") == eos and isinstance(it.get("id"), int)]
-    found: list[Any] = [*named]
+    found: list[Any] = [load(read_json(folder / TOKENIZER_FILE), TOKENIZER_FILE).token_to_id(eos)]
     for value in (generation.get("eos_token_id"), config.get("eos_token_id")):
         found += value if isinstance(value, list) else [value]
     return sorted({one for one in found if isinstance(one, int) and not isinstance(one, bool) and one >= 0})

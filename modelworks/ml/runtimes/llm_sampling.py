@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from modelworks.core.generation import Logprob, Sampling
+from modelworks.ml.data.tokens import load
+from modelworks.ml.folder import read_json
 
 if TYPE_CHECKING:
     import torch
@@ -23,11 +25,9 @@ class Vocabulary:
     """A tokenizer.json: texts to ids and back, and grammars over its tokens."""
 
     def __init__(self, path: Path, ends: list[int], size: int) -> None:
-        """`ends`: the tokens that end an answer; `size`: of the model's logits."""
-        from tokenizers import Tokenizer
-
-        self.tokenizer = Tokenizer.from_file(str(path))
-        self.ends = frozenset(ends)
+        """`ends`: the tokens that end an answer; `size`: of the model's logits. InvalidInput for no sound tokenizer."""
+        self.tokenizer = load(read_json(path), path.name)
+        self.ends = frozenset(id for id in ends if id < size)
         self.size = size
         added = self.tokenizer.get_added_tokens_decoder()
         self.silent = {id for id, token in added.items() if token.special and token.content not in MARKS}

@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Hashable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 from modelworks.core.errors import InvalidInput, MissingExtra, ModelworksError
 from modelworks.core.generation import TEXT_GENERATION, Ask, Logprob, context_exceeded, part, read_ask
@@ -71,7 +71,7 @@ class Row:
 class TransformersRuntime:
     """`admit` and `abort` never wait; one `step` reads a piece of a prompt and makes a token for every call."""
 
-    lacks: ClassVar[frozenset[str]] = frozenset({"images"})
+    lacks: frozenset[str] = frozenset({"images"})
 
     def __init__(self) -> None:
         self.slots = 1
@@ -89,34 +89,28 @@ class TransformersRuntime:
         """InvalidInput for a model that transformers does not load from safetensors alone. `context`: tokens a call."""
         try:
             import torch
-            from transformers import AutoModelForCausalLM
+            import transformers  # noqa: F401
         except ImportError:
             raise MissingExtra("this engine needs torch and transformers; pip install 'modelworks[nets,llm]'") from None
         self.slots = max(1, min(slots, MAX_SLOTS))
         torch.set_num_threads(threads)
         self._device = "cuda" if torch.cuda.is_available() else "cpu"
         self._folder = Path(tempfile.mkdtemp(prefix="mw-"))
-        for name in package.manifest.files:
-            (self._folder / name).symlink_to(package.path(name).resolve())
         try:
-            model = AutoModelForCausalLM.from_pretrained(
-                self._folder,
-                local_files_only=True,
-                use_safetensors=True,
-                trust_remote_code=False,
-                dtype=_dtype(json.loads((self._folder / "config.json").read_bytes()), self._device),
-            )
-        except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, ImportError) as error:
+            for name in package.manifest.files:
+                (self._folder / name).symlink_to(package.path(name).resolve())
+            self._model = _model_of(self._folder, self._device)
+            chat = json.loads((self._folder / CHAT_FILE).read_bytes())
+            size = int(self._model.get_output_embeddings().weight.shape[0])
+            self._vocabulary = Vocabulary(self._folder / TOKENIZER_FILE, chat["ends"], size)
+            self._template = ChatTemplate(chat["template"] or CHATML, bos=chat["bos"], eos=chat["eos"])
+        except BaseException:
             shutil.rmtree(self._folder, ignore_errors=True)
-            said = " ".join(str(error).split())[:300]
-            raise InvalidInput(f"transformers cannot load this model: {said}", code="bad_model") from None
-        self._model = model.eval().to(self._device)
+            raise
+        if not self._vocabulary.ends:
+            self.lacks |= {"schema"}  # a grammar ends with an end token
         self._takes = _takes(self._model)
-        chat = json.loads(package.path(CHAT_FILE).read_bytes())
-        self._template = ChatTemplate(chat["template"] or CHATML, bos=chat["bos"], eos=chat["eos"])
         self._context = min(context or CONTEXT, int(chat.get("context_length") or CONTEXT))
-        size = int(self._model.get_output_embeddings().weight.shape[0])
-        self._vocabulary = Vocabulary(package.path(TOKENIZER_FILE), chat["ends"], size)
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="prompt")
         return TEXT_GENERATION
 
@@ -131,7 +125,8 @@ class TransformersRuntime:
         """What the calls aboard made in one step, waiting up to `timeout` seconds for the first call."""
         with self._arrived:
             if not self._batch and not self._reading:
-                self._arrived.wait_for(lambda: self._inbox or self._ended or self._gone, timeout)
+                # calls that are to leave come this way too, once their prompts are there
+                self._arrived.wait_for(lambda: self._inbox or self._ended, timeout)
             self._reading += self._inbox
             self._inbox.clear()
             steps = [*self._ended]
@@ -156,7 +151,6 @@ class TransformersRuntime:
         with self._arrived:
             if call_id in self._aboard:
                 self._gone.add(call_id)
-                self._arrived.notify()
 
     def __len__(self) -> int:
         return len(self._aboard)
@@ -366,6 +360,23 @@ def _inference() -> contextlib.AbstractContextManager[Any]:
     import torch
 
     return torch.inference_mode()
+
+
+def _model_of(folder: Path, device: str) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            folder,
+            local_files_only=True,
+            use_safetensors=True,
+            trust_remote_code=False,
+            dtype=_dtype(json.loads((folder / "config.json").read_bytes()), device),
+        )
+    except Exception as error:  # what the many architectures raise on a config that is not sound
+        said = " ".join(str(error).split())[:300]
+        raise InvalidInput(f"transformers cannot load this model: {said}", code="bad_model") from None
+    return model.eval().to(device)
 
 
 def _takes(model: Any) -> frozenset[str]:
