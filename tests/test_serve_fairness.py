@@ -12,7 +12,8 @@ from modelworks.core.types import Call, Deployment, Principal, Signature
 from modelworks.serve.breaker import THRESHOLD, Breaker
 from modelworks.serve.fairness import FairQueue
 from modelworks.serve.hints import hint
-from modelworks.serve.routes import Limits
+from modelworks.serve.lane import Lane
+from modelworks.serve.routes import Limits, Route
 
 
 @dataclass
@@ -97,6 +98,28 @@ def test_the_breaker_opens_for_ever_longer():
     assert breaker.look(1e6)
     breaker.succeeded()
     assert (breaker.open, breaker.trial, breaker.failures) == (False, False, 0)
+
+
+class Free:
+    """A replica with no call aboard."""
+
+    window = 100.0
+
+    def __init__(self):
+        self.breaker = Breaker()
+
+    def load(self):
+        return 0
+
+
+def test_a_replica_on_trial_gets_one_call_of_many():
+    lane = Lane(Route("p", "toy", "toy:1", Signature(inputs=[], outputs=[]), "custom", limits=Limits()))
+    sound, tried = lane.peers = [Free(), Free()]
+    tried.breaker.trial = True
+    assert dict(lane.share(50)) == {sound: 49, tried: 1}
+    lane.peers = [tried]
+    assert lane.share(1) == [(tried, 1)]
+    assert lane.share(2) is None
 
 
 def who(role):

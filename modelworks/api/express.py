@@ -7,12 +7,13 @@ by itself. A client cannot tell the difference, nor can the counters, limits and
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from time import monotonic
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from modelworks.api.calls import Reply
-from modelworks.core.errors import ModelworksError
+from modelworks.core.telemetry import logger
 from modelworks.core.tensors import Tensor
 from modelworks.core.types import Answer, Call, Principal
 from modelworks.serve.channel import Deliver
@@ -25,6 +26,8 @@ from modelworks.serve.routes import Route
 
 if TYPE_CHECKING:
     from modelworks.api.fastlane import Exchange, Target
+
+log = logger("api.express")
 
 
 class Bulk(Protocol):
@@ -92,7 +95,8 @@ class Express:
             return
         if not left:
             for rider in riders:
-                rider.caller.start()
+                convoy: Any = rider.convoy
+                rider.caller.start_with(partial(getattr, rider, "call"), convoy.reply(rider))
             return
         for rider in riders:
             exchange: Exchange = rider.caller
@@ -143,8 +147,12 @@ class _Convoy(Convoy):
 
     def deliver(self, rider: Rider) -> Deliver:
         exchange: Exchange = rider.caller
-        exchange.answer_by(lambda answer: self._bulk.reply(answer, exchange.request_id))
+        exchange.answer_by(self.reply(rider))
         return Watch(self._express.gateway.observer, self.route, exchange.deliver, self.begun)
+
+    def reply(self, rider: Rider) -> Callable[[Answer], Reply]:
+        """What encodes the answer of one rider that comes alone."""
+        return partial(self._bulk.reply, request_id=rider.caller.request_id)
 
     def finish(self, riders: list[Rider], answers: Answers) -> None:
         exchanges: list[Exchange] = [rider.caller for rider in riders]
@@ -152,24 +160,28 @@ class _Convoy(Convoy):
         observer.answered(self.route, answers, [rider.convoy.begun for rider in riders])
         try:
             bodies = self._bulk.write(answers, [exchange.request_id for exchange in exchanges])
-        except ModelworksError as error:
-            for exchange in exchanges:
-                exchange.refuse(error)
+        except Exception:  # one of them cannot be written; the others need not share its fate
+            for rider, part in zip(riders, answers.parts(), strict=True):
+                rider.caller.answer_by(self.reply(rider))
+                rider.caller.deliver(part)
             return
-        except Exception as error:  # the same edge as that of one answer
-            for exchange in exchanges:
-                exchange.unexpected(error)
-            return
+        told: list[tuple[Exchange, bytes]] = []
         for exchange, body in zip(exchanges, bodies, strict=True):
-            exchange.good(body)
-        lines = _lines(exchanges, bodies, answers.version)
-        observer.requests_answered(exchanges[0].target.operation, lines, len(exchanges))
+            if exchange.response_complete:
+                continue
+            try:
+                exchange.good(body)
+            except Exception as error:  # the same edge as that of one answer
+                log.error("an answer could not be sent", request_id=exchange.request_id, exc_info=error)
+            told.append((exchange, body))
+        if told:
+            observer.requests_answered(told[0][0].target.operation, _lines(told, answers.version), len(told))
 
 
-def _lines(exchanges: list[Exchange], bodies: list[bytes], version: str) -> Iterator[Line]:
+def _lines(told: list[tuple[Exchange, bytes]], version: str) -> Iterator[Line]:
     """For the request log."""
     now = monotonic()
-    for exchange, body in zip(exchanges, bodies, strict=True):
+    for exchange, body in told:
         principal, target = exchange.principal, exchange.target
         yield (
             exchange.request_id, principal.key_id, principal.project_id, target.operation, target.deployment, version,

@@ -25,7 +25,7 @@ from modelworks.api.services import Services
 from modelworks.core.errors import ModelworksError
 from modelworks.core.specs import NAME_PATTERN
 from modelworks.core.telemetry import logger
-from modelworks.core.types import Answer, Principal
+from modelworks.core.types import Answer, Call, Principal
 from modelworks.security.policy import OPERATIONS
 from modelworks.serve.detours import Errand
 from modelworks.serve.observe import CANCELLED, rows_of
@@ -152,13 +152,25 @@ class Exchange:
 
     def start(self) -> None:
         """The body is there: make the call."""
+        self._submit(self._prepare)
+
+    def start_with(self, call: Callable[[], Call], reply: Callable[[Answer], Reply]) -> None:
+        """As `start`, of a body that was read elsewhere."""
+        self._reply = reply
+        self._submit(call)
+
+    def _prepare(self) -> Call:
+        if self.refusal is not None:
+            raise self.refusal
+        data = b"".join([self.body, *self.parts]) if self.parts else self.body
+        gateway = self._protocol.services.gateway
+        call, self._reply = self.target.prepare(gateway, self.principal, data, self.binary, self.request_id)
+        return call
+
+    def _submit(self, prepare: Callable[[], Call]) -> None:
         try:
-            if self.refusal is not None:
-                raise self.refusal
-            data = b"".join([self.body, *self.parts]) if self.parts else self.body
             gateway = self._protocol.services.gateway
-            call, self._reply = self.target.prepare(gateway, self.principal, data, self.binary, self.request_id)
-            del data
+            call = prepare()
             if self.body:
                 self._let_go()
             self.rows = rows_of(call)
@@ -207,14 +219,8 @@ class Exchange:
 
     def good(self, body: bytes) -> None:
         """Write an answer that is counted and logged elsewhere."""
-        self.response_complete = True
-        self._pending = None
-        protocol = self._protocol
-        transport = protocol.transport
-        if not transport.is_closing():
-            left = b"" if self._allowance is None else _LIMITS % self._allowance
-            transport.write(_GOOD % (protocol.good_head(), len(body), self.request_id.encode(), left, body))
-        protocol.on_response_complete()
+        self._send(200, JSON_HEADERS, body)
+        self._protocol.on_response_complete()
 
     def unexpected(self, error: Exception) -> None:
         log.error("unexpected error", request_id=self.request_id, path=self.target.path, exc_info=error)
@@ -238,6 +244,11 @@ class Exchange:
             self._observe(CANCELLED, 0, "")
 
     def _write(self, status: int, headers: Any, body: bytes, version: str = "") -> None:
+        self._send(status, headers, body)
+        self._observe(status, len(body), version)
+        self._protocol.on_response_complete()
+
+    def _send(self, status: int, headers: Any, body: bytes) -> None:
         self.response_complete = True
         self._pending = None
         protocol = self._protocol
@@ -250,8 +261,6 @@ class Exchange:
                 transport.write(self._message(status, headers, body))
                 if not self.keep_alive:
                     protocol.close()
-        self._observe(status, len(body), version)
-        protocol.on_response_complete()
 
     def _message(self, status: int, headers: Any, body: bytes) -> bytes:
         allowance = self._allowance

@@ -143,8 +143,8 @@ class Form(NamedTuple):
 
 def _usual(route: Route, data: bytes) -> tuple[str | None, list[Tensor], Kind, list[Wanted]] | None:
     """The id, tensors, kind and outputs of a usual request; None: read it with all care. Floats only: JSON's integers become such."""
-    read = _read_usual(route, data)
     wanted = usual_outputs(route)
+    read = _read_usual(route, data) if wanted is not None else None
     if read is None or wanted is None:
         return None
     body, form = read
@@ -193,8 +193,8 @@ class Usual:
 
     def read(self, data: bytes) -> tuple[Kind, int, bytes] | None:
         """The kind, rows and bytes of all inputs; None: it is not for this."""
-        found = _read_usual(self.route, data)
-        if found is None or self._outputs is None:
+        found = _read_usual(self.route, data) if self._outputs is not None else None
+        if found is None:
             return None
         body, form = found
         if body.id is not None or form.rows < 1:

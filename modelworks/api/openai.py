@@ -8,14 +8,16 @@ import anyio
 from starlette.responses import Response
 
 from modelworks.api import openai_schemas as schemas
-from modelworks.api.openai_generation import TASK, unknown_model
+from modelworks.api.openai_generation import unknown_model
 from modelworks.api.routes import NamePath, Routes, Use, Who, answer
 from modelworks.api.services import Services
+from modelworks.core.embedding import EMBEDDING, RERANK
+from modelworks.core.tasks import GENERATION
 from modelworks.core.types import Caller, Deployment
 
 routes = Routes("OpenAI", "openai")
 
-TASKS = (TASK, "embedding", "rerank", "text-classification")  # what this API has routes for
+TASKS = (GENERATION, EMBEDDING, RERANK, "text-classification")  # what this API has routes for
 _PAGES = 20
 
 

@@ -94,7 +94,6 @@ class Chat(Exchange):
         super().__init__(request, services, caller, asked)
         self.readers = [Reader(asked.tools, forced=asked.forced) for _ in self.choices]
         self.called = [0] * len(self.choices)
-        self._plain = not asked.running and "logprobs" not in asked.params  # an event has nothing new but its text
         self.id = f"chatcmpl-{os.urandom(12).hex()}"
 
     def head(self, kind: str) -> dict[str, Any]:
@@ -144,7 +143,7 @@ class Chat(Exchange):
         reader = self.readers[made.index]
         pieces = reader.feed(made.take())
         ended = made.done and not made.pending
-        if self._plain and not ended and len(pieces) == 1 and pieces[0].kind == "text":
+        if self.plain and not ended and len(pieces) == 1 and pieces[0].kind == "text":
             return self.filled(made, pieces[0].text, lambda text: self._chunk(made, {"content": text}))
         if ended:
             pieces += reader.finish()

@@ -102,7 +102,6 @@ class Completion(Exchange):
     def __init__(self, request: Request, services: Services, caller: Caller, asked: Asked) -> None:
         super().__init__(request, services, caller, asked)
         self.offsets = [0] * len(self.choices)
-        self._plain = not asked.running and "logprobs" not in asked.params  # an event has nothing new but its text
         self.id = f"cmpl-{os.urandom(12).hex()}"
 
     def head(self) -> dict[str, Any]:
@@ -123,7 +122,7 @@ class Completion(Exchange):
         ended = made.done and not made.pending
         if not text and not ended and not made.logprobs:
             return b""
-        if self._plain and not ended:
+        if self.plain and not ended:
             return self.filled(made, text, lambda text: self._event(made, text))
         return self._event(made, text, made.reason if ended else None)
 

@@ -138,7 +138,7 @@ async def _run(
     """The first output's bytes, and the sum of the second, the rows' tokens."""
     call = Call(route.name, inputs, services.gateway.deadline(SECONDS), caller.request_id, counted=True)
     allowance = Allowance(services, caller, request)
-    allowance.reserve(inputs)
+    allowance.take(inputs)
     tokens = 0
     try:
         found = await infer(request, services, caller, call)

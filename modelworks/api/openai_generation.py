@@ -14,20 +14,21 @@ import msgspec
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
-from modelworks.api.allowance import ANSWER, Allowance
+from modelworks.api.allowance import Allowance
 from modelworks.api.errors import render
 from modelworks.api.openai_stream import Generated, ready
 from modelworks.api.services import Services
 from modelworks.core.errors import InvalidInput, ModelworksError, NotFound
+from modelworks.core.tasks import GENERATION
 from modelworks.core.telemetry import logger
 from modelworks.core.tensors import Tensor
 from modelworks.core.types import Call, Caller
 from modelworks.serve.detours import Errand
 from modelworks.serve.hints import PRIORITY_HEADER, STICKY_HEADER, hint
+from modelworks.serve.metering import ANSWER, estimate
 from modelworks.serve.router import Pending
 from modelworks.serve.routes import Route
 
-TASK = "text-generation"
 SECONDS = 600.0  # deadline of a generation
 STALLED = 60.0  # seconds for which a client may take nothing of what was sent to it
 MAX_CHOICES = 128  # of all prompts of one request
@@ -74,6 +75,7 @@ class Exchange:
         self.outcome = ""  # its end, once a stream's last event is written
         self.queued = self.gateway.router.waiting(self.route.key)
         self.allowance = Allowance(services, caller, request)
+        self.plain = not asked.running and "logprobs" not in asked.params  # an event has nothing new but its text
         self._frames: dict[int, tuple[bytes, bytes]] = {}
 
     # what a dialect writes
@@ -137,7 +139,7 @@ class Exchange:
                 self.close()
 
     def _submit(self) -> None:
-        self.allowance.reserve(self.asked.prompts, len(self.choices) * self.asked.params.get("max_tokens", ANSWER))
+        self.allowance.take(self.asked.prompts, len(self.choices) * self.asked.params.get("max_tokens", ANSWER))
         for made in self.choices:
             number, copy = divmod(made.index, self.asked.n)
             params = self.asked.params
@@ -175,8 +177,7 @@ class Exchange:
     def close(self) -> None:
         """Abort what still runs, and count tokens that were delivered, also those of a cut stream."""
         self.watch.cancel()
-        for pending in self.pending:
-            self.gateway.abort(pending)
+        left = [self.gateway.abort(pending) for pending in self.pending]
         now = time.monotonic()
         heads = self.choices[:: self.asked.n]
         prompt, cached = (sum(getattr(one, name) for one in heads) for name in ("prompt_tokens", "cached_tokens"))
@@ -185,6 +186,9 @@ class Exchange:
         key = self.caller.principal.key_id
         self.gateway.observer.tokens(self.route.key, key, prompt, delivered, cached, repeated)
         read = sum(one.prompt_tokens for one in heads if not one.repeated)
+        # whoever leaves before a replica has told what it read pays what the prompt was taken for
+        unread = {one.index // self.asked.n for one, at_work in zip(self.choices, left, strict=False) if at_work}
+        read += sum(estimate([self.asked.prompts[at]]) for at in unread if not heads[at].prompt_tokens)
         self.allowance.settle(read + delivered - repeated)
         log.info(
             "generation",
@@ -228,7 +232,10 @@ class Patience:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._timer.cancel()
-        if self._over and kind is asyncio.CancelledError and self._task is not None and not self._task.uncancel():
+        if not self._over or self._task is None:
+            return
+        others = self._task.uncancel()
+        if kind is asyncio.CancelledError and not others:
             raise TimeoutError from None
 
     def _look(self) -> None:
@@ -305,7 +312,7 @@ def prefix_key(caller: Caller, call: Call) -> str:
 
 
 def text_route(services: Services, caller: Caller, name: str) -> Route:
-    return task_route(services, caller, name, (TASK,), "generate text")
+    return task_route(services, caller, name, (GENERATION,), "generate text")
 
 
 def task_route(services: Services, caller: Caller, name: str, tasks: tuple[str, ...], what: str) -> Route:

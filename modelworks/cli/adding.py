@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from modelworks.cli.text import size
 from modelworks.core.errors import InvalidInput, MissingExtra, NotFound, Unavailable
+from modelworks.core.tasks import GENERATION
 
 if TYPE_CHECKING:
     from modelworks.cli.session import Session
@@ -78,7 +79,7 @@ def _from_hub(session: Session, name: str) -> Path:
 def takes(version: ModelVersion, context: int) -> str:
     """What a language model needs on this machine, in words; "" for other models."""
     per_token = version.lineage.get("token_bytes")
-    if version.task != "text-generation" or not isinstance(per_token, int):
+    if version.task != GENERATION or not isinstance(per_token, int):
         return ""
     context = min(context, version.lineage.get("context_length") or context)
     here = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -12,6 +12,7 @@ from modelworks.cli.exits import Failed
 from modelworks.client import error_of_job, parse
 from modelworks.core.errors import InvalidInput, NotFound
 from modelworks.core.specs import DeploymentSpec, Recipe, TrainingSpec
+from modelworks.core.tasks import GENERATION
 
 if TYPE_CHECKING:
     from modelworks.client import Client, Prediction
@@ -281,7 +282,7 @@ def _has_model(version: ModelVersion, new: bool, teller: Teller, outcome: Outcom
 def _deploy(client: Client, loaded: Loaded, name: str, version: ModelVersion, teller: Teller, outcome: Outcome) -> None:
     before = _revision(client, name)
     put = client.deployments.put(name, loaded.deploy_spec(version.ref))
-    chat = version.task == "text-generation"
+    chat = version.task == GENERATION
     with teller.deploying(name):
         deployment = client.deployments.wait_ready(name, timeout=_LOADED_SECONDS if chat else _READY_SECONDS)
     new = put.spec_revision != before

@@ -13,6 +13,7 @@ from modelworks.control.references import resolve_model
 from modelworks.control.requests import without_paths
 from modelworks.core.errors import InvalidInput, NotFound
 from modelworks.core.specs import NAME_PATTERN, DeploymentSpec
+from modelworks.core.tasks import GENERATION
 from modelworks.core.types import Caller, Deployment, DeploymentRevision, ModelVersion, Page, Replica
 from modelworks.ml.runtimes.choice import LLAMA, TRANSFORMERS, choose
 from modelworks.security import audit
@@ -169,7 +170,7 @@ def _check_name(name: str) -> None:
 
 def _check_engine(spec: DeploymentSpec, model: ModelVersion) -> None:
     """InvalidInput for an engine that cannot run this model, and with the numbers for one that this machine cannot hold."""
-    if model.task != "text-generation":
+    if model.task != GENERATION:
         if spec.engine != "auto" or spec.context is not None:
             param = "context" if spec.context is not None else "engine"
             raise InvalidInput(f"{param} is for language models, and {model.ref} does {model.task}", param=param)

@@ -17,6 +17,7 @@ from modelworks.control.idempotency import create_once
 from modelworks.control.references import dataset_versions, find_model, model_versions, resolve_dataset, resolve_model
 from modelworks.core.errors import InvalidInput, NotFound
 from modelworks.core.specs import DatasetEdits, EvaluationSpec, TableSchema, TrainingSpec
+from modelworks.core.tasks import GENERATION
 from modelworks.core.types import (
     FINAL_JOB_STATES,
     Alias,
@@ -324,7 +325,7 @@ class Library:
     def measure(self, caller: Caller, ref: str) -> Job:
         """A job that measures the engines which run a language model here; deployments with `engine: auto` go by it."""
         model = self.model_version(caller, ref)
-        if model.task != "text-generation":
+        if model.task != GENERATION:
             raise InvalidInput(f"{model.ref} does {model.task}; engines are measured for language models", param="model")
         return self._create(caller, "measure", {"model_version_id": model.id, "model": model.ref}, model.name)
 

@@ -18,6 +18,7 @@ from modelworks.control.references import resolve_model
 from modelworks.core import telemetry
 from modelworks.core.errors import Conflict, NotFound
 from modelworks.core.specs import DeploymentSpec
+from modelworks.core.tasks import GENERATION
 from modelworks.core.types import Deployment, DeploymentRevision, Job, ModelVersion, Replica
 from modelworks.engines.base import Engine, Handle, Observed, ReplicaSpec
 from modelworks.serve.figures import Load
@@ -256,7 +257,7 @@ class Reconciler:
 
     def _engine_of(self, model: ModelVersion) -> str:
         """The engine that was measured as the fastest for many on this machine; "auto" without a measurement."""
-        if model.task != "text-generation":
+        if model.task != GENERATION:
             return "auto"
         with self._catalog.read() as tx:
             jobs = tx.list(Job, kind="measure", status="succeeded", project_id=model.project_id, newest_first=True, limit=200)

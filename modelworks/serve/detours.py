@@ -18,6 +18,7 @@ import msgspec
 from modelworks.core.errors import ModelworksError
 from modelworks.core.types import Call
 from modelworks.serve.channel import Deliver
+from modelworks.serve.metering import Meter
 from modelworks.serve.router import Pending
 from modelworks.serve.routes import Key, Route
 from modelworks.serve.wire import Part
@@ -86,7 +87,7 @@ class Errand:
     """Such a call on its way, in the place of a Pending."""
 
     __slots__ = ("_cache", "_call", "_counted", "_key", "_parts", "_route", "_submit", "_tried",
-                 "begun", "cached", "deliver", "done", "pending")  # fmt: skip
+                 "begun", "cached", "deliver", "done", "meter", "pending")  # fmt: skip
 
     def __init__(
         self,
@@ -108,6 +109,7 @@ class Errand:
         self._parts: list[Part] = []
         self._tried: set[str] = set()
         self.pending: Pending | None = None  # where it is now
+        self.meter: Meter | None = None  # as a Pending's
         self.cached = False  # its answer came out of the cache
         self.begun = False  # something of its answer was delivered
         self.done = False

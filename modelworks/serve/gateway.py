@@ -94,12 +94,15 @@ class Gateway:
         route = self.route(principal, call.deployment, call.version)
         call.key_id = principal.key_id
         if route.task in TASKS and not call.counted:
-            deliver = Meter(self.observer, self._limiter, principal, route, deliver)
+            meter = Meter(self.observer, self._limiter, principal, route, call, deliver)
             try:
-                return self._start(principal, route, call, deliver, manual)
+                found = self._start(principal, route, call, meter, manual)
             except ModelworksError:
-                deliver.settle()
+                meter.settle()
                 raise
+            found.meter = meter
+            meter.repeated = isinstance(found, Errand) and found.cached
+            return found
         return self._start(principal, route, call, deliver, manual)
 
     def _start(
@@ -141,7 +144,7 @@ class Gateway:
     def together(self, route: Route) -> bool:
         """Whether calls of the route may be submitted by `submit_many`."""
         ruled = route.detours or route.cache is not None or route.task in TASKS
-        return not (ruled or self._checks or self.observer.tracing is not None)
+        return not (ruled or self._checks or self.observer.tracing is not None or route.limits.hedge_seconds is not None)
 
     def submit_many(self, riders: list[Rider]) -> bool:
         """Start calls of one convoy; False: submit them one by one. The dialect asked `route` for each principal."""
@@ -156,21 +159,22 @@ class Gateway:
             pending = pending.pending
         self.router.took(pending, parts)
 
-    def abort(self, pending: Pending | Errand) -> None:
-        """Nobody waits for the answer any more. After its end this does nothing."""
-        if isinstance(pending, Errand):
-            if not pending.done and isinstance(pending.deliver, Meter):
-                pending.deliver.settle()
-            pending.done = True
-            if pending.pending is None:
-                return
-            pending = pending.pending
+    def abort(self, pending: Pending | Errand) -> bool:
+        """Nobody waits for the answer any more: whether a replica was at work on it. After its end this does nothing."""
+        sent = pending.pending if isinstance(pending, Errand) else pending
+        at_work = sent is not None and not sent.done and sent.peer is not None
         if not pending.done:
             if isinstance(pending.deliver, Watch):
                 pending.deliver.cancelled()
-                if isinstance(pending.deliver.deliver, Meter):
-                    pending.deliver.deliver.settle()
-            self.router.abort(pending)
+            if pending.meter is not None:
+                pending.meter.settle(left=at_work)
+        if isinstance(pending, Errand):
+            pending.done = True
+        if sent is not None and not sent.done:
+            if sent is not pending and isinstance(sent.deliver, Watch):
+                sent.deliver.cancelled()
+            self.router.abort(sent)
+        return at_work
 
     async def infer(self, principal: Principal, call: Call) -> Answer:
         """The whole answer. Cancelling the task (the client went away) aborts the call in the replica too."""

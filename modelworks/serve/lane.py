@@ -11,6 +11,7 @@ from modelworks.core.types import Call
 from modelworks.serve.channel import Deliver
 from modelworks.serve.fairness import FairQueue
 from modelworks.serve.hedging import Hedges
+from modelworks.serve.metering import Meter
 from modelworks.serve.peer import Peer
 from modelworks.serve.routes import Route
 
@@ -42,6 +43,7 @@ class Pending:
     deaths = 0  # replicas that died with it aboard
     fair = False  # whether it waits, or last waited, in `Lane.waiting`
     since = 0.0
+    meter: Meter | None = None  # what counts its tokens, where the dialect does not
     manual = False  # its reader says what it has consumed, by `Router.took`
     lane: Lane
     call: Call
@@ -154,11 +156,16 @@ class Lane:
         if len(self.peers) == 1:
             peer = self.peers[0]
             load = peer.load()
+            most = 1 if peer.breaker.trial else most
             return [(peer, count)] if load >= 0 and load + count <= min(most, peer.window) else None
         loads = {peer: load for peer in self.peers if (load := peer.load()) >= 0}
         shares = dict.fromkeys(loads, 0)
         for _ in range(count):
-            free = [peer for peer, load in loads.items() if load < most and load < peer.window]
+            free = [
+                peer
+                for peer, load in loads.items()
+                if load < most and load < peer.window and not (load and peer.breaker.trial)
+            ]
             if not free:
                 return None
             peer = min(free, key=loads.__getitem__)

@@ -26,6 +26,7 @@ import uvloop
 
 from modelworks.core import telemetry
 from modelworks.core.errors import ModelworksError
+from modelworks.core.tasks import GENERATION
 from modelworks.core.tensors import to_numpy
 from modelworks.engines.base import ReplicaSpec
 from modelworks.engines.local import status_path
@@ -91,7 +92,7 @@ def load(spec: ReplicaSpec) -> tuple[Any, Manifest]:
     manifest = Manifest.parse(Path(spec.manifest).read_bytes())
     runtime = _runtime(spec.runtime or _chosen(spec, manifest))()
     package = Package(manifest, _locator(spec))
-    if hasattr(runtime, "admit") and manifest.task == "text-generation":
+    if hasattr(runtime, "admit") and manifest.task == GENERATION:
         runtime.load(package, spec.threads, slots=spec.max_batch, context=spec.context)
     elif hasattr(runtime, "admit"):
         runtime.load(package, spec.threads, slots=spec.max_batch)

@@ -266,9 +266,13 @@ class Router:
             if item.code != "model_error":
                 self._blame(peer, pending.lane, item.code)
             elif pending.doubted is None and self._ask_another(pending, peer):
+                if pending.lane.queued:
+                    self._pump(pending.lane)
                 return
         if pending.doubted is not None:
-            self._judge(pending, item)
+            if peer is not pending.doubted:  # else nobody else could be asked
+                self._judge(pending, item)
+            pending.doubted = None
         pending.begun = True
         if pending.hedge is not None:
             self._drop_hedge(pending)
@@ -301,18 +305,23 @@ class Router:
         call = pending.call
         if pending.begun or call.stream or not call.idempotent or self._clock() < accused.believed_until:
             return False
-        other = pending.lane.opinion(accused)
+        hedge = pending.hedge
+        other = pending.lane.opinion(accused) if hedge is None else hedge.peer
         if other is None:
             return False
+        pending.hedge = None
         self._leave(pending)
         pending.done = False
         pending.doubted = accused
-        self._release(pending, other)
+        if hedge is not None:  # another is at work on it already
+            self._promote(pending, hedge)
+        else:
+            self._release(pending, other)
         return True
 
     def _judge(self, pending: Pending, item: Part | ModelworksError) -> None:
         """By what the second replica made of the call."""
-        accused, pending.doubted = pending.doubted, None
+        accused = pending.doubted
         assert accused is not None
         if isinstance(item, Part):
             accused.judge(self._clock(), bad_input=False)

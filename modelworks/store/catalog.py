@@ -29,6 +29,7 @@ _MOVING = {"Job": "job", "Deployment": "deployment", "Replica": "replica"}
 # on Postgres: writers take turns, as use cases rely on (whether a name is free, which version is next); readers never wait
 _TURN = "SELECT pg_advisory_xact_lock(hashtext('modelworks'), hashtext(current_schema()))"
 _ABSENT = ("42P01", "42703", "3F000")  # SQLSTATEs of Postgres: no such table, column, schema
+_TOO_LARGE = ("22003",)  # numeric_value_out_of_range
 
 
 class Catalog:
@@ -86,9 +87,12 @@ class Catalog:
                         _end(connection, "ROLLBACK", self.sqlite)
                     raise
         except (OverflowError, DataError) as error:
-            if "NUL" in str(error):
+            cause = getattr(error, "orig", None) or error  # its own words: SQLAlchemy adds the statement and its values
+            if "NUL" in str(cause):
                 raise InvalidInput("a text in the request has a NUL character in it; leave it out") from error
-            raise InvalidInput("a number in the request is larger than 64 bits can hold", code="too_large") from error
+            if isinstance(error, OverflowError) or getattr(cause, "sqlstate", None) in _TOO_LARGE:
+                raise InvalidInput("a number in the request is larger than 64 bits can hold", code="too_large") from error
+            raise InvalidInput(f"the catalog cannot hold a value of the request: {_reason(error)}") from error
         except IntegrityError as error:
             raise Conflict(f"this exists already or was changed by someone else: {_reason(error)}") from error
         except (OperationalError, ProgrammingError, sa.exc.TimeoutError) as error:
@@ -285,7 +289,7 @@ def _word(cls: type[Noun]) -> str:
     return {"ModelVersion": "model version", "JobEvent": "job event"}.get(cls.__name__, cls.__name__.lower())
 
 
-def _reason(error: IntegrityError) -> str:
+def _reason(error: DBAPIError) -> str:
     return str(error.orig).removeprefix("UNIQUE constraint failed: ") if error.orig else "constraint failed"
 
 
