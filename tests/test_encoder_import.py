@@ -124,7 +124,7 @@ def test_calls_share_a_batch_and_a_bad_one_fails_alone(minilm: tuple[Manifest, d
     manifest, files = minilm
     batcher = Batcher(loaded(manifest, files).predict, manifest.signature)
     for number, text in enumerate(["a cat", "cat " * 300, "the dogs and the cats"]):
-        batcher.admit(number, encode_features(manifest.signature.inputs, [{"text": text}]), float("inf"))
+        batcher.admit(number, encode_features(manifest.signature.inputs, manifest.task, [{"text": text}]), float("inf"))
     answers = {number: answer for number, answer, _ in batcher.step()}
     assert isinstance(answers[1], ModelworksError)
     assert answers[1].code == "context_length_exceeded"

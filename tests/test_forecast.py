@@ -83,7 +83,7 @@ def test_the_package_goes_on_from_any_history_and_from_the_end_of_training(train
     assert replay_parity(package, runtime) > 2
     counts = [float(count) for count in passengers()[0].column("passengers").to_pylist()]
     rows: list[Any] = [{}, {"history": None}, {"history": counts}, {"history": counts[-24:]}, {"history": counts[:60]}]
-    said = runtime.predict(rows_to_batch(rows, signature.inputs))
+    said = runtime.predict(rows_to_batch(rows, signature.inputs, "forecast"))
     for name in ("forecast", "low", "high"):
         assert said[name].shape == (5, 12)
         assert np.allclose(said[name][0], said[name][1:4], rtol=1e-5)
@@ -91,15 +91,16 @@ def test_the_package_goes_on_from_any_history_and_from_the_end_of_training(train
     assert (said["forecast"] < said["high"]).all()
     after = np.array(counts[60:72])
     assert np.abs(said["forecast"][4] / after - 1).mean() < 0.1
-    tensor = encode_features(signature.inputs, rows)[0]
-    assert np.array_equal(np.frombuffer(tensor.data, np.float32), rows_to_batch(rows, signature.inputs)["history"].ravel(), True)
+    tensor = encode_features(signature.inputs, "forecast", rows)[0]
+    batch = rows_to_batch(rows, signature.inputs, "forecast")
+    assert np.array_equal(np.frombuffer(tensor.data, np.float32), batch["history"].ravel(), True)
 
 
 @pytest.mark.parametrize("history", [[1.0, 2.0], [None] * 24, "1,2,3", [[1.0]] * 24, [True] * 24])
 def test_a_history_that_is_none_is_refused(trained: Trained, history: Any) -> None:
-    for encode in (encode_features, lambda inputs, rows: rows_to_batch(rows, inputs)):
+    for encode in (encode_features, lambda inputs, task, rows: rows_to_batch(rows, inputs, task)):
         with pytest.raises(InvalidInput) as refused:
-            encode(trained.manifest.signature.inputs, [{"history": history}])
+            encode(trained.manifest.signature.inputs, "forecast", [{"history": history}])
         assert refused.value.param == "history"
 
 

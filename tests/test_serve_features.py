@@ -154,6 +154,16 @@ def test_nets_take_nested_lists():
     assert refused([{"x": 1}] * 2, fixed).code == "bad_shape"
 
 
+@pytest.mark.parametrize("side", [encode_features, lambda inputs, task, rows: rows_to_batch(rows, inputs, task)])
+def test_only_a_forecasts_history_is_cut_to_its_end(side):
+    inputs = [TensorSpec(name="x", datatype="FP32", shape=[-1, 2], nullable=True)]
+    for row in ({"x": [1.0, 2.0, 3.0]}, {"x": None}, {}):
+        assert side(inputs, "forecast", [row])
+        with pytest.raises(InvalidInput):
+            side(inputs, "tabular-regression", [row])
+    assert side(inputs, "tabular-regression", [{"x": [1.0, None]}])
+
+
 VALUES = st.one_of(
     st.none(), st.booleans(), st.integers(), st.integers(-5, 5), st.floats(), st.text(max_size=4),
     st.sampled_from(["2024-01-31", "2024-01-31T10:00:00+02:00", "2024-01-31T10:00:00.5Z", "20240131", "red", 3.0]),
@@ -175,7 +185,7 @@ def test_it_agrees_with_the_training_side(rows):
             found = refused(mine, inputs)
             assert (found.code, found.param, found.detail) == (theirs.code, theirs.param, theirs.detail)
             continue
-        (tensor,) = encode_features(inputs, mine)
+        (tensor,) = encode_features(inputs, "tabular-regression", mine)
         if column.datatype == "BYTES":
             assert [raw.decode() for raw in unpack(tensor)] == theirs.tolist()
         else:

@@ -15,6 +15,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from modelworks.core.errors import SHOWN, InvalidInput, ModelworksError, shown
+from modelworks.core.tasks import FORECAST
 from modelworks.core.tensors import BOOL_MISSING, DATATYPES, INT64_MISSING, Tensor, decode_base64, unpack
 from modelworks.core.types import Answer, TensorSpec
 
@@ -52,13 +53,13 @@ class Field:
         "code", "datatype", "first", "kind", "name", "one", "pack_one", "plain", "second", "series", "single", "spec",
     )  # fmt: skip
 
-    def __init__(self, spec: TensorSpec) -> None:
+    def __init__(self, spec: TensorSpec, task: str) -> None:
         self.spec = spec
         self.name = spec.name
         self.datatype = spec.datatype
         self.kind = _kind(spec)
         # the history of a forecast: of a longer one the end counts, and none is the training's own
-        self.series = spec.nullable and not spec.column and len(spec.shape) == 2 and spec.shape[1] > 1
+        self.series = task == FORECAST and spec.nullable and len(spec.shape) == 2 and spec.shape[1] > 1
         self.plain = bool(spec.shape) and spec.shape[1:] in ([], [1])
         self.single = self.plain and spec.shape[0] in (-1, 1) and self.kind not in _MEDIA
         self.one = [1] * len(spec.shape)
@@ -68,9 +69,9 @@ class Field:
         self.pack_one: Callable[[Any], bytes] | None = struct.Struct(f"<{self.code}").pack if self.code else None
 
 
-def fields(inputs: Sequence[TensorSpec]) -> list[Field]:
+def fields(inputs: Sequence[TensorSpec], task: str) -> list[Field]:
     """What `encode_features` needs to know of a signature; made once a route."""
-    return [Field(spec) for spec in inputs if not spec.optional]
+    return [Field(spec, task) for spec in inputs if not spec.optional]
 
 
 def encode_rows(route: Route, rows: Any) -> list[Tensor]:
@@ -104,9 +105,9 @@ def _encode_numbers(plan: list[Field], row_of: struct.Struct, row: Any) -> list[
     return [Tensor(field.name, "FP32", field.one, data[at : at + 4]) for field, at in zip(plan, _PLACES, strict=False)]
 
 
-def encode_features(inputs: Sequence[TensorSpec], rows: Any) -> list[Tensor]:
-    """`encode_rows` by a bare signature."""
-    return _encode(fields(inputs), rows)
+def encode_features(inputs: Sequence[TensorSpec], task: str, rows: Any) -> list[Tensor]:
+    """`encode_rows` by the inputs of a signature and the model's task."""
+    return _encode(fields(inputs, task), rows)
 
 
 def _encode(plan: list[Field], rows: Any) -> list[Tensor]:

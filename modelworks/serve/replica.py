@@ -179,12 +179,12 @@ def tune(manifest: Manifest, batcher: Batcher) -> None:
     """Measure batches of the parity samples, so that the first calls already run in batches of a good size."""
     inputs = manifest.signature.inputs
     if manifest.parity.inputs and all(spec.shape and spec.shape[0] == -1 for spec in inputs):
-        found = batcher.measure([encode_features(inputs, [row]) for row in manifest.parity.inputs[:64]], _TUNING)
+        found = batcher.measure([encode_features(inputs, manifest.task, [row]) for row in manifest.parity.inputs[:64]], _TUNING)
         log.info("measured", **{f"rows_{rows}": round(seconds, 7) for rows, seconds in found.items()})
 
 
 def _answer(manifest: Manifest, batcher: Batcher, rows: list[dict[str, Any]]) -> Part | ModelworksError:
-    batcher.admit("sample", encode_features(manifest.signature.inputs, rows), time.monotonic() + 3600)
+    batcher.admit("sample", encode_features(manifest.signature.inputs, manifest.task, rows), time.monotonic() + 3600)
     ((_, answer, _),) = batcher.step()
     return answer
 

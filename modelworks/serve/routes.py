@@ -74,7 +74,7 @@ class Route:
 
     @cached_property
     def fields(self) -> list[Field]:
-        return fields(self.signature.inputs)
+        return fields(self.signature.inputs, self.task)
 
     @cached_property
     def numbers(self) -> Struct | None:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from modelworks.core.errors import SHOWN, InvalidInput, shown
+from modelworks.core.tasks import FORECAST
 from modelworks.core.tensors import BOOL_MISSING, INT64_MISSING, decode_base64
 from modelworks.core.types import Column, TensorSpec
 
@@ -130,10 +131,11 @@ def _iso(values: pa.ChunkedArray) -> np.ndarray:
 # JSON rows -> batches
 
 
-def rows_to_batch(rows: Sequence[dict[str, Any]], inputs: Sequence[TensorSpec]) -> Batch:
+def rows_to_batch(rows: Sequence[dict[str, Any]], inputs: Sequence[TensorSpec], task: str = "") -> Batch:
     """JSON rows (None = missing) as a batch: one array of len(rows) for each input, 1-d for shapes [-1, 1] and [-1].
 
-    Other shapes take nested lists and give arrays [rows, *shape[1:]]. InvalidInput, with `param` the feature and
+    Other shapes take nested lists and give arrays [rows, *shape[1:]]; the history of a `task` forecast may be longer, or
+    null. InvalidInput, with `param` the feature and
     `detail` the row (from 0), for a row that is no object, and for missing, unknown and mistyped features.
     """
     inputs = [spec for spec in inputs if not spec.optional]
@@ -145,11 +147,17 @@ def rows_to_batch(rows: Sequence[dict[str, Any]], inputs: Sequence[TensorSpec]) 
                 code="bad_row",
                 param=f"inputs[{index}]",
             )
-        if row.keys() != names and not (len(inputs) == 1 and not row and is_series(inputs[0])):
+        if row.keys() != names and not (len(inputs) == 1 and not row and _is_series(inputs[0], task)):
             _refuse_names(index, row, [spec.name for spec in inputs])
-    if len(inputs) == 1 and is_series(inputs[0]):
+    if len(inputs) == 1 and _is_series(inputs[0], task):
         rows = [{inputs[0].name: None, **row} for row in rows]
-    return {spec.name: _column([row[spec.name] for row in rows], spec) for spec in inputs}
+    found: Batch = {}
+    for spec in inputs:
+        values = [row[spec.name] for row in rows]
+        if _is_series(spec, task):
+            values = [_history(value, row, spec) for row, value in enumerate(values)]
+        found[spec.name] = _column(values, spec)
+    return found
 
 
 def _refuse_names(index: int, row: dict[str, Any], names: list[str]) -> None:
@@ -328,9 +336,7 @@ def format_time(moment: datetime) -> str:
 def _nested(values: list[Any], spec: TensorSpec) -> np.ndarray:
     """Tensors given as nested lists: every row must have the shape `spec.shape[1:]` (-1: free, equal in all rows)."""
     wanted = spec.shape[1:]
-    if is_series(spec):
-        values = [series_row(value, row, spec) for row, value in enumerate(values)]
-    flat_spec = spec.model_copy(update={"shape": [-1], "nullable": is_series(spec)})
+    flat_spec = spec.model_copy(update={"shape": [-1]})
     shape: tuple[int, ...] | None = None
     leaves: list[Any] = []
     for row, value in enumerate(values):
@@ -344,12 +350,12 @@ def _nested(values: list[Any], spec: TensorSpec) -> np.ndarray:
     return array.reshape(len(values), *(shape or (0,) * len(wanted)))
 
 
-def is_series(spec: TensorSpec) -> bool:
+def _is_series(spec: TensorSpec, task: str) -> bool:
     """Whether it is the history of a forecast: of a longer one the end counts, and none is the training's own."""
-    return spec.nullable and not spec.column and len(spec.shape) == 2 and spec.shape[1] > 1
+    return task == FORECAST and spec.nullable and len(spec.shape) == 2 and spec.shape[1] > 1
 
 
-def series_row(value: Any, row: int, spec: TensorSpec) -> list[Any]:
+def _history(value: Any, row: int, spec: TensorSpec) -> list[Any]:
     """The last steps of a history; of none, missing values."""
     steps = spec.shape[1]
     if value is None:

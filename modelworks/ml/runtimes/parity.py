@@ -29,8 +29,8 @@ def replay_parity(package: Package, runtime: Runtime) -> int:
     samples = package.manifest.parity
     if not samples.inputs:
         return 0
-    specs = package.manifest.signature.inputs
-    batch: Batch = rows_to_batch(samples.inputs, specs)
+    manifest = package.manifest
+    batch: Batch = rows_to_batch(samples.inputs, manifest.signature.inputs, manifest.task)
     outputs = runtime.predict(batch)
     found = difference(samples.outputs, outputs, samples.tolerance)
     if found:
