@@ -11,7 +11,12 @@ from modelworks.core.errors import InvalidInput
 from modelworks.core.specs import Gate
 from modelworks.core.tasks import ANOMALY, CLASSIFICATION, FORECAST, KINDS, RECOMMENDATION, REGRESSION, base_of, named
 
+_CLASSES = (CLASSIFICATION,)
 _FOUND = (CLASSIFICATION, ANOMALY)
+_ANOMALIES = (ANOMALY,)
+_NUMBERS = (REGRESSION, FORECAST)
+_SERIES = (FORECAST,)
+_TASTES = (RECOMMENDATION,)
 
 
 @dataclass(frozen=True)
@@ -19,50 +24,43 @@ class Metric:
     """`low` and `high` are the values a metric can take; intervals are clipped to them."""
 
     id: str
-    tasks: tuple[str, ...] | str
+    tasks: tuple[str, ...]
     greater_is_better: bool
     low: float
     high: float
     description: str
 
-    def __post_init__(self) -> None:
-        if isinstance(self.tasks, str):
-            object.__setattr__(self, "tasks", (self.tasks,))
-
-
-_NUMBERS = (REGRESSION, FORECAST)
-
 
 METRICS: dict[str, Metric] = {
     metric.id: metric
     for metric in (
-        Metric("accuracy", CLASSIFICATION, True, 0, 1, "share of rows whose label is right"),
-        Metric("balanced_accuracy", CLASSIFICATION, True, 0, 1, "mean of the recalls of the classes that occur"),
+        Metric("accuracy", _CLASSES, True, 0, 1, "share of rows whose label is right"),
+        Metric("balanced_accuracy", _CLASSES, True, 0, 1, "mean of the recalls of the classes that occur"),
         Metric(
             "precision",
             _FOUND,
             True,
             0,
             1,
-            "precision, macro: mean over classes; 0 where a class is never predicted",
+            "precision, macro: mean over classes, 0 where a class is never predicted; of anomalies: of what is flagged",
         ),
-        Metric("recall", _FOUND, True, 0, 1, "recall, macro: mean over classes"),
-        Metric("f1", _FOUND, True, 0, 1, "F1, macro: mean over classes"),
-        Metric("precision_weighted", CLASSIFICATION, True, 0, 1, "precision, mean over classes weighted by their rows"),
-        Metric("recall_weighted", CLASSIFICATION, True, 0, 1, "recall, mean over classes weighted by their rows"),
-        Metric("f1_weighted", CLASSIFICATION, True, 0, 1, "F1, mean over classes weighted by their rows"),
+        Metric("recall", _FOUND, True, 0, 1, "recall, macro: mean over classes; of anomalies: of the known ones"),
+        Metric("f1", _FOUND, True, 0, 1, "F1, macro: mean over classes; of anomalies: of what is flagged"),
+        Metric("precision_weighted", _CLASSES, True, 0, 1, "precision, mean over classes weighted by their rows"),
+        Metric("recall_weighted", _CLASSES, True, 0, 1, "recall, mean over classes weighted by their rows"),
+        Metric("f1_weighted", _CLASSES, True, 0, 1, "F1, mean over classes weighted by their rows"),
         Metric(
             "roc_auc",
             _FOUND,
             True,
             0,
             1,
-            "area under the ROC curve; with more than two classes one-vs-rest, macro",
+            "area under the ROC curve; with more than two classes one-vs-rest, macro; of anomalies: of the score",
         ),
-        Metric("log_loss", CLASSIFICATION, False, 0, math.inf, "mean negative log probability of the true class"),
+        Metric("log_loss", _CLASSES, False, 0, math.inf, "mean negative log probability of the true class"),
         Metric(
             "brier",
-            CLASSIFICATION,
+            _CLASSES,
             False,
             0,
             2,
@@ -70,23 +68,23 @@ METRICS: dict[str, Metric] = {
         ),
         Metric(
             "mase",
-            FORECAST,
+            _SERIES,
             False,
             0,
             math.inf,
             "mean absolute error in units of the naive forecast's error in training: of the value a season before when a "
             "season is given, else of the step before",
         ),
-        Metric("smape", FORECAST, False, 0, 2, "mean of the absolute error's share of the mean of truth and forecast"),
-        Metric("average_precision", (ANOMALY,), True, 0, 1, "area under the precision-recall curve of the score"),
-        Metric("reconstruction_error", (ANOMALY,), False, 0, math.inf, "mean anomaly score: how far rows are from what is usual"),
-        Metric("flagged", (ANOMALY,), False, 0, 1, "share of rows that are flagged as anomalies"),
-        Metric("hit_rate", RECOMMENDATION, True, 0, 1, "share of users with a held-out item among the top_k recommended"),
-        Metric("recall_at_k", RECOMMENDATION, True, 0, 1, "share of a user's held-out items among the top_k, mean over users"),
-        Metric("ndcg", RECOMMENDATION, True, 0, 1, "discounted gain of the held-out items among the top_k, mean over users"),
+        Metric("smape", _SERIES, False, 0, 2, "mean of the absolute error's share of the mean of truth and forecast"),
+        Metric("average_precision", _ANOMALIES, True, 0, 1, "area under the precision-recall curve of the score"),
+        Metric("reconstruction_error", _ANOMALIES, False, 0, math.inf, "mean anomaly score: how far rows are from what is usual"),
+        Metric("flagged", _ANOMALIES, False, 0, 1, "share of rows that are flagged as anomalies"),
+        Metric("hit_rate", _TASTES, True, 0, 1, "share of users with a held-out item among the top_k recommended"),
+        Metric("recall_at_k", _TASTES, True, 0, 1, "share of a user's held-out items among the top_k, mean over users"),
+        Metric("ndcg", _TASTES, True, 0, 1, "discounted gain of the held-out items among the top_k, mean over users"),
         Metric("mse", _NUMBERS, False, 0, math.inf, "mean squared error"),
-        Metric("rmse", (*_NUMBERS, RECOMMENDATION), False, 0, math.inf, "root of the mean squared error"),
-        Metric("mae", (*_NUMBERS, RECOMMENDATION), False, 0, math.inf, "mean absolute error"),
+        Metric("rmse", (*_NUMBERS, *_TASTES), False, 0, math.inf, "root of the mean squared error"),
+        Metric("mae", (*_NUMBERS, *_TASTES), False, 0, math.inf, "mean absolute error"),
         Metric("mape", _NUMBERS, False, 0, math.inf, "mean absolute error as a share of the true value"),
         Metric("r2", _NUMBERS, True, -math.inf, 1, "share of the variance that is explained"),
     )
