@@ -75,8 +75,9 @@ def main() -> None:
         series: dict[str, Any] = {"target": "passengers", "time": "month", "hyperparameters": {"season": 12}}
         found = measure(air, folder, "mase mape", algorithm="forecaster", validation={"holdout": 0.2}, **series)
         for metric in ("mase", "mape"):
-            beside = [f"{name} {one[metric]['mean']:.4f}" for name, one in found["details"]["baselines"].items()]
-            line(f"AirPassengers, forecaster, {metric.upper()}, the last fifth", found, metric, f"{', '.join(beside)}; goal: below the first")
+            lines = [f"{name} {one[metric]['mean']:.4f}" for name, one in found["details"]["baselines"].items()]
+            beside = f"{', '.join(lines)}; goal: below the first"
+            line(f"AirPassengers, forecaster, {metric.upper()}, the last fifth", found, metric, beside)
         for path in sys.argv[1:]:
             credit = read(path, folder)
             target = next(column.name for column in credit[1] if "creditability" in column.name.lower())

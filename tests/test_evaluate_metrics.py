@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from sklearn import metrics as skm
 
 from modelworks.core.errors import InvalidInput
 from modelworks.core.specs import Gate, Method
@@ -15,7 +16,7 @@ from modelworks.ml.evaluate.intervals import bootstrap, over_folds, over_rows
 from modelworks.ml.evaluate.metrics import Predictions, WeightedScorer, score
 from modelworks.ml.evaluate.splits import plan
 
-CLASSIFICATION, REGRESSION = "tabular-classification", "tabular-regression"
+CLASSIFICATION, REGRESSION, ANOMALY = "tabular-classification", "tabular-regression", "anomaly-detection"
 
 
 def guesses(classes: int, rows: int = 300, skill: float = 1.0, seed: int = 0) -> Predictions:
@@ -51,6 +52,21 @@ def _agree(task: str, predictions: Predictions) -> None:
         weights = np.bincount(drawn, minlength=len(predictions.rows)).astype(float)
         again = Predictions(predictions.rows[drawn], predictions.true[drawn], predictions.output[drawn])
         assert dict(zip(wanted, scorer(weights), strict=True)) == pytest.approx(score(task, again, wanted), abs=1e-12)
+
+
+def test_weighted_metrics_of_anomalies_are_scikit_learns_of_the_rows_with_a_label() -> None:
+    random = np.random.default_rng(2)
+    true = random.choice([-1, 0, 1], 300, p=[0.2, 0.6, 0.2])
+    said = np.round(np.abs(true) * true + random.normal(size=300), 1)  # with ties
+    found = Predictions(np.arange(300), true, np.column_stack([said, said > 1]))
+    weights = random.integers(0, 3, 300).astype(float)
+    names = ["roc_auc", "average_precision", "precision", "recall", "f1"]
+    known = true >= 0
+    given: dict[str, Any] = {"sample_weight": weights[known]}
+    areas = [f(true[known], said[known], **given) for f in (skm.roc_auc_score, skm.average_precision_score)]
+    flags = skm.precision_recall_fscore_support(true[known], said[known] > 1, average="binary", **given)[:3]
+    assert WeightedScorer(ANOMALY, found, names)(weights) == pytest.approx([*areas, *flags])
+    assert list(score(ANOMALY, found.take(true < 0), names).values()) == [None] * 5
 
 
 def test_every_metric_is_described_and_within_its_bounds() -> None:

@@ -1,6 +1,6 @@
-"""Metrics of tasks that are neither classes nor numbers: functions of predictions and of how often each row counts.
+"""Metrics of tasks that are neither classes nor numbers. A measure takes predictions and gives what weighs them.
 
-`w` [n]: the weight of each row, as a bootstrap draws them; None counts each once. NaN where a metric is undefined.
+`w` [n]: how often each row counts, as a bootstrap draws them. NaN where a metric is undefined.
 """
 
 from __future__ import annotations
@@ -12,16 +12,16 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from modelworks.core.tasks import ANOMALY, RECOMMENDATION
+from modelworks.ml.evaluate.ranking import Ranking
 
 if TYPE_CHECKING:
     from modelworks.ml.evaluate.metrics import Predictions
 
-Measure = Callable[..., float]
+Weighed = Callable[[np.ndarray], float]
+Measure = Callable[["Predictions"], Weighed]
 
 
-def _mean(values: np.ndarray, w: np.ndarray | None) -> float:
-    if w is None:
-        return float(values.mean()) if len(values) else math.nan
+def _mean(values: np.ndarray, w: np.ndarray) -> float:
     total = w.sum()
     return float(w @ values / total) if total > 0 else math.nan
 
@@ -29,50 +29,36 @@ def _mean(values: np.ndarray, w: np.ndarray | None) -> float:
 # anomaly-detection: `true` 1 an anomaly, 0 none, -1 not known; `output` [n, 2]: the score, and 1 where it is flagged
 
 
-def _known(p: Predictions, w: np.ndarray | None) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """(whether it is an anomaly, score, flag, weight) of the rows with a label."""
-    known = p.true >= 0
-    weights = np.ones(len(p.true)) if w is None else w
-    return p.true[known] == 1, p.output[known, 0], p.output[known, 1] > 0, weights[known]
+def _of_all(column: int) -> Measure:
+    return lambda p: lambda w: _mean(p.output[:, column], w)
 
 
-def _ranked(p: Predictions, w: np.ndarray | None) -> tuple[np.ndarray, np.ndarray] | None:
-    """(weight of anomalies, of all others) at each different score, the highest first; None with one kind alone."""
-    true, score, _, weights = _known(p, w)
-    up, down = weights * true, weights * ~true
-    if not up.sum() or not down.sum():
-        return None
-    order = np.argsort(-score, kind="stable")
-    ordered = score[order]
-    starts = np.flatnonzero(np.r_[True, ordered[1:] != ordered[:-1]])
-    return np.add.reduceat(up[order], starts), np.add.reduceat(down[order], starts)
+def _ranked(area: Callable[[Ranking, np.ndarray], float]) -> Measure:
+    """Of the score, by the rows with a label."""
 
+    def measure(p: Predictions) -> Weighed:
+        known = p.true >= 0
+        ranking = Ranking.of(p.output[known, 0], p.true[known] == 1)
+        return lambda w: area(ranking, w[known])
 
-def _roc_auc(p: Predictions, w: np.ndarray | None = None) -> float:
-    if (ranked := _ranked(p, w)) is None:
-        return math.nan
-    up, down = ranked
-    below = down.sum() - np.cumsum(down)
-    return float(up @ (below + down / 2) / (up.sum() * down.sum()))
-
-
-def _average_precision(p: Predictions, w: np.ndarray | None = None) -> float:
-    if (ranked := _ranked(p, w)) is None:
-        return math.nan
-    up, down = ranked
-    hits = np.cumsum(up)
-    return float(up @ (hits / np.maximum(hits + np.cumsum(down), 1e-12)) / up.sum())
+    return measure
 
 
 def _flagging(which: str) -> Measure:
-    def measure(p: Predictions, w: np.ndarray | None = None) -> float:
-        true, _, flag, weights = _known(p, w)
-        hits, said, there = (weights[mask].sum() for mask in (true & flag, flag, true))
-        if not there:
-            return math.nan
-        precision, recall = hits / said if said else 0.0, hits / there
-        both = precision + recall
-        return float({"precision": precision, "recall": recall, "f1": 2 * precision * recall / both if both else 0.0}[which])
+    """Of the flags, by the rows with a label."""
+
+    def measure(p: Predictions) -> Weighed:
+        true, flag = p.true == 1, (p.true >= 0) & (p.output[:, 1] > 0)
+
+        def weighed(w: np.ndarray) -> float:
+            hits, said, there = (w[mask].sum() for mask in (true & flag, flag, true))
+            if not there:
+                return math.nan
+            precision, recall = hits / said if said else 0.0, hits / there
+            both = precision + recall
+            return float({"precision": precision, "recall": recall, "f1": 2 * precision * recall / both if both else 0.0}[which])
+
+        return weighed
 
     return measure
 
@@ -82,32 +68,37 @@ def _flagging(which: str) -> Measure:
 
 
 def _away(power: int) -> Measure:
-    def measure(p: Predictions, w: np.ndarray | None = None) -> float:
+    def measure(p: Predictions) -> Weighed:
         if np.isnan(p.true).any():
-            return math.nan
-        return float(_mean(np.abs(p.true - p.output[:, 0]) ** power, w) ** (1 / power))
+            return lambda w: math.nan
+        errors = np.abs(p.true - p.output[:, 0]) ** power
+        return lambda w: float(_mean(errors, w) ** (1 / power))
 
     return measure
 
 
 def _by_user(which: str) -> Measure:
-    def measure(p: Predictions, w: np.ndarray | None = None) -> float:
+    def measure(p: Predictions) -> Weighed:
         counted = p.output[:, 1] >= 0
         place, k = p.output[counted, 1], p.output[counted, 3]
-        weights = np.ones(len(place)) if w is None else w[counted]
         user = np.unique(p.output[counted, 2], return_inverse=True)[1].ravel()
-        if not len(user):
-            return math.nan
-        held = np.bincount(user, weights)
         hit = place < k
-        there = held > 0
-        if which != "ndcg":
-            hits = np.bincount(user, weights * hit)[there]
-            return float((hits / held[there] if which == "recall_at_k" else (hits > 0)).mean())
-        gain = np.bincount(user, weights * hit / np.log2(place + 2))[there]
-        most = np.minimum(held[there], k.max()).round().astype(np.int64).clip(1)
-        best = np.cumsum(1 / np.log2(np.arange(int(most.max())) + 2))
-        return float(np.minimum(1.0, gain / best[most - 1]).mean())
+        if not len(user):
+            return lambda w: math.nan
+
+        def weighed(w: np.ndarray) -> float:
+            weights = w[counted]
+            held = np.bincount(user, weights)
+            there = held > 0
+            if which != "ndcg":
+                hits = np.bincount(user, weights * hit)[there]
+                return float((hits / held[there] if which == "recall_at_k" else (hits > 0)).mean())
+            gain = np.bincount(user, weights * hit / np.log2(place + 2))[there]
+            most = np.minimum(held[there], k.max()).round().astype(np.int64).clip(1)
+            best = np.cumsum(1 / np.log2(np.arange(int(most.max())) + 2))
+            return float(np.minimum(1.0, gain / best[most - 1]).mean())
+
+        return weighed
 
     return measure
 
@@ -121,12 +112,12 @@ MEASURES: dict[str, dict[str, Measure]] = {
         "ndcg": _by_user("ndcg"),
     },
     ANOMALY: {
-        "reconstruction_error": lambda p, w=None: _mean(p.output[:, 0], w),
-        "flagged": lambda p, w=None: _mean(p.output[:, 1], w),
-        "roc_auc": _roc_auc,
-        "average_precision": _average_precision,
+        "reconstruction_error": _of_all(0),
+        "flagged": _of_all(1),
+        "roc_auc": _ranked(Ranking.auc),
+        "average_precision": _ranked(Ranking.average_precision),
         "precision": _flagging("precision"),
         "recall": _flagging("recall"),
         "f1": _flagging("f1"),
-    }
+    },
 }

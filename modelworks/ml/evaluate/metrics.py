@@ -12,6 +12,7 @@ import numpy as np
 
 from modelworks.core.tasks import CLASSIFICATION
 from modelworks.ml.evaluate.measures import MEASURES
+from modelworks.ml.evaluate.ranking import Ranking
 
 
 @dataclass(frozen=True)
@@ -65,8 +66,12 @@ def score(task: str, predictions: Predictions, wanted: Sequence[str]) -> dict[st
     """Each wanted metric by scikit-learn; None where it is undefined (a class that is absent, a constant target)."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of ill-defined metrics, which are handled here
-        values = _CLASSIFICATION if task == CLASSIFICATION else MEASURES.get(task, _NUMBERS)
-        found = {name: values[name](predictions) for name in wanted}
+        if task in MEASURES:
+            once = np.ones(len(predictions.rows))
+            found = {name: MEASURES[task][name](predictions)(once) for name in wanted}
+        else:
+            values = _CLASSIFICATION if task == CLASSIFICATION else _NUMBERS
+            found = {name: values[name](predictions) for name in wanted}
     return {name: float(value) if value is not None and math.isfinite(value) else None for name, value in found.items()}
 
 
@@ -168,10 +173,9 @@ class WeightedScorer:
     def __init__(self, task: str, predictions: Predictions, wanted: Sequence[str]) -> None:
         self._wanted = list(wanted)
         self._task = task
-        self._measured = predictions
         if task in MEASURES:
-            return
-        if task == CLASSIFICATION:
+            self._measures = [MEASURES[task][name](predictions) for name in wanted]
+        elif task == CLASSIFICATION:
             self._prepare_classes(predictions)
         else:
             self._prepare_values(predictions)
@@ -179,7 +183,7 @@ class WeightedScorer:
     def __call__(self, weights: np.ndarray) -> list[float]:
         """One value for each wanted metric; NaN where undefined. `weights` [n]: how often each row was drawn."""
         if self._task in MEASURES:
-            return [MEASURES[self._task][name](self._measured, weights) for name in self._wanted]
+            return [measure(weights) for measure in self._measures]
         values = self._classes(weights) if self._task == CLASSIFICATION else self._values(weights)
         return [values[name] for name in self._wanted]
 
@@ -191,13 +195,8 @@ class WeightedScorer:
         truth = np.eye(self._count)[p.true]
         squares = ((p.output - truth) ** 2).sum(axis=1)
         self._squares = squares / 2 if self._count == 2 else squares
-        self._ranks = []
-        if "roc_auc" in self._wanted:
-            for k in [1] if self._count == 2 else range(self._count):
-                order = np.argsort(p.output[:, k], kind="stable")
-                ordered = p.output[order, k]
-                starts = np.flatnonzero(np.r_[True, ordered[1:] != ordered[:-1]])
-                self._ranks.append((order, starts, p.true[order] == k))
+        ranked = [] if "roc_auc" not in self._wanted else [1] if self._count == 2 else range(self._count)
+        self._ranks = [Ranking.of(p.output[:, k], p.true == k) for k in ranked]
 
     def _classes(self, w: np.ndarray) -> dict[str, float]:
         total = w.sum()
@@ -215,7 +214,7 @@ class WeightedScorer:
             "precision_weighted": precision @ support / total,
             "recall_weighted": recall @ support / total,
             "f1_weighted": f1 @ support / total,
-            "roc_auc": float(np.mean([_auc(w, *rank) for rank in self._ranks])) if self._ranks else math.nan,
+            "roc_auc": float(np.mean([rank.auc(w) for rank in self._ranks])) if self._ranks else math.nan,
             "log_loss": w @ self._losses / total,
             "brier": w @ self._squares / total,
         }
@@ -249,14 +248,3 @@ class WeightedScorer:
 def _ratio(top: np.ndarray, bottom: np.ndarray) -> np.ndarray:
     """top / bottom, 0 where bottom is 0."""
     return np.divide(top, bottom, out=np.zeros_like(top, dtype=np.float64), where=bottom > 0)
-
-
-def _auc(w: np.ndarray, order: np.ndarray, starts: np.ndarray, positive: np.ndarray) -> float:
-    """Weighted area under the ROC curve; `starts` are the first places of equal scores in `order`."""
-    ordered = w[order]
-    up = np.add.reduceat(ordered * positive, starts)
-    down = np.add.reduceat(ordered * ~positive, starts)
-    if not up.any() or not down.any():
-        return math.nan
-    below = np.cumsum(down) - down
-    return float(up @ (below + down / 2) / (up.sum() * down.sum()))
