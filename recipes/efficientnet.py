@@ -20,7 +20,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 _KINDS = {"torch FloatStorage": np.dtype("<f4"), "torch LongStorage": np.dtype("<i8")}
-_ASIDE = ("PROTO", "STOP", "BUILD")
+_ASIDE = ("PROTO", "STOP")
 
 
 def read(file: BinaryIO) -> Any:

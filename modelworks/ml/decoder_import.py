@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from collections.abc import Callable
@@ -15,11 +14,11 @@ from modelworks.core.tensors import Tensor, pack_bytes
 from modelworks.ml.data.tokens import load
 from modelworks.ml.folder import CONFIG, check_safetensors, config_of, licence_of, read_json, weights_of
 from modelworks.ml.package import Manifest, Package, PackageFile
+from modelworks.ml.runtimes.choice import TRANSFORMERS
 from modelworks.ml.runtimes.llm_template import CHATML, MAX_TEMPLATE, check_template
 from modelworks.ml.runtimes.llm_transformers import CHAT_FILE, TOKENIZER_FILE, TransformersRuntime
 
 TASK = "text-generation"
-RUNTIME = "transformers"
 INDEX = "model.safetensors.index.json"
 _WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
 # what a config may name that would run or fetch code
@@ -60,10 +59,10 @@ def import_decoder(
     tell(0.2, "reading it through")
     manifest = Manifest(
         task=TASK,
-        runtime=RUNTIME,
+        runtime=TRANSFORMERS,
         algorithm=str(config["model_type"])[:100],
         signature=TEXT_GENERATION,
-        files={name: _file(path) for name, path in files.items()},
+        files={name: PackageFile.of(path) for name, path in files.items()},
         lineage={"format": "safetensors", "context_length": chat["context_length"], "token_bytes": _token_bytes(config)},
         licence=licence or licence_of(folder),
     )
@@ -168,8 +167,3 @@ def _token_bytes(config: dict[str, Any]) -> int:
 
 def _number(config: dict[str, Any], *names: str) -> int | None:
     return next((config[name] for name in names if isinstance(config.get(name), int) and config[name] > 0), None)
-
-
-def _file(path: Path) -> PackageFile:
-    with path.open("rb") as file:
-        return PackageFile(digest=hashlib.file_digest(file, "sha256").hexdigest(), size=path.stat().st_size)

@@ -4,7 +4,6 @@ pooling in the graph, and checked against the model it came from.
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 import warnings
 from pathlib import Path
@@ -90,7 +89,7 @@ def import_encoder(
         runtime="encoder",
         algorithm=config["model_type"],
         signature=signature,
-        files={name: _file(path) for name, path in files.items()},
+        files={name: PackageFile.of(path) for name, path in files.items()},
         lineage={"format": "safetensors", "pooling": pooling, "context_length": settings.max_tokens},
         licence=licence or licence_of(folder),
     )
@@ -236,8 +235,3 @@ def _prove(manifest: Manifest, files: dict[str, Path], model: Any, settings: Set
     if reason := difference(expected, answers, TOLERANCE):
         raise InvalidInput(f"the exported graph does not answer as the model does: {reason}", code="bad_model")
     return ParitySamples(inputs=rows, outputs=expected, tolerance=TOLERANCE)
-
-
-def _file(path: Path) -> PackageFile:
-    with path.open("rb") as file:
-        return PackageFile(digest=hashlib.file_digest(file, "sha256").hexdigest(), size=path.stat().st_size)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -54,7 +53,7 @@ def import_gguf(
         runtime="llama",
         algorithm=str(found["general.architecture"])[:100],
         signature=TEXT_GENERATION,
-        files={name: _file(path) for name, path in files.items()},
+        files={name: PackageFile.of(path) for name, path in files.items()},
         lineage={
             "format": "gguf",
             "file_type": found.get("general.file_type"),
@@ -119,11 +118,6 @@ def _chat(found: dict[str, Any]) -> dict[str, Any]:
 
 def _written(chat: dict[str, Any]) -> bytes:
     return json.dumps(chat, sort_keys=True).encode()
-
-
-def _file(path: Path) -> PackageFile:
-    with path.open("rb") as file:
-        return PackageFile(digest=hashlib.file_digest(file, "sha256").hexdigest(), size=path.stat().st_size)
 
 
 def _short(value: Any) -> str | None:

@@ -4,7 +4,6 @@ inside.
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -63,7 +62,7 @@ def import_onnx(
     elif path != target:
         shutil.copyfile(path, target)
     signature = _signature(model)
-    origin: dict[str, Any] = {"producer": model.producer_name[:100], "digest": _digest(path)}
+    origin: dict[str, Any] = {"producer": model.producer_name[:100], "digest": PackageFile.of(path).digest}
     found = _task(signature, classes, strict=task is None)
     adapted = task in (CLASSIFICATION, REGRESSION) and task != found
     if adapted:
@@ -86,7 +85,7 @@ def _save(model: onnx.ModelProto, target: Path) -> None:
 
 
 def _manifest(task: str, signature: Signature, path: Path, **about: Any) -> Manifest:
-    files = {MODEL_FILE: PackageFile(digest=_digest(path), size=path.stat().st_size)}
+    files = {MODEL_FILE: PackageFile.of(path)}
     return Manifest(task=task, signature=signature, files=files, **about)
 
 
@@ -322,8 +321,3 @@ def _samples(specs: list[TensorSpec], inputs: Batch, outputs: Batch) -> ParitySa
         return None
     listed = {name: array.tolist() for name, array in outputs.items() if array.ndim}
     return ParitySamples(inputs=batch_to_rows(inputs, specs), outputs=listed) if listed else None
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

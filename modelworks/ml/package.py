@@ -23,6 +23,11 @@ class PackageFile(BaseModel):
     digest: str = Field(pattern=r"^[0-9a-f]{64}$")
     size: int = Field(ge=0)
 
+    @classmethod
+    def of(cls, path: Path) -> PackageFile:
+        with path.open("rb") as file:
+            return cls(digest=hashlib.file_digest(file, "sha256").hexdigest(), size=path.stat().st_size)
+
 
 class ParitySamples(BaseModel):
     """Raw inputs and what the training side answered for them; a replica must answer the same before it serves.

@@ -89,7 +89,7 @@ def image_backbone(package: Package, ref: str, param: str) -> ImageBackbone:
             code="wrong_task",
             param=param,
         )
-    channels, height, width = shape[0] or 3, *shape[1:]
+    channels, height, width = shape[0], *shape[1:]
     return _keep(manifest.digest, ImageBackbone(graph, channels, (height, width) if height and width else None))
 
 

@@ -29,6 +29,7 @@ from modelworks.ml.gguf import TOKENS, read_gguf
 from modelworks.ml.package import Package
 from modelworks.ml.runtimes.llm_schema import compile_schema
 from modelworks.ml.runtimes.llm_template import CHATML, ChatTemplate, reasoning_prefix
+from modelworks.ml.runtimes.llm_text import MARKS
 
 MODEL_FILE = "model.gguf"
 CHAT_FILE = "chat.json"  # {"template", "bos", "eos"}: the chat template as data
@@ -38,8 +39,6 @@ _STEP_TOKENS = 128  # of a prompt that are read at a time: an abort waits for no
 _SEEDS = 2**31
 _FORCED = 1e9  # a bias that no logit outweighs
 _SECONDS = 60.0  # that the engine may take to answer over its socket
-# special tokens whose text is part of the answer: the edge reads tool calls and reasoning out of it
-_MARKS = ["<think>", "</think>", "<tool_call>", "</tool_call>", "<|python_tag|>", "[TOOL_CALLS]", "[ARGS]"]
 
 log = logger("llama")
 Step = tuple[Hashable, "list[Tensor] | ModelworksError | None", bool]
@@ -361,7 +360,7 @@ def _request(prompt: str | list[int], sampling: Sampling, grammar: str | None) -
         "repeat_penalty": sampling.repetition_penalty,
         "stop": sampling.stop,
         "ignore_eos": sampling.ignore_eos,
-        "preserved_tokens": _MARKS,
+        "preserved_tokens": list(MARKS),
     }
     if sampling.seed is not None:
         request["seed"] = sampling.seed % _SEEDS

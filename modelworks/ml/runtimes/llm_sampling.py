@@ -10,12 +10,11 @@ from typing import TYPE_CHECKING, Any
 from modelworks.core.generation import Logprob, Sampling
 from modelworks.ml.data.tokens import load
 from modelworks.ml.folder import read_json
+from modelworks.ml.runtimes.llm_text import MARKS
 
 if TYPE_CHECKING:
     import torch
 
-# special tokens whose text is part of the answer: the edge reads tool calls and reasoning out of it
-MARKS = ("<think>", "</think>", "<tool_call>", "</tool_call>", "<|python_tag|>", "[TOOL_CALLS]", "[ARGS]")
 _SEEDS = 2**63
 _COLDEST = 1e-5  # temperatures and penalties below would leave the range of float32
 _LEAST = -9999.0  # in place of minus infinity, which JSON does not have

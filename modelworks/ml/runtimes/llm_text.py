@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+# special tokens whose text is part of the answer: the edge reads tool calls and reasoning out of it
+MARKS = ("<think>", "</think>", "<tool_call>", "</tool_call>", "<|python_tag|>", "[TOOL_CALLS]", "[ARGS]")
+
 
 class Text:
     """`prefix` comes before what is taken; no stop text is looked for in it."""

@@ -20,14 +20,13 @@ import msgspec
 
 from modelworks.core.generation import Logprob
 from modelworks.ml.runtimes.llm_openvino import News, Order, _frame
-from modelworks.ml.runtimes.llm_text import Text
+from modelworks.ml.runtimes.llm_text import MARKS, Text
 
 BLOCK = 32  # tokens of one block of the cache, on the CPU
 CHUNK = 256  # tokens of all calls that one step reads at most: a long prompt is read in pieces between others' tokens
 RESERVED = 512  # tokens of an answer that room is kept for; beyond, the engine may have to set a call back
 _ENDS = (b"<|im_end|>", b"<|eot_id|>", b"<|end|>", b"<end_of_turn>", b"<|endoftext|>", b"<|end_of_text|>")
-# special tokens whose text is part of the answer: the edge reads tool calls and reasoning out of it
-_MARKS = (b"<think>", b"</think>", b"<tool_call>", b"</tool_call>", b"<|python_tag|>", b"[TOOL_CALLS]", b"[ARGS]")
+_MARKS = tuple(mark.encode() for mark in MARKS)
 
 
 class Call:
