@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from modelworks.core.errors import InvalidInput, Unavailable
+from modelworks.core.generation import lacking, read_ask
 from modelworks.core.tensors import Tensor, pack_bytes, unpack_bytes
 from modelworks.ml.data.sources import resolve
 from modelworks.ml.gguf import exact_type, read_gguf
@@ -131,18 +132,21 @@ def test_what_it_lacks_llama_answers_beside_it(both: StandbyRuntime) -> None:
     text = Tensor("prompt", "BYTES", [1], pack_bytes(["The capital of France is"]))
     measure = {"temperature": 0, "echo": True, "logprobs": 2, "max_tokens": 1}
     assert both._second is None
-    plain, biased, measured, cut = run(
+    assert lacking(read_ask([text], {"logprobs": 1}), both._first.lacks) is not None
+    plain, biased, measured, sampled, cut = run(
         both,
         (PARIS, {"temperature": 0, "max_tokens": 6}),
         (PARIS, {"temperature": 0, "max_tokens": 3, "logit_bias": {"504": 100}}),
         (text, measure),
+        (text, {"logprobs": 1, "max_tokens": 2, "seed": 1}),
         (STORY, {"temperature": 0, "max_tokens": 500, "logit_bias": {"0": -1}}),
-        abort=3,
+        abort=4,
     )
     assert plain.text.startswith("The capital")
     assert biased.text == "TheTheThe"
     assert measured.text.startswith("The capital of France is")
     assert [len(one["top_logprobs"]) for one in measured.logprobs] == [0, 2, 2, 2, 2, 2]
+    assert [len(one["top_logprobs"]) for one in sampled.logprobs] == [1, 1]
     assert cut.error is None
     assert cut.parts < 100
     with pytest.raises(InvalidInput) as refused:

@@ -38,6 +38,7 @@ FEATURES = {
     "logit_bias": "the engine of this model has no logit_bias",
     "logprobs": "the engine of this model gives no log probabilities",
     "top_logprobs": "the engine of this model gives the log probability of one token a place only",
+    "sampled_alternatives": "the engine of this model tells alternatives (top_logprobs) at temperature 0 only",
     "echo": "the engine of this model cannot echo the prompt",
     "penalties": "the engine of this model has no presence, frequency and repetition penalties",
     "seed": "the engine of this model has no seed",
@@ -123,15 +124,19 @@ def read_ask(inputs: list[Tensor], params: dict[str, Any], lacks: Collection[str
             "give one input: messages (BYTES [1], a JSON list of messages), prompt (BYTES [1]) or tokens (INT32 [n])",
             param="messages",
         )
+    if refusal := lacking(ask, lacks):
+        raise refusal
+    return ask
+
+
+def lacking(ask: Ask, lacks: Collection[str]) -> InvalidInput | None:
+    """The refusal by an engine without the FEATURES `lacks`, or None where the call asks for none of them."""
     for feature, param in _asked(ask):
         if feature in lacks:
             what = "the images" if feature == "images" else param
-            raise InvalidInput(
-                f"{FEATURES[feature]}; leave out {what}, or ask another deployment",
-                code="unsupported_parameter",
-                param=param,
-            )
-    return ask
+            said = f"{FEATURES[feature]}; leave out {what}, or ask another deployment"
+            return InvalidInput(said, code="unsupported_parameter", param=param)
+    return None
 
 
 def read_sampling(params: dict[str, Any]) -> Sampling:
@@ -345,6 +350,7 @@ def _asked(ask: Ask) -> list[tuple[str, str]]:
         (bool(given.logit_bias), "logit_bias", "logit_bias"),
         (given.logprobs is not None, "logprobs", "logprobs"),
         ((given.logprobs or 0) > 1, "top_logprobs", "top_logprobs"),
+        (bool(given.logprobs) and given.temperature > 0, "sampled_alternatives", "top_logprobs"),
         (given.echo, "echo", "echo"),
         (given.presence_penalty != usual.presence_penalty, "penalties", "presence_penalty"),
         (given.frequency_penalty != usual.frequency_penalty, "penalties", "frequency_penalty"),

@@ -113,7 +113,10 @@ class LlamaRuntime:
 
     def admit(self, call_id: Hashable, inputs: list[Tensor], params: dict[str, Any], stream: bool) -> None:
         """Begin a call. InvalidInput when its messages or parameters are not sound; then it was not admitted."""
-        ask = read_ask(inputs, params, self.lacks)
+        self.begin(call_id, read_ask(inputs, params, self.lacks), stream)
+
+    def begin(self, call_id: Hashable, ask: Ask, stream: bool) -> None:
+        """As `admit`, of a call that is read already and asks for nothing that is lacking here."""
         schema = ask.sampling.schema
         grammar = compile_schema(schema) if schema is not None else None
         call = Generation(call_id, ask, grammar, stream)

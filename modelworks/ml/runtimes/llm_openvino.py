@@ -75,7 +75,7 @@ class News(msgspec.Struct, array_like=True):
 class OpenVinoRuntime:
     """As LlamaRuntime: `admit` and `abort` never wait, `step` waits for what the child has made."""
 
-    lacks: ClassVar[frozenset[str]] = frozenset({"images", "logit_bias", "top_logprobs", "echo"})
+    lacks: ClassVar[frozenset[str]] = frozenset({"images", "logit_bias", "top_logprobs", "sampled_alternatives", "echo"})
 
     def __init__(self) -> None:
         self.slots = 1
@@ -133,13 +133,10 @@ class OpenVinoRuntime:
 
     def admit(self, call_id: Hashable, inputs: list[Tensor], params: dict[str, Any], stream: bool) -> None:
         """Begin a call. InvalidInput when its prompt or parameters are not sound; then it was not admitted."""
-        ask = read_ask(inputs, params, self.lacks)
-        if ask.sampling.logprobs and ask.sampling.temperature > 0:
-            raise InvalidInput(
-                "this engine tells alternatives (top_logprobs) at temperature 0 only; leave one of them out",
-                code="unsupported_parameter",
-                param="top_logprobs",
-            )
+        self.begin(call_id, read_ask(inputs, params, self.lacks), stream)
+
+    def begin(self, call_id: Hashable, ask: Ask, stream: bool) -> None:
+        """As `admit`, of a call that is read already and asks for nothing that is lacking here."""
         if ask.sampling.schema is not None:
             compile_schema(ask.sampling.schema)  # refuses what cannot be enforced
         self._number += 1

@@ -9,8 +9,8 @@ from collections.abc import Hashable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, ClassVar
 
-from modelworks.core.errors import InvalidInput, ModelworksError
-from modelworks.core.generation import read_ask
+from modelworks.core.errors import ModelworksError
+from modelworks.core.generation import Ask, lacking, read_ask
 from modelworks.core.telemetry import logger
 from modelworks.core.tensors import Tensor
 from modelworks.core.types import Signature
@@ -46,14 +46,14 @@ class StandbyRuntime:
         return signature
 
     def admit(self, call_id: Hashable, inputs: list[Tensor], params: dict[str, Any], stream: bool) -> None:
-        try:
-            self._first.admit(call_id, inputs, params, stream)
-        except InvalidInput as error:
-            if error.code != "unsupported_parameter":
-                raise
-            read_ask(inputs, params, LlamaRuntime.lacks)
+        ask = read_ask(inputs, params, self.lacks)
+        if lacking(ask, OpenVinoRuntime.lacks) is None:
+            self._first.begin(call_id, ask, stream)
+        elif refusal := lacking(ask, LlamaRuntime.lacks):
+            raise refusal
+        else:
             self._theirs.add(call_id)
-            self._line.submit(self._hand_over, call_id, inputs, params, stream)
+            self._line.submit(self._hand_over, call_id, ask, stream)
 
     def step(self, timeout: float) -> list[Step]:
         found = self._first.step(timeout)
@@ -77,11 +77,11 @@ class StandbyRuntime:
 
     # in the line's thread
 
-    def _hand_over(self, call_id: Hashable, inputs: list[Tensor], params: dict[str, Any], stream: bool) -> None:
+    def _hand_over(self, call_id: Hashable, ask: Ask, stream: bool) -> None:
         try:
             if self._second is None:
                 self._second = self._loaded()
-            self._second.admit(call_id, inputs, params, stream)
+            self._second.begin(call_id, ask, stream)
         except Exception as error:  # a plug's edge: the call must not hang
             if not isinstance(error, ModelworksError):
                 log.error("second_engine_failed", exc_info=error)
