@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 log = logger("api.express")
 
+_LARGEST = 64 * 1024  # bytes of a body
+
 
 class Bulk(Protocol):
     """What a dialect has for a route: it reads a body to (kind, rows, bytes of all inputs), and writes answers' bodies."""
@@ -119,6 +121,8 @@ class Express:
 
 
 def _read(bulk: Bulk, body: bytes) -> tuple[Kind, int, bytes] | None:
+    if len(body) > _LARGEST:  # what is refused would be read twice, and large ones gain nothing
+        return None
     try:
         return bulk.read(body)
     except Exception:  # as in _bulk
