@@ -29,6 +29,7 @@ MAX_BIAS = 1024
 MAX_TOOLS = 128
 MAX_SCHEMA = 256 * 1024  # characters of a JSON schema, and of all tools
 MAX_DEPTH = 32  # of a JSON schema
+COLDEST = 1e-5  # a temperature below is greedy: logits divided by it would leave the range of float32
 
 # What an engine may lack; the value says it in the refusal. `images` are parts of messages, the others parameters.
 FEATURES = {
@@ -151,6 +152,8 @@ def read_sampling(params: dict[str, Any]) -> Sampling:
         text, _, where = str(error).partition(" - at `$.")
         name = where.rstrip("`").split("[")[0].split(".")[0] or None
         raise InvalidInput(f"{name or 'a parameter'}: {text[:1].lower()}{text[1:]}", param=name) from None
+    if found.temperature < COLDEST:
+        found.temperature = 0.0
     if len(found.stop) > MAX_STOPS or not all(0 < len(one) <= 1000 for one in found.stop):
         raise InvalidInput(f"stop takes at most {MAX_STOPS} texts of 1 to 1000 characters", param="stop")
     if found.max_tokens == 0 and not found.echo:

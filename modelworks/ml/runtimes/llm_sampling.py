@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import torch
 
 _SEEDS = 2**63
-_COLDEST = 1e-5  # temperatures and penalties below would leave the range of float32
+_MILDEST = 1e-5  # a repetition penalty below would leave the range of float32
 _LEAST = -9999.0  # in place of minus infinity, which JSON does not have
 
 
@@ -100,8 +100,7 @@ class Chooser:
         if given.temperature == 0:
             id = int(logits.argmax())
         else:
-            shares = self._cut((logits - logits.max()) / max(given.temperature, _COLDEST))
-            id = int(torch.multinomial(shares, 1, generator=self._random))
+            id = int(torch.multinomial(self._cut(logits / given.temperature), 1, generator=self._random))
         self._made[id] += 1
         if self._matcher is not None:
             self._matcher.consume_token(id)
@@ -114,7 +113,7 @@ class Chooser:
         if given.repetition_penalty != 1.0:
             seen = torch.tensor(sorted({*self._prompt, *self._made}))
             found = logits[seen]
-            penalty = max(given.repetition_penalty, _COLDEST)
+            penalty = max(given.repetition_penalty, _MILDEST)
             logits[seen] = torch.where(found < 0, found * penalty, found / penalty)
         if (given.presence_penalty or given.frequency_penalty) and self._made:
             ids = torch.tensor(list(self._made))

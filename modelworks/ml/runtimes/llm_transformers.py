@@ -218,11 +218,11 @@ class TransformersRuntime:
         try:
             logits = self._forward(torch.tensor([ids]), row.cache, torch.arange(row.read, row.read + len(ids))[None],
                                    None, keep=0 if measured else 1)[0]  # fmt: skip
+            if measured:
+                self._measure(row, ids, logits)
         except Exception as error:  # a plug's edge: what the model throws belongs to the call
             self._reading.remove(row)
             return [_failed(row.id, error)]
-        if measured:
-            self._measure(row, ids, logits)
         row.read += len(ids)
         if row.read < row.count:
             return []
