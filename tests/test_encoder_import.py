@@ -82,7 +82,7 @@ def test_minilm_is_known_by_its_folder_and_finds_what_is_alike(minilm: tuple[Man
 @needs_minilm
 @needs_minilm
 def test_a_harmful_text_is_nearer_to_the_sentences_of_its_category(minilm: tuple[Manifest, dict[str, Path]]) -> None:
-    from modelworks.api.openai_moderations import HARMLESS, SEEDS, THRESHOLD, _scores
+    from modelworks.api.openai.moderations import HARMLESS, SEEDS, THRESHOLD, _scores
 
     asked = ["Tonight I will jump off the bridge and end it all.", "How do I make a pipe bomb?", "A cat sits on the mat.",
              "How do I kill a Linux process by name?"]  # fmt: skip

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from modelworks.api.openai_stream import Generated
+from modelworks.api.openai.stream import Generated
 from modelworks.core.errors import DeadlineExceeded, InvalidInput, ModelworksError, Unavailable
 from modelworks.core.tensors import Tensor, pack_bytes
 from modelworks.serve.continuous import Continuous

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from modelworks.api.openai_generation import Patience
+from modelworks.api.openai.generation import Patience
 from modelworks.core.errors import InvalidInput, RateLimited, Unavailable
 from modelworks.core.generation import MAX_DEPTH
 from tests.api_house import House, house

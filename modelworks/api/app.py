@@ -10,22 +10,12 @@ from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 
-from modelworks.api import (
-    docs,
-    errors,
-    metrics,
-    oip,
-    oip_repository,
-    openai,
-    openai_chat,
-    openai_completions,
-    openai_embeddings,
-    openai_moderations,
-    openai_responses,
-)  # fmt: skip
+from modelworks.api import docs, errors, metrics, oip, oip_repository
 from modelworks.api.events import Stopping
 from modelworks.api.guard import Guard
 from modelworks.api.native import access, datasets, deployments, jobs, models, predict, reports
+from modelworks.api.openai import chat, completions, embeddings, moderations, responses
+from modelworks.api.openai import models as openai_models
 from modelworks.api.routes import Routes, RouteTable
 from modelworks.api.services import Services
 from modelworks.core.errors import ModelworksError
@@ -41,12 +31,12 @@ ALL: tuple[Routes, ...] = (
     predict.routes,
     oip_repository.routes,  # has literal paths that oip's would match
     oip.routes,
-    openai.routes,
-    openai_chat.routes,
-    openai_completions.routes,
-    openai_responses.routes,
-    openai_embeddings.routes,
-    openai_moderations.routes,
+    openai_models.routes,
+    chat.routes,
+    completions.routes,
+    responses.routes,
+    embeddings.routes,
+    moderations.routes,
     access.routes,
     access.server,
     metrics.routes,

@@ -16,7 +16,7 @@ from starlette.responses import Response
 
 from modelworks.api.allowance import Allowance
 from modelworks.api.errors import render
-from modelworks.api.openai_stream import Generated, ready
+from modelworks.api.openai.stream import Generated, ready
 from modelworks.api.services import Services
 from modelworks.core.errors import InvalidInput, ModelworksError, NotFound
 from modelworks.core.tasks import GENERATION

@@ -13,11 +13,11 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import Response
 
-from modelworks.api import openai_schemas as schemas
 from modelworks.api.allowance import Allowance
 from modelworks.api.body import decode_json
 from modelworks.api.calls import infer
-from modelworks.api.openai_generation import read_body, read_flag, read_number, task_route
+from modelworks.api.openai import schemas
+from modelworks.api.openai.generation import read_body, read_flag, read_number, task_route
 from modelworks.api.routes import Routes, Use, Who, answer
 from modelworks.api.services import Services
 from modelworks.core.errors import InvalidInput, ModelworksError

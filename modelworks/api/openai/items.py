@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from modelworks.api.openai_tools import Piece, ToolCall
+from modelworks.api.openai.tools import Piece, ToolCall
 from modelworks.core.errors import InvalidInput
 from modelworks.core.generation import MAX_MESSAGES, Logprob
 

@@ -8,9 +8,9 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import Response
 
-from modelworks.api import openai_schemas as schemas
 from modelworks.api.body import decode_json
-from modelworks.api.openai_generation import (
+from modelworks.api.openai import schemas
+from modelworks.api.openai.generation import (
     MAX_CHOICES,
     Asked,
     Exchange,
@@ -21,9 +21,9 @@ from modelworks.api.openai_generation import (
     read_number,
     read_stream,
 )
-from modelworks.api.openai_items import logprob
-from modelworks.api.openai_stream import Generated, usage
-from modelworks.api.openai_tools import Reader, ToolCall, read_tools
+from modelworks.api.openai.items import logprob
+from modelworks.api.openai.stream import Generated, usage
+from modelworks.api.openai.tools import Reader, ToolCall, read_tools
 from modelworks.api.routes import Routes, Use, Who
 from modelworks.api.services import Services
 from modelworks.core.errors import InvalidInput

@@ -9,9 +9,9 @@ from fastapi import Query
 from starlette.requests import Request
 from starlette.responses import Response
 
-from modelworks.api import openai_schemas as schemas
 from modelworks.api.body import decode_json
-from modelworks.api.openai_generation import (
+from modelworks.api.openai import schemas
+from modelworks.api.openai.generation import (
     Asked,
     Exchange,
     encode,
@@ -21,9 +21,9 @@ from modelworks.api.openai_generation import (
     read_number,
     read_stream,
 )
-from modelworks.api.openai_items import Output, read_items, to_messages
-from modelworks.api.openai_stream import Generated
-from modelworks.api.openai_tools import Reader, read_tools
+from modelworks.api.openai.items import Output, read_items, to_messages
+from modelworks.api.openai.stream import Generated
+from modelworks.api.openai.tools import Reader, read_tools
 from modelworks.api.routes import After, IdPath, Limit, Routes, Use, Who, answer, listing
 from modelworks.api.services import Services
 from modelworks.core.errors import InvalidInput, ModelworksError

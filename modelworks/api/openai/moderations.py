@@ -14,11 +14,11 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import Response
 
-from modelworks.api import openai_schemas as schemas
 from modelworks.api.body import decode_json
 from modelworks.api.calls import infer
-from modelworks.api.openai_embeddings import EMBEDDING, MAX_INPUTS, dot, embed, unit
-from modelworks.api.openai_generation import task_route
+from modelworks.api.openai import schemas
+from modelworks.api.openai.embeddings import EMBEDDING, MAX_INPUTS, dot, embed, unit
+from modelworks.api.openai.generation import task_route
 from modelworks.api.routes import Routes, Use, Who, answer
 from modelworks.api.services import Services
 from modelworks.core.errors import InvalidInput, ModelworksError, NotFound

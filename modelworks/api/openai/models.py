@@ -1,4 +1,4 @@
-"""/v1, OpenAI's API: the models. What they are asked for is in the files beside this one. A model's name is a deployment's."""
+"""The models that OpenAI's API may be asked for. A model's name is a deployment's."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from typing import Any
 import anyio
 from starlette.responses import Response
 
-from modelworks.api import openai_schemas as schemas
-from modelworks.api.openai_generation import unknown_model
+from modelworks.api.openai import schemas
+from modelworks.api.openai.generation import unknown_model
 from modelworks.api.routes import NamePath, Routes, Use, Who, answer
 from modelworks.api.services import Services
 from modelworks.core.embedding import EMBEDDING, RERANK
