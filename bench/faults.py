@@ -28,8 +28,8 @@ from rich.table import Table
 
 from bench.attacks import KINDS
 from bench.load import post
-from bench.predict import ROW, wait_for
-from modelworks import Client
+from bench.predict import ROW
+from bench.stage import Stage, stage
 
 CONNECTIONS = 64
 ATTACK_SECONDS = 15.0  # longer than header_timeout
@@ -99,56 +99,21 @@ class Load:
                 await asyncio.sleep(self._pause)
 
 
-class Server:
-    """`modelworks up` with iris on two replicas."""
-
-    def __init__(self, home: Path, gateways: int) -> None:
-        command = [sys.executable, "-m", "modelworks.cli", "up", "--home", str(home), "--port", "0", "--grpc-port", "0"]
-        more = ["--gateways", str(gateways)] if gateways > 1 else []
-        self.process = subprocess.Popen(command + more, stdout=subprocess.DEVNULL)
-        self.url = wait_for(home / "server.json")
-        self.port = int(self.url.rsplit(":", 1)[1])
-        self.grpc_port = json.loads((home / "server.json").read_text())["grpc_port"]
-        self.key = (home / "admin.key").read_text().strip()
-        client = Client(url=self.url, api_key=self.key)
-        client.datasets.create(name="iris", source="sklearn:iris")
-        job = client.training_jobs.create(
-            model="iris", dataset="iris", target="species", algorithm="logistic-regression"
-        )
-        job = client.training_jobs.wait(job)
-        client.deployments.put("iris", model=job.model_version, replicas={"min": 2})
-        client.deployments.wait_ready("iris")
-
-    def request(self) -> bytes:
-        key = {"authorization": f"Bearer {self.key}"}
-        return post("/api/v1/deployments/iris/predict", json.dumps({"inputs": [ROW]}).encode(), key)
-
-    def processes(self, title: str) -> list[psutil.Process]:
-        found = []
-        for child in psutil.Process(self.process.pid).children(recursive=True):
-            try:
-                if title in " ".join(child.cmdline()):
-                    found.append(child)
-            except psutil.Error:
-                continue
-        return sorted(found, key=lambda one: one.pid)
-
-    def close(self) -> None:
-        self.process.terminate()
-        self.process.wait(30)
+def request(server: Stage) -> bytes:
+    return post("/api/v1/deployments/iris/predict", json.dumps({"inputs": [ROW]}).encode(), server.headers)
 
 
 Row = tuple[str, str, str]
 
 
-async def killed_replicas(server: Server, seconds: float) -> Row:
+async def killed_replicas(server: Stage, seconds: float) -> Row:
     """kill -9 the longest-lived replica every second."""
-    load = Load(server.port, server.request())
+    load = Load(server.port, request(server))
     until = time.monotonic() + seconds
     kills = 0
     while time.monotonic() < until:
         await asyncio.sleep(1.0)
-        alive = server.processes("modelworks replica iris")
+        alive = server.processes("replica iris")
         if len(alive) > 1:  # the first one is the older
             os.kill(min(alive, key=lambda one: one.create_time()).pid, signal.SIGKILL)
             kills += 1
@@ -157,14 +122,14 @@ async def killed_replicas(server: Server, seconds: float) -> Row:
     return "kill -9 of a replica every second", f"{kills} kills in {seconds:.0f} s", figures
 
 
-async def hung_replica(server: Server) -> Row:
+async def hung_replica(server: Stage) -> Row:
     """SIGSTOP one of two."""
-    while len(server.processes("modelworks replica iris")) < 2:
+    while len(server.processes("replica iris")) < 2:
         await asyncio.sleep(0.1)
     await asyncio.sleep(2.0)
-    load = Load(server.port, server.request())
+    load = Load(server.port, request(server))
     await asyncio.sleep(1.0)
-    victim = server.processes("modelworks replica iris")[0]
+    victim = server.processes("replica iris")[0]
     os.kill(victim.pid, signal.SIGSTOP)
     await asyncio.sleep(5.0)
     seen = await load.stop()
@@ -174,17 +139,17 @@ async def hung_replica(server: Server) -> Row:
     return "SIGSTOP of a replica", "one of two", figures
 
 
-async def cut_clients(server: Server, cuts: int) -> Row:
+async def cut_clients(server: Stage, cuts: int) -> Row:
     """Clients that send a request and are gone before the answer."""
-    request = server.request()
-    processes = server.processes("modelworks gateway") + server.processes("modelworks replica iris")
-    load = Load(server.port, request, 8)
+    sent = request(server)
+    processes = server.processes("gateway") + server.processes("replica iris")
+    load = Load(server.port, sent, 8)
     await asyncio.sleep(1.0)
     before = [(one.memory_info().rss, one.num_fds()) for one in processes]
 
     async def cut(number: int) -> None:
         _, writer = await asyncio.open_connection("127.0.0.1", server.port)
-        writer.write(request if number % 3 else request[:-20])
+        writer.write(sent if number % 3 else sent[:-20])
         if number % 2:
             await asyncio.sleep(0.0005 * (number % 5))
         writer.transport.abort()
@@ -202,10 +167,10 @@ async def cut_clients(server: Server, cuts: int) -> Row:
     return "clients cut in mid-flight", f"{cuts:,} cuts", figures
 
 
-async def attacked(server: Server, kind: str, seconds: float) -> Row:
+async def attacked(server: Stage, kind: str, seconds: float) -> Row:
     """Whether polite clients notice, and what the gateways' memory does."""
     calm = await _polite(server, 5.0)
-    gateways = server.processes("modelworks gateway")
+    gateways = server.processes("gateway")
     before = sum(one.memory_info().rss for one in gateways)
     command = [sys.executable, "-m", "bench.attacks", kind, str(server.port), str(server.grpc_port), str(seconds)]
     foe = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
@@ -229,8 +194,8 @@ async def attacked(server: Server, kind: str, seconds: float) -> Row:
     return KINDS[kind], f"{seconds:.0f} s", figures
 
 
-async def _polite(server: Server, seconds: float) -> Seen:
-    load = Load(server.port, server.request(), 16, pause=0.05)
+async def _polite(server: Stage, seconds: float) -> Seen:
+    load = Load(server.port, request(server), 16, pause=0.05)
     await asyncio.sleep(seconds)
     return await load.stop()
 
@@ -243,16 +208,16 @@ async def _peak(processes: list[psutil.Process], seconds: float) -> int:
     return most
 
 
-async def killed_gateway(server: Server) -> Row:
-    load = Load(server.port, server.request())
+async def killed_gateway(server: Stage) -> Row:
+    load = Load(server.port, request(server))
     await asyncio.sleep(1.0)
-    gateways = server.processes("modelworks gateway")
+    gateways = server.processes("gateway")
     os.kill(gateways[0].pid, signal.SIGKILL)
     await asyncio.sleep(3.0)
     seen = await load.stop()
     figures = (
         f"{seen.broken} connections broke, {seen.failed} of {seen.answered + seen.failed:,} failed after connecting "
-        f"again, slowest {seen.slowest:.2f} s, {len(server.processes('modelworks gateway'))} gateways afterwards"
+        f"again, slowest {seen.slowest:.2f} s, {len(server.processes('gateway'))} gateways afterwards"
     )
     return "kill -9 of a gateway", f"one of {len(gateways)}", figures
 
@@ -261,7 +226,7 @@ def _kinds(seen: Seen) -> str:
     return "; ".join(f"{count} x {kind}" for kind, count in list(seen.failures.items())[:3])
 
 
-async def story(server: Server, seconds: float, cuts: int, only: set[str]) -> AsyncIterator[Row]:
+async def story(server: Stage, seconds: float, cuts: int, only: set[str]) -> AsyncIterator[Row]:
     if "killed" in only:
         yield await killed_replicas(server, seconds)
     if "hung" in only:
@@ -275,7 +240,7 @@ async def story(server: Server, seconds: float, cuts: int, only: set[str]) -> As
         yield await killed_gateway(server)
 
 
-async def rows(server: Server, seconds: float, cuts: int, only: set[str]) -> list[Row]:
+async def rows(server: Stage, seconds: float, cuts: int, only: set[str]) -> list[Row]:
     found = []
     async for row in story(server, seconds, cuts, only):
         print(": ".join(row), file=sys.stderr, flush=True)
@@ -291,11 +256,10 @@ def main() -> None:
     parser.add_argument("--only", default="killed,hung,cut,attacks,gateway")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="mw-faults-") as folder:
-        server = Server(Path(folder) / "home", options.gateways)
-        try:
+        more = ["--gateways", str(options.gateways)] if options.gateways > 1 else []
+        with stage(Path(folder), *more) as server:
+            server.learn_iris(replicas={"min": 2})
             table = uvloop.run(rows(server, options.seconds, options.cuts, set(options.only.split(","))))
-        finally:
-            server.close()
     shown = Table("fault", "how often", "what clients saw", title=f"{CONNECTIONS} connections, two replicas")
     for row in table:
         shown.add_row(*row)

@@ -8,11 +8,8 @@ One server, one gateway, one replica; iris, one row a call, ModelInfer with raw 
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import struct
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
@@ -22,8 +19,8 @@ from rich.table import Table
 
 from bench.grpc_load import measure
 from bench.load import Figures
-from bench.predict import ROW, export_graph, free_port, prepare, wait_for, wait_port
-from modelworks import Client
+from bench.predict import ROW, export_graph
+from bench.stage import cpu, peer, stage
 
 PATH = "/inference.GRPCInferenceService/ModelInfer"
 GOAL = 0.85  # of the bare handler's rate at 32 streams
@@ -39,38 +36,15 @@ def main() -> None:
 
 
 def run(folder: Path, seconds: float, rounds: int) -> None:
-    home = folder / "home"
-    command = [sys.executable, "-m", "modelworks.cli", "up", "--home", str(home), "--port", "0", "--grpc-port", "0"]
-    server = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    peer = None
-    try:
-        url = wait_for(home / "server.json")
-        port = json.loads((home / "server.json").read_text())["grpc_port"]
-        key = (home / "admin.key").read_text().strip()
-        client = Client(url=url, api_key=key)
-        prepare(client)
-        graph = export_graph(client, folder)
-        peer_port = free_port()
-        peer = subprocess.Popen([sys.executable, "-m", "bench.grpc_peer", str(graph), str(peer_port)])
-        wait_port(peer_port)
-        ours = gateway(server.pid)
-        targets = {
-            "grpcio aio, model inline": (peer_port, {}, psutil.Process(peer.pid)),
-            "ModelInfer": (port, {"authorization": f"Bearer {key}"}, ours),
-        }
-        Console().print(table(targets, seconds, rounds))
-    finally:
-        server.terminate()
-        if peer:
-            peer.terminate()
-        server.wait(20)
-
-
-def gateway(pid: int) -> psutil.Process:
-    for process in psutil.Process(pid).children(recursive=True):
-        if " ".join(process.cmdline()).startswith("modelworks gateway "):
-            return process
-    raise SystemExit("the server has no gateway")
+    with stage(folder) as server:
+        server.learn_iris()
+        with peer("bench.grpc_peer", export_graph(server.client, folder)) as (port, process):
+            (gateway,) = server.processes("gateway")
+            targets = {
+                "grpcio aio, model inline": (port, {}, process),
+                "ModelInfer": (server.grpc_port, server.headers, gateway),
+            }
+            Console().print(table(targets, seconds, rounds))
 
 
 def request() -> bytes:
@@ -90,9 +64,9 @@ def table(targets: dict[str, tuple[int, dict[str, str], psutil.Process]], second
     for _ in range(rounds):
         for streams in (1, 32, 128):
             for name, (port, headers, process) in targets.items():
-                before = sum(process.cpu_times()[:2])
+                before = cpu([process])
                 figures = measure(port, PATH, headers, message, streams=streams, seconds=seconds)
-                used = sum(process.cpu_times()[:2]) - before
+                used = cpu([process]) - before
                 found.setdefault((name, streams), []).append(figures)
                 spent.setdefault((name, streams), []).append(used / max(1.0, figures.rate * seconds) * 1e6)
     shown = Table("", "streams", "calls/s", "ratio", "p50 ms", "p99 ms", "CPU us/call", "failed",

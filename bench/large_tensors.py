@@ -17,14 +17,13 @@ import time
 from pathlib import Path
 
 import numpy as np
-import onnx
 import onnxruntime
 import psutil
 import uvloop
-from onnx import TensorProto, helper
 from rich.console import Console
 from rich.table import Table
 
+from bench.graphs import identity
 from modelworks.core.tensors import Tensor
 from modelworks.core.types import Call, Signature, TensorSpec
 from modelworks.serve.batcher import Batcher
@@ -42,13 +41,9 @@ SIGNATURE = Signature(
 
 
 def session() -> onnxruntime.InferenceSession:
-    ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["n", ELEMENTS]) for name in "xy"]
-    graph = helper.make_graph([helper.make_node("Identity", ["x"], ["y"])], "identity", ends[:1], ends[1:])
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
-    onnx.checker.check_model(model)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
-    return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    return onnxruntime.InferenceSession(identity(ELEMENTS), options, providers=["CPUExecutionProvider"])
 
 
 async def replica(endpoint: str) -> None:

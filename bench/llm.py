@@ -16,13 +16,12 @@ import asyncio
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -32,8 +31,8 @@ import psutil
 from rich.console import Console
 from rich.table import Table
 
+from bench.stage import Stage, cpu, free_port, listens, stage, until
 from bench.streams import Figures, open_streams, request, together
-from modelworks import Client
 from modelworks.core.tensors import Tensor, pack_bytes
 from modelworks.core.types import Call
 from modelworks.engines.base import ReplicaSpec
@@ -83,48 +82,36 @@ class Texts:
 
 
 class Server:
-    """Ours: `modelworks up` in a home of its own, the model deployed, and a key with limits; or one that runs already."""
+    """Ours: the model deployed on a server, its own or one that runs already, and a key with limits."""
 
-    def __init__(self, folder: Path, home: Path | None = None) -> None:
-        self.home = home or folder / "home"
-        self.process = None if home else self._start(folder)
-        self.url = json.loads((self.home / "server.json").read_text())["url"]
-        self.client = Client(home=self.home)
-        if home is None:
-            self.client.models.import_(NAME, source=SOURCE, convert="q8_0")
-            self.client.deployments.put(NAME, model=NAME, resources={"threads": THREADS})
-        self.client.deployments.wait_ready(NAME)
+    def __init__(self, stage: Stage, *, fresh: bool) -> None:
+        self.stage = stage
+        client = stage.client
+        if fresh:
+            client.models.import_(NAME, source=SOURCE, convert="q8_0")
+            client.deployments.put(NAME, model=NAME, resources={"threads": THREADS})
+        client.deployments.wait_ready(NAME)
         limits = {"requests_per_minute": 10**6, "tokens_per_minute": 10**9}
-        self.key = self.client.keys.create(name="bench", role="invoke-only", **limits).key
-
-    def _start(self, folder: Path) -> subprocess.Popen[bytes]:
-        command = [sys.executable, "-m", "modelworks.cli", "up", "--home", str(self.home), "--port", "0"]
-        environment = {**os.environ, "MODELWORKS_QUEUE_LIMIT": "4096"}
-        with (folder / "server.log").open("wb") as log:
-            process = subprocess.Popen([*command, "--grpc-port", "0"], stdout=log, stderr=log, env=environment)
-        until((self.home / "server.json").exists, 30)
-        return process
+        self.key = client.keys.create(name="bench", role="invoke-only", **limits).key
 
     def requests(self, asked: Asked, **more: Any) -> list[bytes]:
         return [
-            request(self.url, "/v1/chat/completions", body(NAME, messages, tokens) | more, self.key)
+            request(self.stage.url, "/v1/chat/completions", body(NAME, messages, tokens) | more, self.key)
             for messages, tokens in asked
         ]
 
     def run(self, asked: Asked) -> Figures:
-        return together(self.url, self.requests(asked))
+        return together(self.stage.url, self.requests(asked))
 
-    def processes(self, kind: str) -> list[psutil.Process]:
-        found = []
-        for one in psutil.process_iter(["cmdline"]):
-            line = " ".join(one.info["cmdline"] or ())
-            if line.startswith(f"modelworks {kind} ") and line.rstrip().endswith(f"--home {self.home}"):
-                found.append(one)
-        return [one for one in found if kind != "replica" or f" {NAME} " in " ".join(one.cmdline())]
+    def gateways(self) -> list[psutil.Process]:
+        return self.stage.processes("gateway")
+
+    def replicas(self) -> list[psutil.Process]:
+        return self.stage.processes(f"replica {NAME}")
 
     def cpu(self) -> float:
-        replicas = self.processes("replica")
-        return cpu_seconds(self.processes("gateway") + replicas + [one for it in replicas for one in it.children()])
+        replicas = self.replicas()
+        return cpu(self.gateways() + replicas + [one for it in replicas for one in it.children()])
 
     def counted(self) -> int:
         """Tokens generated and delivered, by the metrics."""
@@ -134,14 +121,9 @@ class Server:
         return self._metric("modelworks_calls_outstanding{") + self._metric("modelworks_calls_waiting{")
 
     def _metric(self, name: str, part: str = "") -> int:
-        headers = {"authorization": f"Bearer {(self.home / 'admin.key').read_text().strip()}"}
-        lines = httpx2.get(f"{self.url}/metrics", headers=headers, trust_env=False).text.splitlines()
+        url = f"{self.stage.url}/metrics"
+        lines = httpx2.get(url, headers=self.stage.headers, trust_env=False).text.splitlines()
         return sum(int(float(line.rpartition(" ")[2])) for line in lines if line.startswith(name) and part in line)
-
-    def stop(self) -> None:
-        if self.process is not None:
-            self.process.terminate()
-            self.process.wait(30)
 
 
 class Peer:
@@ -166,7 +148,7 @@ class Peer:
         return Figures(*json.loads(self.process.stdout.readline()))
 
     def cpu(self) -> float:
-        return cpu_seconds([psutil.Process(self.process.pid)])
+        return cpu([psutil.Process(self.process.pid)])
 
     def stop(self) -> None:
         self.process.kill()
@@ -185,9 +167,7 @@ class Vllm:
     def _start(self, python: str, model: Path, folder: Path) -> None:
         weights = folder / "hf"
         convert(model, weights)
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+        port = free_port()
         self.address = f"http://127.0.0.1:{port}"
         said = folder / "vllm.log"
         command = [python, "-m", "vllm.entrypoints.openai.api_server", "--model", str(weights), "--served-model-name", NAME,
@@ -195,7 +175,7 @@ class Vllm:
         environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "2", "OMP_NUM_THREADS": str(THREADS)}
         with said.open("wb") as log:
             process = self.process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
-        until(lambda: process.poll() is not None or _listens(port), 600)
+        until(lambda: process.poll() is not None or listens(port), 600)
         if process.poll() is not None:
             raise SystemExit(f"vLLM did not start: {said.read_text()[-2000:]}")
 
@@ -209,16 +189,12 @@ class Vllm:
             above = psutil.Process(found[0])
         else:
             above = psutil.Process(self.process.pid)
-        return cpu_seconds([above, *above.children(recursive=True)])
+        return cpu([above, *above.children(recursive=True)])
 
     def stop(self) -> None:
         if self.process is not None:
             self.process.terminate()
             self.process.wait(60)
-
-
-def cpu_seconds(processes: list[psutil.Process]) -> float:
-    return sum(sum(one.cpu_times()[:2]) for one in processes)
 
 
 def convert(model: Path, out: Path) -> None:
@@ -235,11 +211,6 @@ def convert(model: Path, out: Path) -> None:
     AutoTokenizer.from_pretrained(model.parent, gguf_file=model.name).save_pretrained(out)
 
 
-def _listens(port: int) -> bool:
-    with socket.socket() as probe:
-        return probe.connect_ex(("127.0.0.1", port)) == 0
-
-
 def run_http(url: str, model: str, asked: Asked) -> Figures:
     return together(
         url, [request(url, "/v1/chat/completions", body(model, messages, tokens)) for messages, tokens in asked]
@@ -249,14 +220,6 @@ def run_http(url: str, model: str, asked: Asked) -> Figures:
 def body(model: str, messages: Any, tokens: int) -> dict[str, Any]:
     found = {"messages": messages, "max_tokens": tokens, "temperature": 0, "ignore_eos": True, "stream": True}
     return {"model": model, **found, "stream_options": {"include_usage": True}}
-
-
-def until(condition: Callable[[], Any], seconds: float) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        if time.monotonic() > end:
-            raise SystemExit("it took too long")
-        time.sleep(0.1)
 
 
 # the parts
@@ -360,7 +323,7 @@ async def _ask(link: Link, asked: Asked) -> Figures:
 def gateway(server: Server, model: Path, goals: Goals, options: argparse.Namespace, folder: Path) -> None:
     texts, tokens = Texts(), 24 if options.quick else 64
     direct = Direct(model, folder)
-    processes = {"gateway": server.processes("gateway"), "replica": server.processes("replica")}
+    processes = {"gateway": server.gateways(), "replica": server.replicas()}
     short: Asked = [([{"role": "user", "content": "Hi"}], 1)]
     singles = 50 if options.quick else 200
 
@@ -369,7 +332,7 @@ def gateway(server: Server, model: Path, goals: Goals, options: argparse.Namespa
 
         async def http(asked: Asked) -> Figures:
             begun = time.perf_counter()
-            streams = await open_streams(server.url, server.requests(asked))
+            streams = await open_streams(server.stage.url, server.requests(asked))
             await asyncio.gather(*(one.closed for one in streams))
             firsts = [one.first for one in streams]
             return Figures(sum(one.tokens for one in streams), time.perf_counter() - begun, firsts)
@@ -385,9 +348,9 @@ def gateway(server: Server, model: Path, goals: Goals, options: argparse.Namespa
         made = 0
         for _ in range(options.rounds):
             rates[0].append((await _ask(link, texts.many(MANY, tokens))).rate)
-            before = cpu_seconds(processes["gateway"]), cpu_seconds(processes["replica"])
+            before = cpu(processes["gateway"]), cpu(processes["replica"])
             figures = await http(texts.many(MANY, tokens))
-            after = cpu_seconds(processes["gateway"]), cpu_seconds(processes["replica"])
+            after = cpu(processes["gateway"]), cpu(processes["replica"])
             spent = [one + more - less for one, more, less in zip(spent, after, before, strict=True)]
             made += figures.tokens
             rates[1].append(figures.rate)
@@ -433,7 +396,7 @@ def prefix(server: Server, goals: Goals, options: argparse.Namespace) -> None:
 def cut(server: Server, goals: Goals, options: argparse.Namespace) -> None:
     """Streams cut by their clients: each half-closes after some reads, then reads what had been sent until the end."""
     texts, count, wave = Texts(), 200 if options.quick else 500, 50
-    gateway, replica = server.processes("gateway"), server.processes("replica")
+    gateway, replica = server.gateways(), server.replicas()
     engine = [child for one in replica for child in one.children(recursive=True)]
     memory: list[tuple[float, float]] = []
     told = delivered = 0
@@ -442,7 +405,7 @@ def cut(server: Server, goals: Goals, options: argparse.Namespace) -> None:
         asked = [(texts.one(10), 1500) for _ in range(wave)]
         options_ = {"stream_options": {"include_usage": True, "continuous_usage_stats": True}}
         cuts: list[int | None] = [(number + index) % 8 for index in range(wave)]
-        streams = await open_streams(server.url, server.requests(asked, **options_), cuts)
+        streams = await open_streams(server.stage.url, server.requests(asked, **options_), cuts)
         await asyncio.gather(*(one.closed for one in streams))
         return sum(one.tokens for one in streams)
 
@@ -453,6 +416,7 @@ def cut(server: Server, goals: Goals, options: argparse.Namespace) -> None:
         time.sleep(1.0)
         told, delivered = server.counted() - before, got
         memory.append((resident(gateway + replica), resident(engine)))
+    left = server.outstanding()
     begun = time.perf_counter()
     after = server.run(texts.many(MANY, 8))
     console.print(
@@ -462,7 +426,8 @@ def cut(server: Server, goals: Goals, options: argparse.Namespace) -> None:
         f"{time.perf_counter() - begun:.1f} s"
     )
     goals.add(f"{count} cut streams: tokens counted = delivered", "equal", f"{told} : {delivered}", told == delivered)
-    goals.add(f"{count} cut streams: calls left in slots", "0", str(server.outstanding()), not after.failed)
+    goals.add(f"{count} cut streams: calls left in slots", "0", str(left), not left)
+    goals.add(f"{count} cut streams: new streams served", str(MANY), str(MANY - after.failed), not after.failed)
     grown = memory[2][0] - memory[1][0]
     goals.add(f"{count} more cut streams: memory", "< 2 % more", f"{grown:+.1f} MB", grown < 0.02 * memory[1][0])
 
@@ -474,21 +439,21 @@ def resident(processes: list[psutil.Process]) -> float:
 def idle(server: Server, goals: Goals, options: argparse.Namespace) -> None:
     """Clients whose streams stand still: the engine's process is stopped meanwhile, then all are served to the end."""
     count, begun, hold = 2000, 100, 5 if options.quick else 15
-    (process,) = server.processes("gateway")
-    engines = [child for one in server.processes("replica") for child in one.children(recursive=True)]
+    (process,) = server.gateways()
+    engines = [child for one in server.replicas() for child in one.children(recursive=True)]
     empty = process.memory_info().rss / 1e6
 
     def requests(number: int, tokens: int) -> list[bytes]:
         return server.requests([([{"role": "user", "content": "Hi"}], tokens)] * number)
 
     async def run() -> tuple[float, int, int]:
-        streams = await open_streams(server.url, requests(begun, 64))
+        streams = await open_streams(server.stage.url, requests(begun, 64))
         while not all(one.text for one in streams):
             await asyncio.sleep(0.01)
         for engine in engines:
             engine.send_signal(signal.SIGSTOP)
         try:
-            streams += await open_streams(server.url, requests(count - begun, 2))
+            streams += await open_streams(server.stage.url, requests(count - begun, 2))
             await asyncio.sleep(hold)
             memory = process.memory_info().rss / 1e6
             alive = sum(not one.closed.done() or one.complete for one in streams)
@@ -513,11 +478,9 @@ def house(home: Path | None) -> Iterator[tuple[Server, Path, Path]]:
         folder = Path(name)
         model = folder / "model.gguf"
         to_q8_0(resolve(SOURCE, folder), model)
-        server = Server(folder, home)
-        try:
-            yield server, model, folder
-        finally:
-            server.stop()
+        environment = {"MODELWORKS_QUEUE_LIMIT": "4096"}
+        with nullcontext(Stage.at(home)) if home else stage(folder, environment=environment) as found:
+            yield Server(found, fresh=home is None), model, folder
 
 
 def main() -> None:
