@@ -64,7 +64,7 @@ def test_what_is_unlike_the_usual_scores_high_and_is_flagged(tmp_path: Path) -> 
     said = runtime.predict({one.name: data[0][one.name].to_numpy().astype(np.float32) for one in data[1][:-1]})
     assert 0 < said["anomaly"][benign].mean() < 0.02  # the 0.99 quantile of what was learnt
     assert said["anomaly"][~np.array(benign)].mean() > 0.5
-    assert ((said["score"] > trained.manifest.lineage["threshold"]) == said["anomaly"]).all()
+    assert ((said["score"] > trained.manifest.lineage["anomaly_above"]) == said["anomaly"]).all()
 
 
 def test_labels_are_not_needed_and_their_metrics_are_undefined_then(tmp_path: Path) -> None:

@@ -99,7 +99,7 @@ def evaluate(
 
 
 def _as_served(part: Predictions, package: Package) -> Predictions:
-    """Labels by the threshold that the package has."""
+    """Labels by the threshold that the package has. Of a foreign one the lineage may be anything."""
     chosen = package.manifest.lineage.get("threshold")
     return part.judged(float(chosen["value"])) if isinstance(chosen, dict) and "value" in chosen else part
 

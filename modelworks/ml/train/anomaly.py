@@ -124,7 +124,7 @@ class Anomaly(Course):
     ) -> tuple[Manifest, dict[str, bytes]]:
         from modelworks.ml.train.packaging import package
 
-        return package(self, model, metrics, lineage | {"threshold": _threshold(model)}, workdir, threads)
+        return package(self, model, metrics, lineage | {"anomaly_above": _threshold(model)}, workdir, threads)
 
     # what `packaging` asks
 
