@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,11 +15,11 @@ from modelworks.core.specs import TrainingSpec
 from modelworks.core.types import Job
 from modelworks.ml.evaluate.folds import read_kept
 from modelworks.ml.evaluate.page import page
-from modelworks.ml.evaluate.plots import draw
+from modelworks.ml.evaluate.plots import draw, learning_curves
 from modelworks.ml.train.train import Trained
 from tests.jobhome import Home, caller, iris_csv
 from tests.learning import Context, Table, bundled, run
-from tests.test_courses import ratings
+from tests.test_courses import clicks, ratings
 from tests.test_forecast import passengers
 
 WHO = caller()
@@ -89,11 +90,16 @@ QUICK: dict[str, Any] = {"epochs": 2, "hidden": [4]}
         (
             lambda: bundled("breast_cancer"),
             {"algorithm": "autoencoder", "hyperparameters": {"positive": "malignant", "bottleneck": 2, **QUICK}},
-            ["learning-curve"],
+            ["scores", "roc", "precision-recall", "learning-curve"],
         ),
         (
             lambda: ratings(30, 10),
             {"algorithm": "recommender", "target": "rating", "hyperparameters": {"epochs": 2, "factors": 2}},
+            ["predicted", "residuals", "learning-curve"],
+        ),
+        (
+            clicks,
+            {"algorithm": "recommender", "target": None, "hyperparameters": {"epochs": 2, "factors": 2}},
             ["learning-curve"],
         ),
         (
@@ -102,7 +108,7 @@ QUICK: dict[str, Any] = {"epochs": 2, "hidden": [4]}
             ["forecast", "predicted", "residuals", "learning-curve"],
         ),
     ],
-    ids=["anomalies", "recommendations", "forecast"],
+    ids=["anomalies", "ratings", "clicks", "forecast"],
 )
 def test_a_report_of_every_course_is_a_page(
     tmp_path: Path, data: Callable[[], Table], spec: dict[str, Any], names: list[str]
@@ -112,3 +118,10 @@ def test_a_report_of_every_course_is_a_page(
     drawn = drawing(trained, ctx)
     assert [name for name, _, _ in drawn] == names
     assert page(report_of(trained), drawn).count("<img ") == len(names)
+
+
+def test_a_second_fit_of_a_part_begins_a_line_of_its_own() -> None:
+    told = [(1, 0.5), (2, 0.25), (1, 0.75), (2, 0.5)]
+    points = [{"step": step, "unit": "epoch", "part": "final fit", "values": {"loss": loss}} for step, loss in told]
+    (line,) = learning_curves(points).values()
+    assert [math.isnan(loss) for _, loss in line] == [False, False, True, False, False]

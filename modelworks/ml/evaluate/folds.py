@@ -115,10 +115,13 @@ def summarise(
     else:
         found = {name: over_folds(name, [score[name] for score in scores]) for name in wanted}
         interval = {"method": "Student's t over folds", "level": LEVEL}
+    lacking: dict[int, list[str]] = {}
+    for name in wanted:
+        if missing := sum(score[name] is None for score in scores):
+            lacking.setdefault(missing, []).append(name)
     undefined = [
-        f"{name} is undefined in {missing} of {len(parts)} parts (a class or a spread is missing there)"
-        for name in wanted
-        if (missing := sum(score[name] is None for score in scores))
+        f"{', '.join(names)}: undefined in {missing} of {len(parts)} parts (a class, label, rating or spread is missing there)"
+        for missing, names in lacking.items()
     ]
     whole = Predictions.join(parts)
     details: dict[str, Any] = {

@@ -47,6 +47,7 @@ def page(report: dict[str, Any], drawn: Sequence[tuple[str, str, bytes]]) -> str
         _classes(details.get("per_class") or {}),
         _threshold(details),
         _slices(details.get("slices") or []),
+        *(_line(title, found) for title, found in _found(details)),
     ]
     title = _e(f"{model} on {report['dataset']}")
     head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{title}</title>'
@@ -145,6 +146,22 @@ def _threshold(details: dict[str, Any]) -> str:
     about = f"From which probability of {best['positive']} on to say it, best on these rows by F1 and by Youden's J.{said}"
     head = ("best by", "threshold", "precision", "recall", "F1", "Youden's J")
     return f"<h2>Thresholds</h2><p>{_e(about)}</p>" + _table(head, rows)
+
+
+def _found(details: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """(title, figures by name) of what a report says in a line."""
+    counted = {name: details[name] for name in ("feedback", "rows", "users", "items", "top_k") if "feedback" in details}
+    return [
+        ("Residuals (true - predicted), by share of the rows below", details.get("residual_quantiles") or {}),
+        ("Anomaly scores, by share of the rows below", details.get("score_quantiles") or {}),
+        ("Labels", details.get("labelled") or {}),
+        ("Forecast", details.get("forecast") or {}),
+        ("Recommendations", counted),
+    ]
+
+
+def _line(title: str, found: dict[str, Any]) -> str:
+    return f"<h2>{_e(title)}</h2>" + _table(list(found), [[_n(value) for value in found.values()]]) if found else ""
 
 
 def _slices(slices: list[dict[str, Any]]) -> str:

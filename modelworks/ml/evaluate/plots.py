@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 _CLASSES = 30  # of a confusion matrix that is drawn
 _CURVES = 10  # classes with a curve of their own
 _POINTS = 2000
+_WIDE = 10.0  # times that the highest value is above the lowest: then a logarithmic scale shows more
 _BLUE, _GREY, _RED = "#2563eb", "#9ca3af", "#dc2626"
 
 Plot = tuple[str, str, Callable[["Axes"], None]]
@@ -50,17 +52,21 @@ def plots(report: dict[str, Any], found: Predictions | None, points: Sequence[Po
     if matrix and len(matrix["classes"]) <= _CLASSES:
         made.append(("confusion-matrix", "Confusion matrix", lambda a: _confusion(a, matrix)))
     classes = matrix["classes"] if matrix else None
-    if found is not None and classes and len(np.unique(found.true)) > 1:
-        made.append(("roc", "ROC curve", lambda a: _roc(a, found, classes)))
-        made.append(("precision-recall", "Precision and recall", lambda a: _precision_recall(a, found, classes)))
+    if found is not None and "score_quantiles" in details:
+        made.append(("scores", "Anomaly scores", lambda a: _scores(a, found)))
+    ones = _ones(details, found, classes) if found is not None else []
+    if ones:
+        made.append(("roc", "ROC curve", lambda a: _roc(a, ones)))
+        made.append(("precision-recall", "Precision and recall", lambda a: _precision_recall(a, ones)))
     if details.get("calibration"):
         made.append(("calibration", "Calibration", lambda a: _calibration(a, details["calibration"])))
-    if found is not None and found.output.ndim == 1:
-        if "low" in found.beside:
-            made.append(("forecast", "Truth and forecast", lambda a: _forecast(a, found)))
-        made.append(("predicted", "Predicted against true", lambda a: _predicted(a, found)))
-        made.append(("residuals", "Residuals: true - predicted", lambda a: _residuals(a, found)))
-    curves = _curves(points)
+    if found is not None and "low" in found.beside:
+        made.append(("forecast", "Truth and forecast", lambda a: _forecast(a, found)))
+    numbers = _numbers(details, found) if found is not None else None
+    if numbers:
+        made.append(("predicted", "Predicted against true", lambda a: _predicted(a, *numbers)))
+        made.append(("residuals", "Residuals: true - predicted", lambda a: _residuals(a, *numbers)))
+    curves = learning_curves(points)
     if curves:
         made.append(("learning-curve", "Learning curve", lambda a: _learning(a, curves)))
     several = {name: one for name, one in metrics.items() if len([f for f in one.get("folds") or [] if f is not None]) > 1}
@@ -96,8 +102,16 @@ def _confusion(axes: Axes, matrix: dict[str, Any]) -> None:
     axes.set(xlabel="predicted", ylabel="true")
 
 
-def _ones(found: Predictions, classes: Sequence[Any]) -> list[tuple[str, np.ndarray, np.ndarray]]:
-    """(name, whether it is, its probability) of each class that has a curve."""
+One = tuple[str, np.ndarray, np.ndarray]
+
+
+def _ones(details: dict[str, Any], found: Predictions, classes: Sequence[Any] | None) -> list[One]:
+    """(name, whether it is, its probability or score) of each class that has a curve; none where the rows are all alike."""
+    known = found.true >= 0
+    if "score_quantiles" in details and len(np.unique(found.true[known])) > 1:
+        return [("anomaly", found.true[known] == 1, found.output[known, 0])]
+    if not classes or len(np.unique(found.true)) < 2:
+        return []
     if len(classes) == 2:
         return [(_text(classes[1]), found.true == 1, found.output[:, 1])]
     return [
@@ -107,10 +121,38 @@ def _ones(found: Predictions, classes: Sequence[Any]) -> list[tuple[str, np.ndar
     ]
 
 
-def _roc(axes: Axes, found: Predictions, classes: Sequence[Any]) -> None:
+def _numbers(details: dict[str, Any], found: Predictions) -> tuple[np.ndarray, np.ndarray] | None:
+    """(true, said) where both are numbers: of values, forecasts and ratings."""
+    if found.output.ndim == 1:
+        return found.true, found.output
+    return (found.true, found.output[:, 0]) if details.get("feedback") == "ratings" else None
+
+
+def _scores(axes: Axes, found: Predictions) -> None:
+    """By the label where there are labels, else by the flag."""
+    score, flag = found.output[:, 0], found.output[:, 1] > 0
+    kinds = [("anomaly", found.true == 1, _RED), ("usual", found.true == 0, _BLUE), ("not known", found.true < 0, _GREY)]
+    if not (found.true >= 0).any():
+        kinds = [("flagged", flag, _RED), ("not flagged", ~flag, _BLUE)]
+    above = score[score > 0]
+    wide = len(above) == len(score) and above.max() > _WIDE * above.min()
+    low, high = score.min(), max(score.max(), score.min() + 1e-12)
+    bins = np.geomspace(low, high, 41) if wide else np.linspace(low, high, 41)
+    shown = [(name, score[rows], colour) for name, rows, colour in kinds if rows.any()]
+    names, values, colours = zip(*shown, strict=True)
+    axes.hist(values, bins=bins.tolist(), stacked=True, color=colours, label=names, alpha=0.8)
+    if flag.any() and not flag.all():
+        axes.axvline((score[flag].min() + score[~flag].max()) / 2, color="black", lw=1, ls="--", label="flagged from here on")
+    if wide:
+        axes.set_xscale("log")
+    axes.set(xlabel="score", ylabel="rows")
+    axes.legend(fontsize=8)
+
+
+def _roc(axes: Axes, ones: Sequence[One]) -> None:
     from sklearn.metrics import roc_auc_score, roc_curve
 
-    for name, truth, score in _ones(found, classes):
+    for name, truth, score in ones:
         away, hit, _ = roc_curve(truth, score)
         axes.plot(*_thin(away, hit), label=f"{name}: {roc_auc_score(truth, score):.3f}", lw=1.5)
     axes.plot([0, 1], [0, 1], color=_GREY, lw=1, ls="--")
@@ -118,10 +160,10 @@ def _roc(axes: Axes, found: Predictions, classes: Sequence[Any]) -> None:
     axes.legend(title="area under the curve", fontsize=8, title_fontsize=8, loc="lower right")
 
 
-def _precision_recall(axes: Axes, found: Predictions, classes: Sequence[Any]) -> None:
+def _precision_recall(axes: Axes, ones: Sequence[One]) -> None:
     from sklearn.metrics import average_precision_score, precision_recall_curve
 
-    for name, truth, score in _ones(found, classes):
+    for name, truth, score in ones:
         precision, recall, _ = precision_recall_curve(truth, score)
         axes.plot(*_thin(recall, precision), label=f"{name}: {average_precision_score(truth, score):.3f}", lw=1.5)
     axes.set(xlabel="recall", ylabel="precision", ylim=(0, 1.03))
@@ -136,16 +178,16 @@ def _calibration(axes: Axes, found: dict[str, Any]) -> None:
     axes.text(0.03, 0.94, f"expected calibration error {found['ece']:.3f}", fontsize=9)
 
 
-def _predicted(axes: Axes, found: Predictions) -> None:
-    true, said = _thin(found.true, found.output)
+def _predicted(axes: Axes, true: np.ndarray, said: np.ndarray) -> None:
+    true, said = _thin(true, said)
     axes.scatter(true, said, s=10, alpha=0.5, color=_BLUE, linewidths=0)
     low, high = min(true.min(), said.min()), max(true.max(), said.max())
     axes.plot([low, high], [low, high], color=_GREY, lw=1, ls="--")
     axes.set(xlabel="true", ylabel="predicted")
 
 
-def _residuals(axes: Axes, found: Predictions) -> None:
-    axes.hist(found.true - found.output, bins=min(50, max(5, len(found.true) // 8)), color=_BLUE, alpha=0.8)
+def _residuals(axes: Axes, true: np.ndarray, said: np.ndarray) -> None:
+    axes.hist(true - said, bins=min(50, max(5, len(true) // 8)), color=_BLUE, alpha=0.8)
     axes.axvline(0, color=_GREY, lw=1, ls="--")
     axes.set(xlabel="true - predicted", ylabel="rows")
 
@@ -159,8 +201,8 @@ def _forecast(axes: Axes, found: Predictions) -> None:
     axes.legend(fontsize=8)
 
 
-def _curves(points: Sequence[Point]) -> dict[str, list[tuple[float, float]]]:
-    """By `part: metric` the losses of each epoch."""
+def learning_curves(points: Sequence[Point]) -> dict[str, list[tuple[float, float]]]:
+    """By `part: metric` the losses of each epoch; a gap (NaN) where the epochs begin anew, as in a second fit."""
     found: dict[str, list[tuple[float, float]]] = {}
     for point in points:
         if point.get("unit") != "epoch":
@@ -168,7 +210,10 @@ def _curves(points: Sequence[Point]) -> dict[str, list[tuple[float, float]]]:
         for name in ("loss", "val_loss"):
             value = point["values"].get(name)
             if value is not None:
-                found.setdefault(f"{point.get('part') or ''}\0{name}", []).append((point["step"], value))
+                line = found.setdefault(f"{point.get('part') or ''}\0{name}", [])
+                if line and point["step"] <= line[-1][0]:
+                    line.append((point["step"], math.nan))
+                line.append((point["step"], value))
     return {name: line for name, line in found.items() if len(line) > 1}
 
 
@@ -176,12 +221,13 @@ def _learning(axes: Axes, curves: dict[str, list[tuple[float, float]]]) -> None:
     parts = list(dict.fromkeys(name.partition("\0")[0] for name in curves))
     for key, line in curves.items():
         part, _, name = key.partition("\0")
-        steps, values = zip(*line, strict=True)
+        steps, losses = zip(*line, strict=True)
         colour = f"C{parts.index(part) % 10}"
         shown = len(parts) <= 6 or parts.index(part) == 0
         label = _text(f"{part}: {name}" if part else name) if shown else None
-        axes.plot(steps, values, color=colour, ls="--" if name == "val_loss" else "-", lw=1.3, label=label)
-    if all(value > 0 for line in curves.values() for _, value in line):
+        axes.plot(steps, losses, color=colour, ls="--" if name == "val_loss" else "-", lw=1.3, label=label)
+    values = [value for line in curves.values() for _, value in line if math.isfinite(value)]
+    if values and max(values) > _WIDE * min(values) > 0:
         axes.set_yscale("log")
     axes.set(xlabel="epoch", ylabel="loss")
     axes.legend(fontsize=8)
