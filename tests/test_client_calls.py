@@ -7,11 +7,13 @@ import io
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from modelworks import AsyncClient, Client
+from modelworks.client import jobs
 from modelworks.client.transport import AsyncCarrier, SyncCarrier
 from modelworks.core.errors import (
     Conflict,
@@ -451,6 +453,15 @@ def test_stream_goes_on_where_it_was_cut(face: Face, fake: FakeServer) -> None:
     found = face.finish(face.client.jobs.stream("job_1"))
     assert [one.message for one in found] == ["one", "two", "three"]
     assert [one.headers.get("last-event-id") for one in fake.asked] == [None, "2", "2"]
+
+
+def test_a_stream_in_which_nothing_was_said_survives_a_server_that_restarts(
+    face: Face, fake: FakeServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake.on("GET", "/api/v1/jobs/job_1/events/stream", sse(end=False), CUT, sse(event(1, "log", "one")))
+    seconds = iter([0.0, 40.0])  # begun; opened; then it is cut, 20 seconds after that
+    monkeypatch.setattr(jobs, "time", SimpleNamespace(monotonic=lambda: next(seconds, 60.0)))
+    assert [one.message for one in face.finish(face.client.jobs.stream("job_1"))] == ["one"]
 
 
 def test_stream_of_an_unknown_job_is_not_found(face: Face, fake: FakeServer) -> None:
