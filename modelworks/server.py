@@ -32,8 +32,6 @@ from modelworks.core.errors import CatalogUnavailable, Conflict, InvalidInput, M
 from modelworks.core.settings import Settings
 from modelworks.engines.process import Child, spawn
 from modelworks.security import leases
-from modelworks.store.blobs import Blobs
-from modelworks.store.catalog import Catalog
 
 if TYPE_CHECKING:
     from modelworks.serve.observe import Observer
@@ -227,18 +225,20 @@ class Supervisor:
         self.url = f"{scheme}://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
 
     def run(self) -> int:
-        from modelworks.control.access import Access
-        from modelworks.control.reconcile import Reconciler
-        from modelworks.engines.local import LocalEngine
-        from modelworks.security.identity import Secret
-        from modelworks.serve.gather import loads
-
         signal.signal(signal.SIGTERM, self._on_signal)
         signal.signal(signal.SIGINT, self._on_signal)
         gateways = [Service("gateway", self._start_gateway) for _ in range(self._settings.gateways)]
         worker = Service("worker", self._start_worker)
         for gateway in gateways:
             gateway.ensure(time.monotonic())  # it imports while we prepare; it reads the catalog when told to go
+        from modelworks.control.access import Access  # not before: the gateway's start is what all wait for
+        from modelworks.control.reconcile import Reconciler
+        from modelworks.engines.local import LocalEngine
+        from modelworks.security.identity import Secret
+        from modelworks.serve.gather import loads
+        from modelworks.store.blobs import Blobs
+        from modelworks.store.catalog import Catalog
+
         secret = Secret.load_or_create(self._home.secret)
         catalog = Catalog(self._home.catalog)
         catalog.migrate()
@@ -391,6 +391,8 @@ async def _gateway(config: dict[str, Any], settings: Settings) -> None:
     from modelworks.serve.gateway import Gateway
     from modelworks.serve.router import Router
     from modelworks.serve.routes import Limits
+    from modelworks.store.blobs import Blobs
+    from modelworks.store.catalog import Catalog
 
     home = Home(Path(config["home"]))
     while not Path(config["ready_file"]).exists():

@@ -87,6 +87,14 @@ def test_gateways_share_a_keys_tokens(table: int) -> None:
     assert one.reserve("key_1", 600, 1) == (False, 0, pytest.approx(0.1))
 
 
+def test_a_gateway_that_looked_at_its_clock_earlier_refills_nothing_twice(table: int) -> None:
+    buckets, tag = Buckets(table), bytes(16)
+    assert buckets.draw(tag, 600, 600, 1000.0) == (600, 0.0)
+    assert buckets.draw(tag, 600, 4, 1000.5) == (4, pytest.approx(1.0))
+    assert buckets.draw(tag, 600, 1, 1000.0) == (1, pytest.approx(0.0))
+    assert buckets.draw(tag, 600, 9, 1000.5) == (0, pytest.approx(0.0))
+
+
 def test_a_full_group_forgets_the_least_recently_used(table: int) -> None:
     buckets = Buckets(table)
     tags = [(7 + number * _GROUPS).to_bytes(4, "little") + bytes(12) for number in range(_SLOTS + 1)]

@@ -27,7 +27,8 @@ _SLOTS = 8  # that a key may be in; the least recently used of more is forgotten
 _GROUP = _SLOT.size * _SLOTS
 _GROUPS = 4096
 SIZE = _GROUP * _GROUPS
-_TRIES = 200  # a holder needs microseconds; one that was stopped meanwhile must not stop the others
+_TRIES = 100  # a holder needs microseconds
+_PATIENCE_S = 0.02  # for one that the scheduler put aside; one that was stopped must not stop the others
 _DRAWS_A_MINUTE = 1200
 _MOST_OWED = -1e12
 
@@ -42,10 +43,12 @@ def create(folder: Path) -> int:
 
 
 class _Slot:
-    __slots__ = ("tokens",)
+    __slots__ = ("at", "place", "tokens")
 
-    def __init__(self, tokens: float) -> None:
+    def __init__(self, place: int, tokens: float, at: float) -> None:
+        self.place = place
         self.tokens = tokens
+        self.at = at  # the seconds up to which `tokens` holds what was refilled
 
 
 class Buckets:
@@ -79,35 +82,44 @@ class Buckets:
         start = int.from_bytes(tag[:4], "little") % _GROUPS * _GROUP
         locked = self._lock(start)
         try:
-            place, tokens = self._find(start, tag, per_minute, now)
-            slot = _Slot(tokens)
+            slot = self._find(start, tag, per_minute, now)
             yield slot
-            _SLOT.pack_into(self._memory, place, tag, slot.tokens, now)
+            _SLOT.pack_into(self._memory, slot.place, tag, slot.tokens, slot.at)
         finally:
             if locked:
                 fcntl.lockf(self._descriptor, fcntl.LOCK_UN, _GROUP, start)
 
     def _lock(self, start: int) -> bool:
-        for _ in range(_TRIES):
+        tries, until = 0, 0.0
+        while True:
             try:
                 fcntl.lockf(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB, _GROUP, start)
                 return True
             except OSError:
-                continue
-        return False
+                tries += 1
+            if tries == _TRIES:
+                until = time.monotonic() + _PATIENCE_S
+            elif tries > _TRIES:
+                if time.monotonic() > until:
+                    return False
+                time.sleep(1e-4)
 
-    def _find(self, start: int, tag: bytes, per_minute: int, now: float) -> tuple[int, float]:
-        """The key's slot, or the one to give it, and the tokens in it now."""
+    def _find(self, start: int, tag: bytes, per_minute: int, now: float) -> _Slot:
+        """The key's slot, or the one to give it, with the tokens in it now.
+
+        `now` was read before the lock was had: another may have refilled the slot to a later moment since.
+        """
         oldest, place = math.inf, start
         for offset in range(start, start + _GROUP, _SLOT.size):
             owner, tokens, at = _SLOT.unpack_from(self._memory, offset)
             if owner == tag:
                 if not (_MOST_OWED <= tokens <= per_minute) or not (0.0 <= at <= now + 1.0):
-                    return offset, float(per_minute)  # the limit was lowered, or a write was cut off
-                return offset, min(float(per_minute), tokens + max(0.0, now - at) * per_minute / 60.0)
+                    return _Slot(offset, float(per_minute), now)  # the limit was lowered, or a write was cut off
+                refilled = tokens + max(0.0, now - at) * per_minute / 60.0
+                return _Slot(offset, min(float(per_minute), refilled), max(now, at))
             if at < oldest:
                 oldest, place = at, offset
-        return place, float(per_minute)
+        return _Slot(place, float(per_minute), now)
 
 
 class _Lease:
