@@ -36,6 +36,7 @@ TOKENIZER_FILE = "tokenizer.json"
 MAX_SLOTS = 32
 CONTEXT = 4096  # tokens of one call, or fewer when the model was trained on fewer
 CHUNK = 256  # tokens of a prompt that are read between two tokens of the others
+GPU_CHUNK = 2048
 
 log = logger("transformers")
 Step = tuple[Hashable, "list[Tensor] | ModelworksError | None", bool]
@@ -95,6 +96,7 @@ class TransformersRuntime:
         self.slots = max(1, min(slots, MAX_SLOTS))
         torch.set_num_threads(threads)
         self._device = "cuda" if torch.cuda.is_available() else "cpu"
+        self._chunk = CHUNK if self._device == "cpu" else GPU_CHUNK
         self._folder = Path(tempfile.mkdtemp(prefix="mw-"))
         try:
             for name in package.manifest.files:
@@ -212,7 +214,7 @@ class TransformersRuntime:
         if not self._reading:
             return []
         row = min(self._reading, key=lambda row: row.count - row.read)
-        ids = row.ids[row.read : min(row.count, row.read + CHUNK)]
+        ids = row.ids[row.read : min(row.count, row.read + self._chunk)]
         row.cache = row.cache or DynamicCache()
         measured = row.ask.sampling.echo and row.ask.sampling.logprobs is not None
         try:
@@ -229,7 +231,7 @@ class TransformersRuntime:
         self._reading.remove(row)
         if row.ask.sampling.max_tokens == 0:
             return [(row.id, row.part("length"), True)]
-        steps = self._made(row, logits[-1])
+        steps = self._made(row, logits[-1].float().cpu())
         if not steps or not steps[-1][2]:
             self._join(row)
         return steps
@@ -256,19 +258,19 @@ class TransformersRuntime:
         ids = torch.tensor([[row.ids[row.read]] for row in self._batch])
         places = torch.tensor([[row.read] for row in self._batch])
         alone = len(self._batch) == 1
-        logits = self._forward(ids, self._cache, places, None if alone else mask, keep=1)
+        logits = self._forward(ids, self._cache, places, None if alone else mask, keep=1)[:, -1].float().cpu()
         steps: list[Step] = []
         keep = []
         for row, found in zip(self._batch, logits, strict=True):
             row.read += 1
-            made = self._made(row, found[-1])
+            made = self._made(row, found)
             keep.append(not made or not made[-1][2])
             steps += made
         self._keep(keep)
         return steps
 
     def _made(self, row: Row, logits: torch.Tensor) -> list[Step]:
-        """Choose the next token of a call: what there is to tell of it."""
+        """Choose the next token of a call by its logits, float32 on the CPU: what there is to tell of it."""
         try:
             return self._next(row, logits)
         except Exception as error:  # a plug's edge: what one call's parameters throw must not end the others
@@ -276,7 +278,6 @@ class TransformersRuntime:
 
     def _next(self, row: Row, logits: torch.Tensor) -> list[Step]:
         given = row.ask.sampling
-        logits = logits.float().cpu()
         raw = logits.clone() if given.logprobs is not None else logits
         id = row.chooser.choose(logits)
         row.ids.append(id)
