@@ -182,7 +182,7 @@ def test_hostile_names_stay_names(load):
 @pytest.mark.parametrize(
     ("content", "says"),
     [
-        ('{"a": 1}\n{"a": [1]}\n', "row 2 (line 2), column 'a': a list inside the row"),
+        ('{"a": 1}\n{"a": 2}\n{"a": [1]}\n', "row 3 (line 3), column 'a': a list where most values of the column"),
         ('{"a": 1}\n\n{"a": {"b": 1}}\n', "row 2 (line 3), column 'a': an object inside the row"),
         ('{"a": 1}\n{"a": "x"}\n{"a": 2}\n', "row 2 (line 2), column 'a': a text where most values of the column"),
         ('{"a": true}\n{"a": true}\n{"a": 2}\n', "row 3 (line 3), column 'a': a number where most"),
@@ -307,7 +307,7 @@ def test_typed_sources(load, kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("values", [[[1]], [{"x": 1}], [b"raw"]])
+@pytest.mark.parametrize("values", [[[[1]]], [{"x": 1}], [b"raw"]])
 def test_nested_and_binary_columns_are_named(load, kind, values):
     with pytest.raises(InvalidInput, match=r"column 'bad' (has the type|holds bytes that)"):
         load(arrow_bytes(pa.table({"fine": [1], "bad": values}), kind))

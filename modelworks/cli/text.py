@@ -17,7 +17,7 @@ _UNSAFE_IN_LINES = re.compile(_UNSAFE.pattern.replace("\x00-\x1f", "\x00-\x08\x0
 _BARS = " ▁▂▃▄▅▆▇█"
 _PRIMARY = {
     "tabular-classification": "accuracy", "tabular-regression": "r2", "forecast": "mase",
-    "anomaly-detection": "reconstruction_error", "recommendation": "ndcg",
+    "anomaly-detection": "reconstruction_error", "recommendation": "ndcg", "token-classification": "f1",
 }  # fmt: skip
 
 

@@ -127,8 +127,8 @@ class DatasetEdit(Spec):
         for field in self.model_fields_set - {"op", *(taken or self.model_fields_set)}:
             if getattr(self, field) is not None:
                 raise ValueError(f"{self.op} takes no {field}")
-        if self.type in ("image", "audio"):
-            raise ValueError("a column of files cannot be added by an edit")
+        if self.type in ("image", "audio", "sequence"):
+            raise ValueError("a column of files or sequences cannot be added by an edit")
         if self.shares is not None and (abs(sum(self.shares.values()) - 1) > 1e-6 or min(self.shares.values()) <= 0):
             raise ValueError("shares must be above 0 and sum to 1")
         return self
@@ -337,7 +337,7 @@ class TrainingSpec(Spec):
     task: Literal[
         "tabular-classification", "tabular-regression", "image-classification", "image-regression", "text-classification",
         "text-regression", "audio-classification", "audio-regression", "multimodal-classification", "multimodal-regression",
-        "forecast", "anomaly-detection", "recommendation",
+        "forecast", "anomaly-detection", "recommendation", "token-classification",
     ] | None = Field(None, description="by default told from the algorithm, the target's type and the features")  # fmt: skip
     time: str | None = Field(
         None, max_length=1000,

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 CLASSIFICATION, REGRESSION = "tabular-classification", "tabular-regression"
 ANOMALY, FORECAST, RECOMMENDATION = "anomaly-detection", "forecast", "recommendation"
 GENERATION = "text-generation"
+TAGGING = "token-classification"
 KINDS = ("tabular", "image", "text", "audio", "multimodal")
 _GOALS = ("classification", "regression")
 

@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from modelworks.core.errors import Conflict
 from modelworks.core.tensors import Tensor
 
-ColumnType = Literal["number", "integer", "category", "boolean", "text", "time", "image", "audio"]
+ColumnType = Literal["number", "integer", "category", "boolean", "text", "time", "image", "audio", "sequence"]
 Role = Literal["admin", "developer", "viewer", "invoke-only"]
 JobStatus = Literal[
     "queued", "validating", "running", "paused", "succeeded", "failed", "refused", "cancelling", "cancelled"

@@ -14,8 +14,9 @@ from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from modelworks.core import sequences
 from modelworks.core.errors import SHOWN, InvalidInput, ModelworksError, shown
-from modelworks.core.tasks import FORECAST
+from modelworks.core.tasks import FORECAST, TAGGING
 from modelworks.core.tensors import BOOL_MISSING, DATATYPES, INT64_MISSING, Tensor, decode_base64, unpack
 from modelworks.core.types import Answer, TensorSpec
 
@@ -39,8 +40,10 @@ _EXPECTED = {
     "time": "an ISO 8601 time as a text",
     "image": "an image file in base64",
     "audio": "a sound file in base64",
+    "sequence": sequences.WORDS,
 }
 _MEDIA = ("image", "audio")
+_REWRITTEN = ("time", "sequence")
 _NUMBERS = frozenset({int, float})
 _PLACES = range(0, 4 * 1_000_000, 4)
 _FAST_TYPES = {"number": (float, int), "integer": (int, int), "boolean": (bool, bool), "text": (str, str)}
@@ -61,7 +64,7 @@ class Field:
         # the history of a forecast: of a longer one the end counts, and none is the training's own
         self.series = task == FORECAST and spec.nullable and len(spec.shape) == 2 and spec.shape[1] > 1
         self.plain = bool(spec.shape) and spec.shape[1:] in ([], [1])
-        self.single = self.plain and spec.shape[0] in (-1, 1) and self.kind not in _MEDIA
+        self.single = self.plain and spec.shape[0] in (-1, 1) and self.kind not in (*_MEDIA, "sequence")
         self.one = [1] * len(spec.shape)
         self.code = DATATYPES[spec.datatype][1]
         family = "text" if spec.datatype == "BYTES" else self.kind
@@ -182,7 +185,7 @@ def _flat(field: Field, values: list[Any], rows: Sequence[int] | None) -> bytes:
 
 
 def _text_bytes(field: Field, value: Any, row: int) -> bytes:
-    if type(value) is str and value and field.kind != "time" and len(value) <= MAX_TEXT:
+    if type(value) is str and value and field.kind not in _REWRITTEN and len(value) <= MAX_TEXT:
         try:
             raw = value.encode()
         except UnicodeEncodeError:
@@ -215,6 +218,8 @@ def _text(field: Field, value: Any, row: int) -> str:
         if field.spec.column or value is None:
             _missing(field, row)
         return ""
+    if field.kind == "sequence":
+        return _sequence(field, value, row)
     if type(value) is not str:
         _mistyped(field, value, row, _EXPECTED[field.kind])
     if len(value) > MAX_TEXT:
@@ -225,6 +230,14 @@ def _text(field: Field, value: Any, row: int) -> str:
     if moment is None:
         _mistyped(field, value, row, _EXPECTED["time"])
     return moment
+
+
+def _sequence(field: Field, value: Any, row: int) -> str:
+    """A list, as JSON."""
+    try:
+        return sequences.dump(value)
+    except ValueError:
+        _mistyped(field, value, row, _EXPECTED["sequence"])
 
 
 def _parse_time(text: str) -> str | None:
@@ -430,6 +443,8 @@ def decode_outputs(route: Route, answer: Answer) -> list[dict[str, Any]]:
         if row is not None:
             return [row]
     columns = {tensor.name: _rows(tensor) for tensor in answer.outputs}
+    if route.task == TAGGING and "tags" in columns:
+        columns = _unpadded(columns)
     if len(columns) > 1 and len({len(column) for column in columns.values()}) > 1:
         raise ModelworksError("the model's outputs have different numbers of rows", code="bad_model_output")
     if route.classes is not None and "label" in columns:
@@ -446,6 +461,12 @@ def decode_outputs(route: Route, answer: Answer) -> list[dict[str, Any]]:
         return [{name: value} for value in column]
     names = list(columns)
     return [dict(zip(names, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+
+
+def _unpadded(columns: dict[str, list[Any]]) -> dict[str, list[Any]]:
+    """One value an element: behind the last there are empty tags."""
+    lengths = [len(tags) - tags.count("") for tags in columns["tags"]]
+    return {name: [row[:length] for row, length in zip(rows, lengths, strict=True)] for name, rows in columns.items()}
 
 
 def _decode_class(route: Route, scores: struct.Struct, label: Tensor, chances: Tensor) -> dict[str, Any] | None:

@@ -23,7 +23,7 @@ FORMAT = "modelworks-table-1"
 GROUP_CELLS = 2_000_000  # cells of a row group
 GROUP_ROWS = (1024, 131_072)  # least and most rows, unless its texts are long
 GROUP_BYTES = 16 << 20  # bytes of texts and files in a row group
-_SIZED = ("category", "text", "image", "audio")
+_SIZED = ("category", "text", "image", "audio", "sequence")
 
 
 def arrow_schema(columns: Sequence[Inferred]) -> pa.Schema:

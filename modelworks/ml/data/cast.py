@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from modelworks.core import sequences
 from modelworks.core.tensors import INT64_MISSING
 from modelworks.core.types import ColumnType
 from modelworks.ml.data.types import parse_time
@@ -85,6 +86,8 @@ def cast(values: pa.Array, kind: ColumnType, *, zoned: bool = False) -> tuple[pa
         return _booleans(values)
     if kind == "time":
         return _times(values, zoned)
+    if kind == "sequence":
+        return _sequences(values)
     return _texts(values), None
 
 
@@ -245,6 +248,27 @@ def _texts(values: pa.Array) -> pa.Array:
     if pa.types.is_timestamp(values.type):
         values = values.cast(pa.timestamp("us", tz=values.type.tz), safe=False)
     return values.cast(pa.string())
+
+
+def is_list(kind: pa.DataType) -> bool:
+    import pyarrow as pa
+
+    return pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+
+
+def _sequences(values: pa.Array) -> tuple[pa.Array, int | None]:
+    """Lists, or texts of lists (JSON, or words with blanks between), as JSON."""
+    import pyarrow as pa
+
+    floats = is_list(values.type) and pa.types.is_floating(values.type.value_type)
+    out: list[str | None] = []
+    for index, value in enumerate(values.to_pylist()):
+        try:
+            given = sequences.load(value) if isinstance(value, str) else value
+            out.append(None if given is None else sequences.dump(given, floats=floats))
+        except ValueError:
+            return values, index
+    return pa.array(out, pa.string()), None
 
 
 def mask_of(values: pa.Array, pattern: str) -> np.ndarray:

@@ -184,7 +184,7 @@ def _rows(
         return []
     shown = ", ".join(
         f"sha256({quoted(name)})" if columns[name].type in _FILES
-        else f"left({quoted(name)}::VARCHAR, {_SHOWN})" if columns[name].type in ("text", "category", "time")
+        else f"left({quoted(name)}::VARCHAR, {_SHOWN})" if columns[name].type in ("text", "category", "time", "sequence")
         else quoted(name)
         for name in names
     )  # fmt: skip
@@ -206,7 +206,7 @@ def _json(value: Any) -> Any:
 def _distribution(connection: duckdb.DuckDBPyConnection, column: Column, counts: dict[str, int]) -> dict[str, Any]:
     """psi: the population stability index; ks: the greatest difference of the two cumulative distributions.
 
-    Numbers by ten quantiles of the first version; categories by value; times by the moment; texts and files by length.
+    Numbers by ten quantiles of the first version; categories by value; times by the moment; texts, sequences and files by length.
     """
     name = quoted(column.name)
     missing = {
@@ -217,7 +217,8 @@ def _distribution(connection: duckdb.DuckDBPyConnection, column: Column, counts:
     if column.type in ("category", "boolean"):
         psi, ks = _psi(_shares_by_value(connection, name)), None
     else:
-        value = {"time": f"epoch_us({name})::DOUBLE", "text": f"length({name})::DOUBLE"}.get(column.type, f"{name}::DOUBLE")
+        long = f"length({name})::DOUBLE"
+        value = {"time": f"epoch_us({name})::DOUBLE", "text": long, "sequence": long}.get(column.type, f"{name}::DOUBLE")
         value = f"octet_length({name})::DOUBLE" if column.type in _FILES else value
         psi, ks = _psi(_shares_by_quantile(connection, name, value)), _ks(connection, name, value)
         if column.type in _NUMBERS:

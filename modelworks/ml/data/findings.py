@@ -239,7 +239,7 @@ def _has_classes(entry: dict[str, Any]) -> bool:
 
 def _leaks(data: Data, column: dict[str, Any], target: dict[str, Any]) -> str | None:
     """In words how the column gives the target away; None if it does not."""
-    if {column["type"], target["type"]} & {"text", "time", "image", "audio"}:
+    if {column["type"], target["type"]} & {"text", "time", "image", "audio", "sequence"}:
         return None
     if _has_classes(column):
         return _purity(data, column, target) if _has_classes(target) else _variance(data, column, target)

@@ -313,9 +313,11 @@ def _from_arrow(name: str, kind: pa.DataType) -> tuple[ColumnType, bool]:
         return "time", False
     if _is_text(kind) or kinds.is_null(kind):
         return "category", False
+    if cast.is_list(kind) and (_is_text(kind.value_type) or kinds.is_integer(kind.value_type) or kinds.is_floating(kind.value_type)):
+        return "sequence", False
     raise InvalidInput(
         f"column {shown(name)} has the type {str(kind)[:80]}, which a table cannot hold; "
-        "turn it into numbers, texts, booleans or times, or leave it out",
+        "turn it into numbers, texts, booleans, times, or lists of texts or numbers, or leave it out",
         code="unsupported_type",
         param="file",
         detail={"column": name},
@@ -328,7 +330,9 @@ def _from_arrow(name: str, kind: pa.DataType) -> tuple[ColumnType, bool]:
 def _check_header(table: Table, cells: list[str], found: list[Inferred], tallies: dict[str, _Tally]) -> None:
     """InvalidInput when the first row is of the same kind as those below it."""
     values = [
-        (cell, column) for cell, column in zip(cells, found, strict=True) if column.type not in ("category", "text")
+        (cell, column)
+        for cell, column in zip(cells, found, strict=True)
+        if column.type not in ("category", "text", "sequence")
     ]
     texts = [column for column in found if column.type in ("category", "text")]
     repeated = bool(texts) and all(tallies[column.name].header_among for column in texts)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from modelworks.core import sequences
 from modelworks.core.errors import InvalidInput
 from modelworks.core.specs import TableSchema
 from modelworks.core.tensors import decode_base64
@@ -34,6 +35,7 @@ _WORDS = {
     "text": "a text",
     "image": media.FORMATS["image"],
     "audio": media.FORMATS["audio"],
+    "sequence": sequences.WORDS,
 }
 
 

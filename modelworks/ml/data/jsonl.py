@@ -1,4 +1,4 @@
-"""JSON Lines: one object of plain values a line. Two passes: the kind of each column first, then typed batches."""
+"""JSON Lines: one object a line, of plain values and of lists of them. Two passes: the kind of each column first, then typed batches."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from modelworks.core import sequences
 from modelworks.core.errors import InvalidInput
 from modelworks.core.specs import TableSchema
 from modelworks.core.tensors import INT64_MISSING
@@ -19,8 +20,8 @@ if TYPE_CHECKING:
 
 _BATCH_ROWS = 32_768
 _BATCH_CHARS = 8 << 20
-_KINDS: dict[type, str] = {bool: "boolean", int: "number", float: "number", str: "text"}
-_WORDS = {"boolean": "true or false", "number": "a number", "text": "a text"}
+_KINDS: dict[type, str] = {bool: "boolean", int: "number", float: "number", str: "text", list: "sequence"}
+_WORDS = {"boolean": "true or false", "number": "a number", "text": "a text", "sequence": "a list"}
 
 
 class JsonLines:
@@ -46,6 +47,7 @@ class JsonLines:
         # column -> kind -> the rows that have it, and the first of them
         self._seen: dict[str, dict[str, tuple[int, int]]] = {}
         self._floats: set[str] = set()
+        self._lists: dict[str, str] = {}  # column -> what its lists are of
         rows = 0
         for first, objects in self._chunks():
             self._look(first, objects)
@@ -88,7 +90,7 @@ class JsonLines:
         at = [index for index, value in enumerate(values) if type(value) is kind]
         if kind not in _KINDS:
             row = first + at[0]
-            what = f"{'an object' if kind is dict else 'a list'} inside the row; give one plain value for each name"
+            what = "an object inside the row; give one plain value, or a list of them, for each name"
             raise fault(what, row=row, line=self.line(row), column=name, code="nested")
         if kind is str:
             for index in at:
@@ -96,11 +98,32 @@ class JsonLines:
                     row = first + index
                     what = f"a value of more than {MAX_FIELD} characters"
                     raise fault(what, row=row, line=self.line(row), column=name)
+        if kind is list:
+            self._note_lists(name, values, at, first)
         if kind is float or (kind is int and any(not INT64_MISSING < values[index] < 2**63 for index in at)):
             self._floats.add(name)
         word = _KINDS[kind]
         count, earliest = self._seen[name].get(word, (0, first + at[0]))
         self._seen[name][word] = (count + len(at), min(earliest, first + at[0]))
+
+    def _note_lists(self, name: str, values: list[Any], at: list[int], first: int) -> None:
+        """Each is of texts or of numbers, and so are all of the column."""
+        for index in at:
+            inside = set(map(type, values[index]))
+            found = "texts" if inside == {str} else "numbers" if inside else ""
+            usual = self._lists.setdefault(name, found) if found else ""
+            try:
+                long = len(sequences.dump(values[index])) > MAX_FIELD
+            except ValueError:
+                what = f"a list that is not {sequences.WORDS}"
+            else:
+                if not long and found == usual:
+                    continue
+                what = f"a list of more than {MAX_FIELD} characters" if long else f"a list of {found} where those above are of {usual}"
+            row = first + index
+            raise fault(what, row=row, line=self.line(row), column=name, code="nested")
+        if any(type(one) is float or (type(one) is int and not INT64_MISSING < one < 2**63) for i in at for one in values[i]):
+            self._floats.add(name)
 
     def _kind(self, name: str) -> str:
         """The one kind of a column's values; "text" when it is declared so. Raises at the first of a rarer kind."""
@@ -125,7 +148,11 @@ class JsonLines:
 
         kinds = {"boolean": pa.bool_(), "text": pa.string()}
         numbers = {name: pa.float64() if name in self._floats else pa.int64() for name in self.names}
-        return {name: kinds.get(kind, numbers[name]) for name, kind in self._kinds.items()}
+        found = {name: kinds.get(kind, numbers[name]) for name, kind in self._kinds.items()}
+        for name, kind in self._kinds.items():
+            if kind == "sequence":
+                found[name] = pa.list_(numbers[name] if self._lists.get(name) == "numbers" else pa.string())
+        return found
 
     def batches(self, columns: list[str] | None = None) -> Iterator[pa.RecordBatch]:
         """The rows (only `columns`, if given) as typed batches of bounded size."""

@@ -10,6 +10,7 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from modelworks.core import sequences
 from modelworks.core.types import Column
 from modelworks.ml.data.types import format_time
 
@@ -27,6 +28,7 @@ _IN_MEMORY_CELLS = 5_000_000
 _SHOWN = 200  # characters of a top value
 _LOOKED_THROUGH = 500  # columns in which numbers among texts are looked for
 _FEW = 20  # distinct integers that are counted one by one
+_DISTINCT = 100_000  # elements of sequences that are counted one by one
 _HEADERS = 100_000  # files whose headers are read
 _EPOCH = datetime(1970, 1, 1)
 
@@ -38,7 +40,7 @@ def profile(parquet: Path, columns: list[Column], target: str | None = None) -> 
     number, integer: min, max, mean, std (of a sample), quantiles p5 to p95, histogram {edges, counts}, top if few;
     time: min, max (ISO 8601), histogram, steps; category, boolean: top [{value, count}]; text: length {min, mean, max};
     image: width, height, bytes {min, median, max}, modes, formats; audio: seconds, bytes, rates, channels, formats; both
-    duplicates, the files that are there already.
+    duplicates, the files that are there already; sequence: length {min, mean, max}, elements, and what occurs most, top.
     `approximate` is true where distinct values and quantiles are estimates.
     """
     from modelworks.ml.data.findings import leakage_warnings, not_numbers, time_steps, warnings
@@ -53,6 +55,8 @@ def profile(parquet: Path, columns: list[Column], target: str | None = None) -> 
                 entry["top"] = _top(data, column)
             if column.type == "time":
                 entry["steps"] = time_steps(data, column.name)
+            if column.type == "sequence":
+                entry |= sequence_profile(parquet, column)
             if column.type in ("image", "audio"):
                 entry |= media_profile(parquet, column, rows)
                 entry["duplicates"] = rows - entry["missing"] - entry["distinct"]
@@ -278,6 +282,34 @@ def media_profile(parquet: Path, column: Column, rows: int) -> dict[str, Any]:
         if values
     }
     return told | {key: dict(counts.most_common(TOP)) for key, counts in words.items()}
+
+
+def sequence_profile(parquet: Path, column: Column) -> dict[str, Any]:
+    """How long a column's sequences are, and what is in them."""
+    import pyarrow.parquet as pq
+
+    lengths: list[int] = []
+    counts: Counter[Any] = Counter()
+    file = pq.ParquetFile(parquet)
+    for batch in file.iter_batches(columns=[column.name]):
+        for text in batch.column(0).drop_null().to_pylist():
+            values = sequences.load(text)
+            lengths.append(len(values))
+            if len(counts) <= _DISTINCT:
+                counts.update(values)
+    file.close()
+    if not lengths:
+        return {}
+    told: dict[str, Any] = {
+        "length": {"min": min(lengths), "mean": sum(lengths) / len(lengths), "max": max(lengths)}, "elements": sum(lengths)
+    }
+    if len(counts) <= _DISTINCT:
+        ordered = sorted(counts.items(), key=lambda one: (-one[1], str(one[0])))[:TOP]
+        told |= {
+            "distinct_elements": len(counts),
+            "top": [{"value": value[:_SHOWN] if isinstance(value, str) else value, "count": count} for value, count in ordered],
+        }
+    return told
 
 
 def _duplicates(data: Data, columns: Sequence[Column], rows: int) -> int:

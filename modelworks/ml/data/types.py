@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from modelworks.core import sequences
 from modelworks.core.errors import SHOWN, InvalidInput, shown
 from modelworks.core.tasks import FORECAST
 from modelworks.core.tensors import BOOL_MISSING, INT64_MISSING, decode_base64
@@ -33,6 +34,7 @@ _EXPECTED = {
     "time": "an ISO 8601 time as a text",
     "image": "an image file in base64",
     "audio": "a sound file in base64",
+    "sequence": sequences.WORDS,
 }
 _INTEGERS: dict[str, np.dtype[Any]] = {
     f"{sign}INT{bits}": np.dtype(f"{sign.lower()}int{bits}") for sign in ("", "U") for bits in (8, 16, 32, 64)
@@ -189,7 +191,7 @@ def _column(values: list[Any], spec: TensorSpec) -> np.ndarray:
         return _booleans(values, spec)
     if kind in MEDIA:
         return _files(values, spec, kind)
-    if kind in ("category", "text", "time"):
+    if kind in ("category", "text", "time", "sequence"):
         return _texts(values, spec, kind)
     return _numbers(values, spec, kind)
 
@@ -272,6 +274,8 @@ def _texts(values: list[Any], spec: TensorSpec, kind: str) -> np.ndarray:
             if spec.column or value is None:
                 _missing(row, spec, kind)
             out[row] = ""
+        elif kind == "sequence":
+            out[row] = _sequence(value, row, spec)
         elif not isinstance(value, str):
             raise _mistyped(value, row, spec, _EXPECTED[kind])
         elif kind == "time":
@@ -281,6 +285,13 @@ def _texts(values: list[Any], spec: TensorSpec, kind: str) -> np.ndarray:
         else:
             out[row] = value
     return out
+
+
+def _sequence(value: Any, row: int, spec: TensorSpec) -> str:
+    try:
+        return sequences.dump(value)
+    except ValueError:
+        raise _mistyped(value, row, spec, _EXPECTED["sequence"]) from None
 
 
 def _files(values: list[Any], spec: TensorSpec, kind: str) -> np.ndarray:
@@ -422,6 +433,8 @@ def _values(array: np.ndarray, spec: TensorSpec) -> list[Any]:
         return [base64.b64encode(value).decode() if value else None for value in array.tolist()]
     if kind == "boolean":
         return [None if value > 1 else bool(value) for value in array.astype(np.uint8).tolist()]
+    if kind == "sequence":
+        return [sequences.load(value.decode() if isinstance(value, bytes) else value) if value else None for value in array.tolist()]
     if kind in ("category", "text", "time"):
         texts = [value.decode() if isinstance(value, bytes) else value for value in array.tolist()]
         return [value if value or not spec.column else None for value in texts]

@@ -9,10 +9,22 @@ from typing import Any
 
 from modelworks.core.errors import InvalidInput
 from modelworks.core.specs import Gate
-from modelworks.core.tasks import ANOMALY, CLASSIFICATION, FORECAST, KINDS, RECOMMENDATION, REGRESSION, base_of, named
+from modelworks.core.tasks import (
+    ANOMALY,
+    CLASSIFICATION,
+    FORECAST,
+    KINDS,
+    RECOMMENDATION,
+    REGRESSION,
+    TAGGING,
+    base_of,
+    named,
+)
 
 _CLASSES = (CLASSIFICATION,)
-_FOUND = (CLASSIFICATION, ANOMALY)
+_TAGS = (TAGGING,)
+_NAMED = (CLASSIFICATION, TAGGING)
+_FOUND = (CLASSIFICATION, ANOMALY, TAGGING)
 _ANOMALIES = (ANOMALY,)
 _NUMBERS = (REGRESSION, FORECAST)
 _SERIES = (FORECAST,)
@@ -34,7 +46,7 @@ class Metric:
 METRICS: dict[str, Metric] = {
     metric.id: metric
     for metric in (
-        Metric("accuracy", _CLASSES, True, 0, 1, "share of rows whose label is right"),
+        Metric("accuracy", _NAMED, True, 0, 1, "share of rows whose label is right; of tags: of elements"),
         Metric("balanced_accuracy", _CLASSES, True, 0, 1, "mean of the recalls of the classes that occur"),
         Metric(
             "precision",
@@ -51,7 +63,7 @@ METRICS: dict[str, Metric] = {
         Metric("f1_weighted", _CLASSES, True, 0, 1, "F1, mean over classes weighted by their rows"),
         Metric(
             "roc_auc",
-            _FOUND,
+            (CLASSIFICATION, ANOMALY),
             True,
             0,
             1,
@@ -82,6 +94,9 @@ METRICS: dict[str, Metric] = {
         Metric("hit_rate", _TASTES, True, 0, 1, "share of users with a held-out item among the top_k recommended"),
         Metric("recall_at_k", _TASTES, True, 0, 1, "share of a user's held-out items among the top_k, mean over users"),
         Metric("ndcg", _TASTES, True, 0, 1, "discounted gain of the held-out items among the top_k, mean over users"),
+        Metric("span_f1", _TAGS, True, 0, 1, "F1 of whole spans: their bounds and their name must be right, as in CoNLL 2003"),
+        Metric("span_precision", _TAGS, True, 0, 1, "share of the spans said that are right"),
+        Metric("span_recall", _TAGS, True, 0, 1, "share of the true spans that are said"),
         Metric("mse", _NUMBERS, False, 0, math.inf, "mean squared error"),
         Metric("rmse", (*_NUMBERS, *_TASTES), False, 0, math.inf, "root of the mean squared error"),
         Metric("mae", (*_NUMBERS, *_TASTES), False, 0, math.inf, "mean absolute error"),
@@ -89,7 +104,10 @@ METRICS: dict[str, Metric] = {
         Metric("r2", _NUMBERS, True, -math.inf, 1, "share of the variance that is explained"),
     )
 }
-PRIMARY = {CLASSIFICATION: "accuracy", REGRESSION: "r2", FORECAST: "mase", ANOMALY: "reconstruction_error", RECOMMENDATION: "ndcg"}
+PRIMARY = {
+    CLASSIFICATION: "accuracy", REGRESSION: "r2", FORECAST: "mase", ANOMALY: "reconstruction_error", RECOMMENDATION: "ndcg",
+    TAGGING: "f1",
+}  # fmt: skip
 
 
 def describe() -> list[dict[str, Any]]:

@@ -203,7 +203,7 @@ def _pose(spec: EvaluationSpec, package: Package, table: pa.Table, columns: Sequ
     manifest = package.manifest
     recorded = _recorded(manifest).model_copy(update={"validation": None})
     known = {spec.name: spec.column for spec in manifest.signature.inputs if spec.column}
-    if manifest.classes is not None:
+    if manifest.classes is not None and manifest.task not in COURSES:
         known[recorded.target] = target_column(recorded.target, manifest.classes).type
     typed = [
         column.model_copy(update={"type": known.get(column.name, column.type)})
@@ -211,7 +211,7 @@ def _pose(spec: EvaluationSpec, package: Package, table: pa.Table, columns: Sequ
         if column.name in {*(recorded.features or known), recorded.target, recorded.time}
     ]
     problem = pose(coerce(table, typed), typed, recorded)
-    if problem.classes != manifest.classes:
+    if problem.classes != manifest.classes and not isinstance(problem, Course):
         raise InvalidInput(
             "the dataset has other classes than the model was trained on; evaluate it with the method test, or "
             "train anew",

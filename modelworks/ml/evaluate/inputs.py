@@ -17,6 +17,7 @@ _ARROW = {
     "text": pa.string(),
     "image": pa.binary(),
     "audio": pa.binary(),
+    "sequence": pa.string(),
 }
 
 

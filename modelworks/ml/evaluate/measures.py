@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from modelworks.core.tasks import ANOMALY, RECOMMENDATION
+from modelworks.core.tasks import ANOMALY, RECOMMENDATION, TAGGING
+from modelworks.ml.evaluate import tagging
 from modelworks.ml.evaluate.ranking import Ranking
 
 if TYPE_CHECKING:
@@ -104,6 +105,11 @@ def _by_user(which: str) -> Measure:
 
 
 MEASURES: dict[str, dict[str, Measure]] = {
+    TAGGING: {
+        "accuracy": tagging.right,
+        **{name: tagging.by_tag(name) for name in ("precision", "recall", "f1")},
+        **{f"span_{name}": tagging.of_spans(name) for name in ("precision", "recall", "f1")},
+    },
     RECOMMENDATION: {
         "rmse": _away(2),
         "mae": _away(1),

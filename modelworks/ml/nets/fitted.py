@@ -79,6 +79,8 @@ def fitted_of(
             return e.scale(e.reshape(last, -1), objective.scale, objective.mean), None
         if objective.link == "softmax":
             return e.op("Softmax", last, axis=1), objective.outputs
+        if objective.link == "tags":
+            return e.reshape(e.op("Softmax", last, axis=2), 0, -1), shape[0] * objective.outputs
         both = e.op("Concat", e.op("Neg", last), last, axis=1)
         return e.op("Sigmoid", both), 2
 
@@ -90,6 +92,8 @@ def fitted_of(
             want = want.reshape(-1) * objective.scale + objective.mean
         elif objective.link == "softmax":
             want = torch.softmax(want, dim=1)
+        elif objective.link == "tags":
+            want = torch.softmax(want, dim=2).flatten(1)
         else:
             want = torch.sigmoid(torch.cat([-want, want], dim=1))
     expected = want.double().numpy()

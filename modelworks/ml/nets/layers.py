@@ -188,6 +188,60 @@ class Steps(nn.Module):
         return e.module(self.widen, x), None
 
 
+class Elements(nn.Module):
+    """[n, l, 1 + channels] -> (vectors [n, l, width], mask [n, l]): the sum of what the channels give.
+
+    `sizes`: of each channel behind the mask, how many numbers it has, each with a vector; None: a quantity.
+    """
+
+    def __init__(self, sizes: list[int | None], width: int) -> None:
+        super().__init__()
+        self.sizes = sizes
+        self.parts = nn.ModuleList([nn.Linear(1, width) if size is None else nn.Embedding(size, width) for size in sizes])
+        for part in self.parts:
+            if isinstance(part, nn.Embedding):
+                nn.init.normal_(part.weight, std=0.1)
+                with torch.no_grad():
+                    part.weight[:2] = 0.0  # padding, and what is not known
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        found = [
+            part(x[:, :, at : at + 1]) if size is None else part(x[:, :, at].long())
+            for at, (size, part) in enumerate(zip(self.sizes, self.parts, strict=True), start=1)
+        ]
+        return torch.stack(found).sum(dim=0), x[:, :, 0]
+
+    def emit_pair(self, e: Emitter, x: str) -> tuple[str, str]:
+        def channel(at: int) -> str:
+            return e.op("Gather", x, e.constant(np.array(at, dtype=np.int64)), axis=2)
+
+        total = ""
+        for at, (size, part) in enumerate(zip(self.sizes, self.parts, strict=True), start=1):
+            if size is None:
+                made = e.module(part, e.op("Unsqueeze", channel(at), e.constant(np.array([2], dtype=np.int64))))
+            else:
+                made = e.op("Gather", e.constant(part.weight), e.op("Cast", channel(at), to=7), axis=0)
+            total = e.op("Add", total, made) if total else made
+        return total, channel(0)
+
+
+class Elementwise(nn.Module):
+    """Scores of each element: [n, l, 1 + channels] -> [n, l, outputs]."""
+
+    def __init__(self, front: Elements, body: nn.Module, head: nn.Module) -> None:
+        super().__init__()
+        self.front, self.body, self.head = front, body, head
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        vectors, mask = self.front(x)
+        found: torch.Tensor = self.head(self.body(vectors, mask))
+        return found
+
+    def emit(self, e: Emitter, x: str) -> str:
+        vectors, mask = self.front.emit_pair(e, x)
+        return e.module(self.head, self.body.emit_pair(e, vectors, mask))
+
+
 class Corrected(nn.Module):
     """straight(x) + bent(x)"""
 
@@ -206,20 +260,33 @@ class Corrected(nn.Module):
 class Recurrent(nn.Module):
     """An LSTM or GRU over the sequence: [n, l, d] -> [n, l, hidden (x 2)]."""
 
-    def __init__(self, cell: str, width: int, hidden: int, layers: int, bidirectional: bool, dropout: float) -> None:
+    def __init__(
+        self, cell: str, width: int, hidden: int, layers: int, bidirectional: bool, dropout: float, packed: bool = False
+    ) -> None:
         super().__init__()
+        self.packed = packed  # each sequence ends with its last element, not with the padding
         self.gates = 4 if cell == "lstm" else 3
         kind = nn.LSTM if cell == "lstm" else nn.GRU
         more = dropout if layers > 1 else 0.0
         self.cells = kind(width, hidden, layers, batch_first=True, bidirectional=bidirectional, dropout=more)
 
     def forward(self, x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-        return self.cells(x)[0]
+        if not self.packed or mask is None:
+            found: torch.Tensor = self.cells(x)[0]
+            return found
+        lengths = mask.sum(dim=1).clamp(min=1).long().cpu()
+        tight = nn.utils.rnn.pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
+        read: torch.Tensor = nn.utils.rnn.pad_packed_sequence(self.cells(tight)[0], batch_first=True, total_length=x.shape[1])[0]
+        return read
 
     def emit_pair(self, e: Emitter, x: str, mask: str | None) -> str:
         cells: Any = self.cells
         ways = [""] if not cells.bidirectional else ["", "_reverse"]
         x = e.op("Transpose", x, perm=[1, 0, 2])
+        ends = []
+        if self.packed and mask is not None:
+            count = e.op("ReduceSum", mask, e.constant(np.array([1], dtype=np.int64)), keepdims=0)
+            ends = [e.op("Cast", e.op("Max", count, e.constant(np.float32(1))), to=6)]
         # torch's order of gates -> ONNX's: (i f g o) -> (i o f g); (r z n) -> (z r n)
         order = [0, 3, 1, 2] if self.gates == 4 else [1, 0, 2]
 
@@ -236,7 +303,7 @@ class Recurrent(nn.Module):
             inputs = [sorted_gates("weight_ih", layer), sorted_gates("weight_hh", layer), bias]
             more = {"linear_before_reset": 1} if self.gates == 3 else {}
             made = e.op(
-                "LSTM" if self.gates == 4 else "GRU", x, *(e.constant(value) for value in inputs),
+                "LSTM" if self.gates == 4 else "GRU", x, *(e.constant(value) for value in inputs), *ends,
                 hidden_size=cells.hidden_size, direction="bidirectional" if cells.bidirectional else "forward", **more,
             )  # [l, ways, n, hidden]  # fmt: skip
             x = e.reshape(e.op("Transpose", made, perm=[0, 2, 1, 3]), 0, 0, -1)

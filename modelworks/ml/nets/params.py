@@ -158,7 +158,8 @@ class SequenceParams(NetParams):
 
     steps: int | None = Field(
         None, ge=1, le=100_000, description="how many time steps the features of a table form, in order of the columns; "
-        "by default each column is a step. Token sequences and sounds bring their own"
+        "by default each column is a step. Token sequences and sounds bring their own. Where each element is named: the most "
+        "elements that a sequence may have, by default as many as the longest has"
     )  # fmt: skip
     dropout: float = Field(0.1, ge=0, lt=1, description="share of units left out at random in each step")
 
@@ -167,7 +168,9 @@ class RnnParams(SequenceParams):
     cell: Literal["lstm", "gru"] = Field("lstm", description="the kind of recurrent unit")
     hidden: int = Field(64, ge=1, le=8192, description="units of each layer (in each direction)")
     layers: int = Field(1, ge=1, le=16, description="layers on top of each other")
-    bidirectional: bool = Field(False, description="whether it also reads from the end")
+    bidirectional: bool | None = Field(
+        None, description="whether it also reads from the end; null: only where each element is named"
+    )
     embedding: int = Field(64, ge=1, le=8192, description="for token sequences: width of a token's vector")
     clip_norm: float | None = Field(1.0, gt=0, le=1e6, description="the gradient's norm at most")
 

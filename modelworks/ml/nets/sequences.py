@@ -6,6 +6,7 @@ import math
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from modelworks.core.errors import InvalidInput
+from modelworks.core.tasks import TAGGING
 from modelworks.ml.base import Block, Examples
 from modelworks.ml.nets.params import RnnParams, TransformerParams
 from modelworks.ml.nets.trainer import NetTrainer
@@ -15,8 +16,10 @@ if TYPE_CHECKING:
 
 
 class Rnn(NetTrainer):
-    """A recurrent net (LSTM or GRU) over token sequences, sounds, or the steps that a table's columns form."""
+    """A recurrent net (LSTM or GRU) over token sequences, sounds, or the steps that a table's columns form; it also names
+    each element of a sequence."""
 
+    tasks: ClassVar[tuple[str, ...]] = (*NetTrainer.tasks, TAGGING)
     tokens: ClassVar[bool] = True
     reads: ClassVar[tuple[str, ...]] = ("text", "audio", "tabular")
     Params: ClassVar[type[RnnParams]] = RnnParams
@@ -27,15 +30,25 @@ class Rnn(NetTrainer):
         from modelworks.ml.nets.layers import Reader, Recurrent
 
         front, width, _ = front_of(alone(examples, "rnn"), params.steps, params.embedding, raw=True)
-        body = Recurrent(params.cell, width, params.hidden, params.layers, params.bidirectional, params.dropout)
-        wide = params.hidden * (2 if params.bidirectional else 1)
-        reader = Reader(front, body, last=not params.bidirectional)
-        return nn.Sequential(reader, nn.Dropout(params.dropout), nn.Linear(wide, outputs))
+        both = bool(params.bidirectional)
+        body = Recurrent(params.cell, width, params.hidden, params.layers, both, params.dropout)
+        reader = Reader(front, body, last=not both)
+        return nn.Sequential(reader, nn.Dropout(params.dropout), nn.Linear(params.hidden * (1 + both), outputs))
+
+    def over(self, length: int, params: Any) -> tuple[int, torch.nn.Module, int]:
+        """(width of what it takes, what reads a sequence of vectors, width of what that gives), each [n, length, width]."""
+        from modelworks.ml.nets.layers import Recurrent
+
+        both = params.bidirectional is not False
+        body = Recurrent(params.cell, params.embedding, params.hidden, params.layers, both, params.dropout, packed=True)
+        return params.embedding, body, params.hidden * (1 + both)
 
 
 class Transformer(NetTrainer):
-    """A transformer encoder over token sequences, sounds, or the steps that a table's columns form."""
+    """A transformer encoder over token sequences, sounds, or the steps that a table's columns form; it also names each
+    element of a sequence."""
 
+    tasks: ClassVar[tuple[str, ...]] = (*NetTrainer.tasks, TAGGING)
     tokens: ClassVar[bool] = True
     reads: ClassVar[tuple[str, ...]] = ("text", "audio", "tabular")
     Params: ClassVar[type[TransformerParams]] = TransformerParams
@@ -48,6 +61,13 @@ class Transformer(NetTrainer):
         front, width, length = front_of(alone(examples, "transformer"), params.steps, params.width, raw=False)
         body = Encoder(length, width, params.heads, params.feed_forward, params.layers, params.dropout)
         return nn.Sequential(Reader(front, body, last=False), nn.Dropout(params.dropout), nn.Linear(width, outputs))
+
+    def over(self, length: int, params: Any) -> tuple[int, torch.nn.Module, int]:
+        """As of `Rnn`."""
+        from modelworks.ml.nets.layers import Encoder
+
+        body = Encoder(length, params.width, params.heads, params.feed_forward, params.layers, params.dropout)
+        return params.width, body, params.width
 
 
 def alone(examples: Examples, name: str) -> Block:

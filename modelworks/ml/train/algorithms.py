@@ -11,7 +11,7 @@ from pydantic import BaseModel, ValidationError
 
 from modelworks.core.errors import InvalidInput
 from modelworks.core.registry import Registry
-from modelworks.core.tasks import ANOMALY, FORECAST, RECOMMENDATION, named
+from modelworks.core.tasks import ANOMALY, FORECAST, RECOMMENDATION, TAGGING, named
 from modelworks.ml.base import Trainer
 
 AUTO = "auto"  # in place of an algorithm: the best of those that fit the task
@@ -48,15 +48,19 @@ COURSES: Registry[Any] = Registry(
         ANOMALY: "modelworks.ml.train.anomaly:Anomaly",
         FORECAST: "modelworks.ml.train.forecasting:Forecast",
         RECOMMENDATION: "modelworks.ml.train.recommendation:Recommendation",
+        TAGGING: "modelworks.ml.train.tagging:Tagging",
     },
 )
 
 
-def course_of(algorithm: str) -> Any:
-    """The course that the algorithm takes; None for one that learns classes or numbers from features."""
+def course_of(algorithm: str, task: str | None = None) -> Any:
+    """The course that the algorithm takes; None where it learns classes or numbers from features. `task`: the one asked
+    for, of an algorithm that does several.
+    """
     if algorithm == AUTO:
         return None
-    task = TRAINERS.get(algorithm).tasks[0]
+    tasks = TRAINERS.get(algorithm).tasks
+    task = task if task in tasks else tasks[0]
     return COURSES.get(task) if task in COURSES else None
 
 

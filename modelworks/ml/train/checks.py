@@ -7,7 +7,7 @@ from typing import Any
 
 from modelworks.core.errors import InvalidInput
 from modelworks.core.specs import Method, TrainingSpec
-from modelworks.core.tasks import CLASSIFICATION, FORECAST, REGRESSION, base_of, kind_of, named
+from modelworks.core.tasks import CLASSIFICATION, FORECAST, REGRESSION, TAGGING, base_of, kind_of, named
 from modelworks.core.types import Column
 from modelworks.ml.data.transforms.catalogue import check_transforms
 from modelworks.ml.evaluate.catalogue import check_metrics
@@ -22,7 +22,8 @@ def check_training(spec: TrainingSpec, columns: Sequence[Column]) -> TrainingSpe
 
     InvalidInput names the field to change.
     """
-    if (course := course_of(spec.algorithm)) is not None:
+    spec = _with_task(spec, columns)
+    if (course := course_of(spec.algorithm, spec.task)) is not None:
         checked: TrainingSpec = course.check(spec, columns)
         return checked
     if not spec.target:
@@ -55,6 +56,13 @@ def check_training(spec: TrainingSpec, columns: Sequence[Column]) -> TrainingSpe
     )
 
 
+def _with_task(spec: TrainingSpec, columns: Sequence[Column]) -> TrainingSpec:
+    """A target of sequences is one tag for each element."""
+    if spec.task is None and any(column.name == spec.target and column.type == "sequence" for column in columns):
+        return spec.model_copy(update={"task": TAGGING})
+    return spec
+
+
 def check_stopping(spec: TrainingSpec, task: str | None) -> None:
     if spec.stopping is None:
         return
@@ -72,6 +80,13 @@ def check_stopping(spec: TrainingSpec, task: str | None) -> None:
 
 def _check_kind(spec: TrainingSpec, features: Sequence[Column]) -> None:
     """A task that names what it reads must be of the features; `tabular` says nothing of them."""
+    if lists := [column.name for column in features if column.type == "sequence"]:
+        raise InvalidInput(
+            f"the feature {lists[0]!r} is a sequence, which is read where the target is one, too: a tag for each element, by rnn "
+            "or transformer; name the other features",
+            code="wrong_features",
+            param="features",
+        )
     if spec.task is None or not features or spec.task.startswith("tabular-"):
         return
     fitting = named(base_of(spec.task), kind_of(column.type for column in features))
@@ -123,7 +138,7 @@ def feature_columns(spec: TrainingSpec, columns: Sequence[Column]) -> list[Colum
 
 def task_in(spec: TrainingSpec, columns: Sequence[Column]) -> str | None:
     """As `task_of`, of a spec that was checked."""
-    course = course_of(spec.algorithm)
+    course = course_of(spec.algorithm, spec.task)
     return str(course.kind) if course is not None else task_of(spec, find(columns, spec.target, "target"))
 
 
@@ -146,7 +161,7 @@ def task_of(spec: TrainingSpec, target: Column) -> str | None:
             code="bad_target",
             param="target",
         )
-    if target.type in ("image", "audio"):
+    if target.type in ("image", "audio", "sequence"):
         raise InvalidInput(
             f"the target {target.name!r} is of type {target.type}, which cannot be predicted; choose another column",
             code="bad_target",

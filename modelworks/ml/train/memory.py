@@ -80,7 +80,7 @@ def estimate(stored: StoredTable, columns: Sequence[Column], profile: dict[str, 
 
 
 def _is_object(column: Column) -> bool:
-    return column.type in ("category", "text", "time", "image", "audio")
+    return column.type in ("category", "text", "time", "image", "audio", "sequence")
 
 
 def _features(column: Column, entry: dict[str, Any]) -> float:

@@ -84,7 +84,7 @@ def pose(table: pa.Table | StoredTable, columns: Sequence[Column], spec: Trainin
     InvalidInput for what cannot be learned, before any fit.
     """
     spec = check_training(spec, columns)
-    if (course := course_of(spec.algorithm)) is not None:
+    if (course := course_of(spec.algorithm, spec.task)) is not None:
         posed: Problem = course.pose(table, columns, spec)
         return posed
     if isinstance(table, StoredTable):

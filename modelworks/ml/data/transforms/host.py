@@ -1,8 +1,9 @@
 """Host transforms: what ONNX cannot hold runs here before the graph, the same code in training and in the replica.
 
-A state is JSON: {"kind", "column" (the raw column, for errors), "input", "output", ...}. Results are float32 [n, k], or
-blocks: uint8 [n, c, h, w] of images, float32 [n, samples] of sounds, int64 [n, length] of tokens. Imports numpy only, and
-what a kind needs when it is compiled. Each row's result depends on that row alone.
+A state is JSON: {"kind", "column" (the raw column, for errors), "input" (or "inputs"), "output", ...}.
+Results are float32 [n, k], or blocks: uint8 [n, c, h, w] of images, float32 [n, samples] of sounds, int64 [n, length] of
+tokens, float32 [n, length, k] of sequences. Imports numpy only, and what a kind needs when it is compiled.
+Each row's result depends on that row alone.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import numpy as np
 from modelworks.core.errors import InvalidInput
 
 Batch = dict[str, np.ndarray]
-Step = Callable[[np.ndarray], np.ndarray]
+Step = Callable[..., np.ndarray]
 
 # Scripts that are written without spaces: each character counts as a word (kana, Han; Hangul has spaces).
 _SPACELESS = "\u3041-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
@@ -37,12 +38,12 @@ def apply_host(states: list[dict[str, Any]], batch: Batch) -> Batch:
 
 def compile_host(states: list[dict[str, Any]]) -> Callable[[Batch], Batch]:
     """`apply_host` with the states read once: for a replica, which applies them to every call."""
-    steps = [(state["input"], state["output"], _KINDS[state["kind"]](state)) for state in states]
+    steps = [(state.get("inputs") or [state["input"]], state["output"], _KINDS[state["kind"]](state)) for state in states]
 
     def apply(batch: Batch) -> Batch:
         out = dict(batch)
-        for source, target, step in steps:
-            out[target] = step(np.ravel(out[source]))
+        for sources, target, step in steps:
+            out[target] = step(*(np.ravel(out[source]) for source in sources))
         return out
 
     return apply
@@ -59,7 +60,7 @@ def block_of(state: dict[str, Any]) -> tuple[str, tuple[int, ...]] | None:
 
 def rows_at_once(states: list[dict[str, Any]]) -> int | None:
     """How many rows of token sequences may run through a graph together; None: as many as one likes."""
-    lengths = [state["length"] for state in states if state["kind"] == "tokens"]
+    lengths = [state["length"] for state in states if state["kind"] in ("tokens", "elements")]
     return max(1, TOKENS_AT_ONCE // max(lengths)) if lengths else None
 
 
@@ -323,7 +324,15 @@ def _tokens(state: dict[str, Any]) -> Step:
     return apply
 
 
+def _elements(state: dict[str, Any]) -> Step:
+    """Sequences -> float32 [n, length, channels]."""
+    from modelworks.ml.data.transforms.elements import compile_elements
+
+    return compile_elements(state)
+
+
 _KINDS: dict[str, Callable[[dict[str, Any]], Step]] = {
+    "elements": _elements,
     "image": _image,
     "audio": _audio,
     "tokens": _tokens,
