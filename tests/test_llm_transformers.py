@@ -20,7 +20,7 @@ from modelworks.ml.build import export_package, import_folder, import_package
 from modelworks.ml.measuring import candidates, measure
 from modelworks.ml.package import Manifest, Package
 from modelworks.ml.runtimes.choice import choose
-from modelworks.ml.runtimes.llm_sampling import Chooser
+from modelworks.ml.runtimes.llm_sampling import Chooser, _nucleus
 from modelworks.ml.runtimes.llm_transformers import CHUNK, TransformersRuntime
 
 NEEDED = ("torch", "transformers", "llguidance", "jinja2")
@@ -177,6 +177,17 @@ def test_seeds_stops_schemas_and_bias(engine: TransformersRuntime) -> None:
     stop = whole.text[5:8]
     (stopped,) = run(engine, (prompt("a ship"), {"max_tokens": 30, "ignore_eos": True, "stop": [stop]}))
     assert (stopped.text, stopped.reason) == (whole.text[: whole.text.index(stop)], "stop")
+
+
+def test_a_nucleus_is_the_same_whether_few_tokens_or_all_were_put_in_order() -> None:
+    import torch
+
+    for peak, top_p in ((8.0, 0.9), (0.1, 0.5), (0.1, 0.9999), (30.0, 0.1)):
+        shares = (torch.randn(3000, generator=torch.Generator().manual_seed(1)) * peak).softmax(-1)
+        ordered, places = shares.sort(descending=True)
+        wanted = shares.clone()
+        wanted[places[ordered.cumsum(-1) - ordered >= top_p]] = 0
+        assert torch.equal(_nucleus(shares, top_p), wanted)
 
 
 def test_one_calls_parameters_do_not_end_the_others(engine: TransformersRuntime, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -283,7 +283,7 @@ def _flatten(inputs: list[Any], attributes: dict[str, Any]) -> torch.Tensor:
 
 def _shape(inputs: list[Any], attributes: dict[str, Any]) -> torch.Tensor:
     found = list(inputs[0].shape)[attributes.get("start", 0) : attributes.get("end")]
-    return torch.tensor(found, dtype=torch.int64)
+    return torch.tensor(found, dtype=torch.int64, device=inputs[0].device)
 
 
 def _plain(call: Callable[..., Any]) -> Op:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 _SEEDS = 2**63
 _MILDEST = 1e-5  # a repetition penalty below would leave the range of float32
+_LIKELIEST = 256  # tokens among which a nucleus is sought before all are put in order
 _LEAST = -9999.0  # in place of minus infinity, which JSON does not have
 
 
@@ -139,12 +140,23 @@ class Chooser:
             logits = logits.masked_fill(logits < logits.topk(given.top_k).values[-1], -torch.inf)
         shares = logits.softmax(-1)
         if given.top_p < 1:
-            ordered, places = shares.sort(descending=True)
-            beyond = ordered.cumsum(-1) - ordered >= given.top_p
-            shares[places[beyond]] = 0
+            shares = _nucleus(shares, given.top_p)
         if given.min_p:
             shares = shares.masked_fill(shares < given.min_p * shares.max(), 0)
         return shares
+
+
+def _nucleus(shares: torch.Tensor, top_p: float) -> torch.Tensor:
+    """`shares` of the likeliest tokens that together reach `top_p`, 0 for the others."""
+    import torch
+
+    count = min(_LIKELIEST, len(shares))
+    while True:
+        ordered, places = shares.topk(count)
+        kept = ordered.cumsum(-1) - ordered < top_p
+        if count == len(shares) or not kept[-1]:
+            return torch.zeros_like(shares).index_copy_(0, places[kept], ordered[kept])
+        count = len(shares)
 
 
 def logprob(vocabulary: Vocabulary, id: int, logits: torch.Tensor, count: int) -> Logprob:
