@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import fcntl
+import gc
 import ipaddress
 import json
 import os
@@ -19,7 +20,6 @@ import socket
 import sys
 import threading
 import time
-import urllib.request
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 
 log = telemetry.logger("server")
 
+_SERVING_FIRST = 3.0  # seconds at most that the worker leaves the processors to replicas that start with the server
 _TURN = 0.05  # seconds between two turns of the supervising loop
 _FOLLOW = 0.15  # seconds between two looks of a gateway at the catalog's counters
 
@@ -227,13 +228,19 @@ class Supervisor:
     def run(self) -> int:
         signal.signal(signal.SIGTERM, self._on_signal)
         signal.signal(signal.SIGINT, self._on_signal)
+        gc.disable()  # until all is imported
         gateways = [Service("gateway", self._start_gateway) for _ in range(self._settings.gateways)]
         worker = Service("worker", self._start_worker)
+        begun = time.monotonic()
         for gateway in gateways:
-            gateway.ensure(time.monotonic())  # it imports while we prepare; it reads the catalog when told to go
-        from modelworks.control.access import Access  # not before: the gateway's start is what all wait for
+            gateway.ensure(begun)  # it imports while we prepare; it reads the catalog when told to go
+        from modelworks.engines.local import LocalEngine  # not before: the gateway's start is what all wait for
+
+        engine = LocalEngine(self._home.root)
+        if self._home.catalog.exists():  # there may be something to serve
+            engine.prepare()
+        from modelworks.control.access import Access
         from modelworks.control.reconcile import Reconciler
-        from modelworks.engines.local import LocalEngine
         from modelworks.security.identity import Secret
         from modelworks.serve.gather import loads
         from modelworks.store.blobs import Blobs
@@ -244,7 +251,6 @@ class Supervisor:
         catalog.migrate()
         first_key = Access(catalog, secret).bootstrap(self._home.root)
         self._ready_file.touch()
-        engine = LocalEngine(self._home.root)
         reconciler = Reconciler(
             catalog,
             Blobs(self._home.blobs),
@@ -255,14 +261,20 @@ class Supervisor:
             loads=partial(loads, self._home.run),
         )
         self._say_when_up(first_key)
+        gc.freeze()  # what was imported is never garbage
+        gc.enable()
+        services = gateways
         while not self._stop:
             now = time.monotonic()
-            for service in (*gateways, worker):
+            for service in services:
                 service.ensure(now)
             try:
                 reconciler.turn()
+                engine.dismiss()
             except CatalogUnavailable as error:
                 log.warning("the catalog is away; going on with what runs", reason=error.message)
+            if worker not in services and (not reconciler.starting or now - begun > _SERVING_FIRST):
+                services = [*gateways, worker]
             time.sleep(_TURN)
         self._shut_down([*gateways, worker], reconciler)
         catalog.close()
@@ -270,10 +282,10 @@ class Supervisor:
 
     def _say_when_up(self, first_key: str | None) -> None:
         def wait() -> None:
-            for _ in range(600):
+            for _ in range(1500):
                 with contextlib.suppress(OSError), _open(f"{self.url}/health"):
                     break
-                time.sleep(0.05)
+                time.sleep(0.02)
             else:
                 self._announce(f"The gateway does not answer; see {self._home.logs}/gateway.log")
                 return
@@ -344,15 +356,16 @@ class Supervisor:
 def _wait_listening(address: tuple[str, int]) -> None:
     """Until somebody listens there, at most ten seconds."""
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(address[0], address[0])
-    for _ in range(200):
+    for _ in range(1000):
         with contextlib.suppress(OSError), socket.create_connection((host, address[1]), timeout=1):
             return
-        time.sleep(0.05)
+        time.sleep(0.01)
     log.error("gRPC does not listen; see the gateway's log", port=address[1])
 
 
 def _open(url: str) -> Any:
     import ssl
+    import urllib.request  # not before: it imports much
 
     context = ssl._create_unverified_context() if url.startswith("https") else None  # our own port, by loopback
     return urllib.request.urlopen(url, timeout=2, context=context)
@@ -365,6 +378,7 @@ def gateway_main() -> int:
     from modelworks.engines.process import attach
 
     config = attach()
+    gc.disable()  # until all is imported: see api/grpc
     settings = Settings.model_validate(config["settings"])
     telemetry.configure(settings.log_level, "gateway")
     import uvloop

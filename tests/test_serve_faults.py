@@ -106,6 +106,34 @@ def test_a_replica_lives_its_whole_life(platform):
     platform.engine.stop(handle, 1)
 
 
+def test_a_process_that_was_prepared_becomes_the_next_replica_or_ends(platform):
+    engine = platform.engine
+    engine.prepare()
+    first = platform.start("rpl_1")
+    second = platform.start("rpl_2")  # of which there was none
+    platform.wait_ready("rpl_1", "rpl_2")
+    for handle in (first, second):
+        command = Path(f"/proc/{handle.pid}/cmdline").read_text()
+        assert f"modelworks replica toy --home {platform.folder / 'home'}" in command
+        assert "ready" in engine.logs(handle)
+    assert (platform.folder / "home" / "logs" / "spare.log").read_text() == ""
+
+    async def story():
+        gateway = platform.gateway()
+        assert [await predict(gateway, float(x)) for x in range(4)] == [0.0, 2.0, 4.0, 6.0]
+        platform.router.close()
+
+    uvloop.run(story())
+    engine.prepare()
+    spare = engine._spare
+    limited = platform.start("rpl_3", memory_mb=4096)  # its limit holds from the first import on
+    assert limited.pid != spare.pid
+    engine.dismiss()
+    assert wait_for(lambda: gone(spare.pid), 5)
+    os.kill(first.pid, signal.SIGKILL)
+    assert wait_for(lambda: (seen := platform.observed("rpl_1")) is None or not seen.alive, 5)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

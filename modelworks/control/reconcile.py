@@ -96,6 +96,11 @@ class Reconciler:
             self._seen = -1
         self._tell_draining()
 
+    @property
+    def starting(self) -> bool:
+        """Whether a replica is on its way."""
+        return any(row.status == "starting" for row in self._replicas.values())
+
     def stop(self, grace: float) -> None:
         """Drain all replicas, for at most `grace` seconds; rows stay as they are, the next start buries them."""
         for held in self._held.values():
@@ -260,7 +265,9 @@ class Reconciler:
         if model.task != GENERATION:
             return "auto"
         with self._catalog.read() as tx:
-            jobs = tx.list(Job, kind="measure", status="succeeded", project_id=model.project_id, newest_first=True, limit=200)
+            jobs = tx.list(
+                Job, kind="measure", status="succeeded", project_id=model.project_id, newest_first=True, limit=200
+            )
         for job in jobs:
             if job.spec.get("model_version_id") == model.id and job.result.get("machine") == platform.node():
                 found = str(job.result["fastest"]["many"])

@@ -17,6 +17,8 @@ from modelworks.serve.router import Router
 from modelworks.serve.routes import Detour, Key, Limits, Route, Snapshot, Target
 from modelworks.store.catalog import Catalog, Tx
 
+_SOON = 0.03  # seconds between two looks while a replica is awaited
+
 log = telemetry.logger("follower")
 
 
@@ -92,6 +94,7 @@ class Follower:
         self._limits = limits
         self._interval = interval
         self._number = -1
+        self._awaited = False  # a replica that calls would wait for is on its way
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._follow, name="follower", daemon=True)
 
@@ -114,11 +117,12 @@ class Follower:
                 return None
             taken = snapshot(tx, number, self._limits)
         self._number = number
+        self._awaited = any(not route.replicas and not route.failed for route in taken.routes.values())
         return taken
 
     def _follow(self) -> None:
         away = False
-        while not self._stopped.wait(self._interval):
+        while not self._stopped.wait(_SOON if self._awaited else self._interval):
             try:
                 self._authenticator.refresh()
                 taken = self._look()

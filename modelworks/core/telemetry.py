@@ -8,7 +8,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import structlog
+_absent = sys.modules.setdefault("rich", None) is None  # type: ignore[arg-type]
+import structlog  # noqa: E402 - it would import rich, which takes longer than itself, for consoles that nobody looks at
+
+if _absent:
+    del sys.modules["rich"]
 
 
 def configure(level: str = "info", process: str = "") -> None:

@@ -34,18 +34,42 @@ class LocalEngine:
             str, tuple[float, float]
         ] = {}  # replica -> (its status file's time, when that was first seen)
         self._last_look = 0.0
+        self._spare: Child | None = None
+
+    def prepare(self) -> None:
+        """Start a process that imports what most models need while it is not known yet what it will serve."""
+        self._spare = spawn(
+            "modelworks.serve.replica",
+            None,
+            title=f"modelworks spare --home {self.home}",
+            log=self.home / "logs" / "spare.log",
+            arguments=["spare"],
+        )
+
+    def dismiss(self) -> None:
+        """End what `prepare` started, if no replica has become of it."""
+        spare, self._spare = self._spare, None
+        if spare is not None:
+            spare.kill()
+            spare.wait(1.0)
 
     def start(self, spec: ReplicaSpec) -> Handle:
         endpoint = spec.endpoint or str(self.run / f"{spec.replica_id}.sock")
         config = msgspec.to_builtins(spec) | {"endpoint": endpoint}
-        child = spawn(
-            "modelworks.serve.replica",
-            config,
-            title=f"modelworks replica {spec.deployment} --home {spec.home}",
-            log=self._log(spec.replica_id),
-            threads=spec.threads,
-            memory_mb=spec.memory_mb,
-        )
+        title, log = f"modelworks replica {spec.deployment} --home {spec.home}", self._log(spec.replica_id)
+        child = self._spare
+        if child is not None and child.poll() is None and spec.threads == 1 and spec.memory_mb is None:
+            self._spare = None
+            child.tell(config, title=title, log=log)
+        else:
+            child = spawn(
+                "modelworks.serve.replica",
+                config,
+                title=title,
+                log=log,
+                threads=spec.threads,
+                memory_mb=spec.memory_mb,
+            )
         with self._lock:
             self._children[spec.replica_id] = child, msgspec.structs.replace(spec, endpoint=endpoint, secret="")
         return Handle(spec.replica_id, child.pid, endpoint)
@@ -70,6 +94,7 @@ class LocalEngine:
 
     def close(self) -> None:
         """End all at once, by force."""
+        self.dismiss()
         for child, _ in self._children.values():
             child.kill()
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import fcntl
+import gc
 import json
 import os
 import queue
@@ -42,6 +43,11 @@ class Child:
         self.started = time.time()
         self._process = process
         self._lock = threading.Lock()
+
+    def tell(self, config: dict[str, Any], *, title: str, log: Path, memory_mb: int | None = None) -> None:
+        """What a child that was spawned without a config waits for: once. It writes to `log` from then on."""
+        self.title = title
+        _write(self._process, _envelope(config, title, memory_mb, log))
 
     def poll(self) -> int | None:
         """The exit code (negative: the signal that ended it), or None while it runs. Ends what is left of its group."""
@@ -98,46 +104,62 @@ def kill_group(group: int, number: signal.Signals = signal.SIGKILL) -> bool:
 
 def spawn(
     module: str,
-    config: dict[str, Any],
+    config: dict[str, Any] | None,
     *,
     title: str,
     log: Path,
+    arguments: Sequence[str] = (),
     pass_fds: Sequence[int] = (),
     threads: int = 1,
     memory_mb: int | None = None,
 ) -> Child:
     """Start `python -m module`, which must call `attach`. `config` is JSON data and travels over stdin alone.
 
-    May be called from any thread: off the main thread, a thread that lives as long as the process does the fork,
-    because PDEATHSIG fires when the forking *thread* ends.
+    Without a config it waits in `attach` until it is told one. May be called from any thread: off the main thread, a
+    thread that lives as long as the process does the fork, because PDEATHSIG fires when the forking *thread* ends.
     """
-    envelope = {"title": title, "parent": os.getpid(), "memory_mb": memory_mb, "config": config}
-    line = json.dumps(envelope).encode() + b"\n"
-    if len(line) > MAX_CONFIG:
-        raise ValueError(f"the config of {title!r} has {len(line)} bytes; pass what is large as a file")
+    line = b"" if config is None else _envelope(config, title, memory_mb)
 
     def start() -> Child:
         trim_log(log)
         with log.open("ab") as output:
             process = subprocess.Popen(
                 # -P: the folder the server was started in must not shadow the child's modules
-                [sys.executable, "-P", "-m", module],
+                [sys.executable, "-P", "-m", "modelworks.engines.boot", module, *arguments],
                 stdin=subprocess.PIPE,
                 stdout=output,
                 stderr=output,
                 pass_fds=pass_fds,
                 process_group=0,
                 env=child_environment(threads),
-                pipesize=MIB if len(line) > 32 * 1024 else -1,
+                pipesize=-1 if 0 < len(line) < 32 * 1024 else MIB,
                 bufsize=0,
             )
-        assert process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):  # it died at once; poll tells how
-            process.stdin.write(line)
+        _write(process, line)
         return Child(process, title)
 
     log.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     return start() if threading.current_thread() is threading.main_thread() else _forker.run(start)
+
+
+def _envelope(config: dict[str, Any], title: str, memory_mb: int | None, log: Path | None = None) -> bytes:
+    envelope = {
+        "title": title,
+        "parent": os.getpid(),
+        "memory_mb": memory_mb,
+        "log": str(log) if log else None,
+        "config": config,
+    }
+    line = json.dumps(envelope).encode() + b"\n"
+    if len(line) > MAX_CONFIG:
+        raise ValueError(f"the config of {title!r} has {len(line)} bytes; pass what is large as a file")
+    return line
+
+
+def _write(process: subprocess.Popen[bytes], line: bytes) -> None:
+    assert process.stdin is not None
+    with contextlib.suppress(BrokenPipeError):  # it died at once; poll tells how
+        process.stdin.write(line)
 
 
 class _Forker:
@@ -213,12 +235,23 @@ def attach(title: str | None = None) -> dict[str, Any]:
         os._exit(ORPHANED)
     _die_with_pipe(pipe)
     threading.Thread(target=_watch, args=(pipe,), name="parent-watch", daemon=True).start()
+    if envelope["log"]:
+        _write_to(envelope["log"])
     import setproctitle
 
     setproctitle.setproctitle(title or envelope["title"])
     if envelope["memory_mb"]:
         limit(int(envelope["memory_mb"]))
+    gc.freeze()  # what was imported is never garbage
+    gc.enable()
     return envelope["config"]
+
+
+def _write_to(log: str) -> None:
+    file = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    os.close(file)
 
 
 def _die_with_parent() -> None:

@@ -49,6 +49,7 @@ log = telemetry.logger("replica")
 
 def main() -> int:
     spec = msgspec.convert(attach(), ReplicaSpec)
+    gc.disable()  # until the model is loaded
     telemetry.configure(process=f"replica {spec.replica_id}")
     report = Status(Path(spec.endpoint))
     report("loading")
@@ -71,6 +72,7 @@ def main() -> int:
     log.info("loaded", seconds=round(time.perf_counter() - begun, 3), parity_samples=samples, batch_seconds=seconds)
     gc.collect()
     gc.freeze()  # what was loaded is never garbage: later collections skip it
+    gc.enable()
     uvloop.run(serve(spec, batcher, seconds, report))
     with contextlib.suppress(ModelworksError):
         runtime.close()
@@ -179,7 +181,9 @@ def tune(manifest: Manifest, batcher: Batcher) -> None:
     """Measure batches of the parity samples, so that the first calls already run in batches of a good size."""
     inputs = manifest.signature.inputs
     if manifest.parity.inputs and all(spec.shape and spec.shape[0] == -1 for spec in inputs):
-        found = batcher.measure([encode_features(inputs, manifest.task, [row]) for row in manifest.parity.inputs[:64]], _TUNING)
+        found = batcher.measure(
+            [encode_features(inputs, manifest.task, [row]) for row in manifest.parity.inputs[:64]], _TUNING
+        )
         log.info("measured", **{f"rows_{rows}": round(seconds, 7) for rows, seconds in found.items()})
 
 
@@ -237,5 +241,14 @@ class Status:
             os.utime(self._path)
 
 
+def prepare() -> None:
+    """Import what most models need, before it is known which one this process will serve."""
+    import onnxruntime  # noqa: F401
+
+    from modelworks.ml.runtimes import onnx, parity, registry  # noqa: F401
+
+
 if __name__ == "__main__":
+    if "spare" in sys.argv:
+        prepare()
     sys.exit(main())

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 log = logger("api.grpc")
 
-_LOOK = 0.05  # seconds between two looks at what the HTTP side does
+_LOOK = 0.02  # seconds between two looks at what the HTTP side does
 
 
 class Leader(Protocol):
@@ -51,12 +51,13 @@ class GrpcServer:
         try:
             server, door, _ = build(self._services, self._address)
             await server.start()
-            gc.collect()
             gc.freeze()  # what was loaded is never garbage: later collections skip it
             gc.set_threshold(20_000, 20, 20)  # grpcio makes many objects a call and leaves hardly a cycle
         except RuntimeError as error:  # grpc's word for an address that it cannot have
             log.error("gRPC does not listen", address=self._address, reason=str(error)[:200])
             return
+        finally:
+            gc.enable()
         while not self._stops():
             await asyncio.sleep(_LOOK)
         door.stopping.set()
