@@ -100,6 +100,9 @@ class QuietContext:
         for value in values.values():
             float(value)
 
+    def advise(self, found: dict[str, Any]) -> None:
+        assert found["seconds"] > 0, "a fit takes time"
+
     def spread(self, names: Any, parallel: int | None, seconds: float) -> None:
         pass
 

@@ -28,6 +28,7 @@ class Context:
         self.models: dict[str, Package] = {}
         self.events: list[tuple[str, str, dict[str, Any]]] = []
         self.points: list[tuple[str, str, int, dict[str, float]]] = []
+        self.advice: list[dict[str, Any]] = []
         self.reports: list[tuple[float, str, dict[str, Any]]] = []
 
     def progress(self, fraction: float, stage: str, **metrics: Any) -> None:
@@ -38,6 +39,9 @@ class Context:
 
     def metric(self, step: int, values: Mapping[str, float], *, unit: str = "epoch", part: str = "") -> None:
         self.points.append((part, unit, step, dict(values)))
+
+    def advise(self, found: dict[str, Any]) -> None:
+        self.advice.append(found)
 
     def spread(self, names: Sequence[str], parallel: int | None, seconds: float) -> None:
         pass

@@ -174,6 +174,23 @@ def test_train_sends_its_flags_and_follows_the_job(cli: Any, fake: FakeServer, t
     assert "49" in done.stdout
 
 
+def test_advice_is_shown_and_nothing_else_asked_for(cli: Any, fake: FakeServer) -> None:
+    advice = {
+        "seconds": 61.5, "fits": 6, "fit_seconds": 10.25, "memory_mb": 2048.0, "free_mb": 1024.0, "will_fit": False,
+        "streamed": False, "rows": 150000, "measured_rows": 20000, "warnings": ["this will hardly fit"], "epochs": 30,
+        "batch_size": 64, "micro_batch": 64, "step_ms": 2.5, "parameters": 1234,
+    }  # fmt: skip
+    fake.on("POST", "/api/v1/training-jobs", Reply(JOB, 202))
+    fake.on("GET", "/api/v1/jobs/job_1", {**DONE, "result": {"advice": advice}})
+    done = cli("train", "iris", "--dataset", "iris", "--target", "species", "--algorithm", "mlp", "--advise")
+    assert done.exit_code == 0, done.stderr
+    assert fake.asked[0].json["advise"] is True
+    assert "61.5 s for 6 fits" in done.stdout
+    assert "2,048 MiB, of 1,024 MiB" in done.stdout
+    assert done.stderr == "warning: this will hardly fit\n"
+    assert len(fake.requests("GET", "/api/v1/models/iris/versions/1")) == 0
+
+
 def test_a_job_that_fails_is_one_whatever_its_error(cli: Any, fake: FakeServer) -> None:
     error = {
         "message": "accuracy 0.5 is below 0.9",

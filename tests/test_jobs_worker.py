@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from modelworks.core.errors import LeaseLost
+from modelworks.core.errors import InvalidInput, LeaseLost
 from modelworks.core.specs import TrainingSpec
 from modelworks.core.types import Artifact, AuditRecord, Checkpoint, Job, JobEvent, ModelVersion, Report
 from modelworks.jobs import steps
@@ -191,6 +191,18 @@ def test_a_cancelled_job_ends_and_leaves_nothing(busy: Home) -> None:
     assert busy.library.cancel(WHO, job.id).status == "cancelled"
     assert count(busy, ModelVersion, name="cancelled") == 0
     assert count(busy, Report, model="cancelled") == 0
+
+
+def test_advice_is_a_job_that_registers_nothing(busy: Home) -> None:
+    job = busy.succeeded(busy.library.train(WHO, training("advised", advise=True, validation={"kfold": 5})))
+    advice = job.result["advice"]
+    assert advice["fits"] == 6
+    assert 0 < advice["seconds"] < 60
+    assert advice["will_fit"]
+    assert job.model_version is None
+    assert count(busy, ModelVersion, name="advised") == 0
+    with pytest.raises(InvalidInput, match="name one algorithm"):
+        busy.library.train(WHO, training("advised", advise=True, algorithm="auto"))
 
 
 @pytest.mark.slow

@@ -258,12 +258,15 @@ resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
 ctx = learning.Context(Path({str(tmp_path)!r}))
 fitted = Mlp().learn(examples, MlpParams(**params, batch_size=8192), ctx, None)
 print([data["micro_batch"] for kind, _, data in ctx.events if "micro_batch" in data])
+print(ctx.advice[0]["micro_batch"], ctx.advice[0]["will_fit"], "memory runs out with 8192 rows" in ctx.advice[0]["warnings"][0])
 print(fitted.history[-1]["loss"] < fitted.history[0]["loss"])
 """
     hidden = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}  # it is this machine's memory that runs out
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False, env=hidden)
     assert done.returncode == 0, done.stderr[-2000:]
-    halved, learns = done.stdout.splitlines()
+    halved, advised, learns = done.stdout.splitlines()
     assert halved.startswith("[4096")
+    assert halved.rstrip("]").endswith(advised.split()[0])  # the advisor had found the same
+    assert advised.split()[2] == "True"
     assert learns == "True"
     assert resource.getrlimit(resource.RLIMIT_DATA)[0] == resource.RLIM_INFINITY

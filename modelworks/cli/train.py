@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from modelworks.cli.session import Session, command
-from modelworks.cli.text import interval, number, plain, short, size
+from modelworks.cli.text import counted, interval, number, plain, short, size
 
 if TYPE_CHECKING:
     from modelworks.core.types import ModelVersion
@@ -71,6 +71,9 @@ def train(
     licence: Annotated[str | None, typer.Option(help="Licence of the model, kept in its package.")] = None,
     threads: Annotated[int | None, typer.Option(help="Compute threads.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
+    advise: Annotated[
+        bool, typer.Option("--advise", help="Only tell what it would take here: seconds and memory, measured on some rows.")
+    ] = False,
     watch: Annotated[
         bool, typer.Option("--watch/--detach", help="Follow the job to its end, or return at once.")
     ] = True,
@@ -107,7 +110,11 @@ def train(
     }
     if given["search"] is None and parallel and given["validation"]:
         given["validation"]["parallel"] = parallel
-    job = session.client.training_jobs.create({name: value for name, value in given.items() if value not in (None, [])})
+    asked = {name: value for name, value in given.items() if value not in (None, [])}
+    if advise:
+        show_advice(session, session.client.training_jobs.advise(asked))
+        return
+    job = session.client.training_jobs.create(asked)
     if not watch:
         session.emit(job) if session.json else session.say(job.id)
         return
@@ -126,6 +133,26 @@ def train(
         report = session.client.reports.get(version.report_id)
         details_tables(session, report.details)
         baselines_table(session, report.metrics, report.details.get("baselines") or {})
+
+
+def show_advice(session: Session, found: Mapping[str, Any]) -> None:
+    """What a training would take, for people; warnings on stderr."""
+    if session.json:
+        session.emit(dict(found))
+        return
+    step = f"{found['step_ms']:.3g} ms a step of {found['batch_size']} rows, {found['epochs']} epochs" if "step_ms" in found else ""
+    session.facts(
+        [
+            ("time", f"{number(found['seconds'])} s for {counted(found['fits'], 'fit')}, {number(found['fit_seconds'])} s each"),
+            *([("steps", step), ("parameters", number(found["parameters"]))] if step else []),
+            ("memory", f"{found['memory_mb']:,.0f} MiB, of {found['free_mb']:,.0f} MiB that may be used"),
+            ("fits", "yes" if found["will_fit"] else "no"),
+            *([("data", "streamed: it is larger than the memory for it")] if found["streamed"] else []),
+            ("measured on", f"{found['measured_rows']:,} of {counted(found['rows'], 'row')}"),
+        ]
+    )
+    for warning in found["warnings"]:
+        session.note(f"warning: {warning}")
 
 
 def show_version(session: Session, version: ModelVersion, aliases: Sequence[str] | None = None) -> None:

@@ -137,6 +137,18 @@ class TrainingJobs(Jobs[Mode]):
         given = build(TrainingSpec, spec, shorthand(fields, "validation"), "the training job")
         return await self._http.model(creation(self._PATH, key=idempotency_key, json=_body(given)), Job)
 
+    @call
+    async def advise(
+        self, spec: TrainingSpec | Mapping[str, Any] | None = None, *, timeout: float | None = None, **fields: Any
+    ) -> Mapping[str, Any]:
+        """What such a training would take, measured there on some of the rows: seconds, memory_mb, free_mb, will_fit,
+        warnings... Nothing is trained or registered. Raises what the training would be refused with.
+        """
+        given = build(TrainingSpec, spec, shorthand({**fields, "advise": True}, "validation"), "the training job")
+        job = await self._http.model(creation(self._PATH, key=None, json=_body(given)), Job)
+        ended = await wait(self._http, job.id, timeout=timeout)
+        return dict(ended.result["advice"])
+
 
 class Evaluations(Jobs[Mode]):
     """`client.evaluations`: jobs that end in a report."""

@@ -16,6 +16,7 @@ from modelworks.core.types import Dataset, Job, ModelVersion, Report
 from modelworks.ml.evaluate.catalogue import check_metrics
 from modelworks.ml.evaluate.slices import parse_slice
 from modelworks.ml.search.space import check_search
+from modelworks.ml.train.algorithms import AUTO
 from modelworks.ml.train.checks import check_method, check_training, find, task_in
 from modelworks.store.catalog import Tx
 
@@ -31,6 +32,8 @@ def training(tx: Tx, project_id: str, spec: TrainingSpec) -> dict[str, Any]:
     dataset = resolve_dataset(tx, project_id, spec.dataset)
     checked, models = backbones.resolved(tx, project_id, check_training(spec, dataset.columns))
     search = check_search(checked, task_in(checked, dataset.columns))
+    if spec.advise and spec.algorithm == AUTO:
+        raise InvalidInput("auto keeps to its time budget; name one algorithm to be advised of", param="advise")
     if search and search.validation:
         check_method(search.validation, dataset.columns, spec.target)
     for one in spec.slices:
@@ -49,6 +52,8 @@ def training(tx: Tx, project_id: str, spec: TrainingSpec) -> dict[str, Any]:
 def has_parts(spec: dict[str, Any]) -> bool:
     """Whether a job of this spec will wait for others that are parts of it."""
     method = spec.get("validation") or spec.get("method") or {}
+    if spec.get("advise"):
+        return False
     return bool(spec.get("search")) or (method.get("kfold") is not None and (method.get("parallel") or 1) > 1)
 
 

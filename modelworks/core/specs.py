@@ -372,6 +372,11 @@ class TrainingSpec(Spec):
     search: SearchSpec | None = Field(None, description="search for the best hyperparameters before the final training")
     resources: JobResources = JobResources()
     seed: int = Field(0, ge=0, lt=2**32)
+    advise: bool = Field(
+        False,
+        description="only measure what it would take, on some of the rows: the job ends with `result.advice` (seconds, "
+        "memory_mb, free_mb, will_fit, warnings) and registers nothing",
+    )
 
 
 class EvaluationSpec(Spec):
@@ -562,4 +567,6 @@ class Recipe(Spec):
     def _one_origin(self) -> Recipe:
         if (self.data is None) != (self.train is None) or (self.data is None) == (self.model is None):
             raise ValueError("give data and train, or model in their place")
+        if (self.train or {}).get("advise"):
+            raise ValueError("a recipe trains; leave advise out, or ask by `modelworks train --advise`")
         return self

@@ -53,6 +53,7 @@ class Context:
         self._points: list[Point] = []
         self._flushed = 0.0
         self._usage = Usage()
+        self._advised = False
 
     def progress(self, fraction: float, stage: str, **metrics: Any) -> None:
         """Never goes back; written five times a second at most, but for the end. Raises Cancelled or LeaseLost."""
@@ -91,6 +92,14 @@ class Context:
                     self._flush(now)
                 except CatalogUnavailable:
                     return
+
+    def advise(self, found: dict[str, Any]) -> None:
+        """The first of several stands for all: in `result.advice` of the job while it runs, and beside its end."""
+        with self._lock:
+            if self._advised:
+                return
+            self._advised = True
+        patiently(lambda: self._queue.advise(self._id, self._token, found))
 
     def flush(self) -> None:
         """Write the points that wait; they are lost when the catalog stays away."""

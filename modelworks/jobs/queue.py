@@ -227,6 +227,12 @@ class Queue:
             if metrics or stage != job.stage or int(fraction * 20) > int(job.progress * 20):
                 add_event(tx, job_id, "progress", stage, {"progress": round(fraction, 4), **(metrics or {})})
 
+    def advise(self, job_id: str, token: int, found: dict[str, Any]) -> None:
+        """Keep what the run is expected to take as `advice` in its result, also while it runs."""
+        with self._catalog.write(durable=False) as tx:
+            job = held(tx, job_id, token)
+            tx.update(job, result={**job.result, "advice": found})
+
     def event(self, job_id: str, token: int, kind: str, message: str, data: dict[str, Any]) -> None:
         self.events(job_id, token, [(kind, message, data)])
 

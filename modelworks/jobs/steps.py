@@ -186,8 +186,11 @@ def train(step: Step) -> None:
     from modelworks.ml.train.train import train as fit
 
     dataset = step.dataset("dataset_id")
-    test = step.table(step.dataset("test_dataset_id")) if "test_dataset_id" in step.job.spec else None
     spec = TrainingSpec.model_validate(step.spec())
+    if spec.advise:
+        _advise(step, spec, dataset)
+        return
+    test = step.table(step.dataset("test_dataset_id")) if "test_dataset_id" in step.job.spec else None
     suspicions = []
     if spec.target:
         suspicions = of_target(step.blobs.path(dataset.blob), dataset.columns, spec.target, dataset.profile)
@@ -235,6 +238,23 @@ def train(step: Step) -> None:
             registering.alias(tx, job, model, spec.alias)
         more = {"leaderboard": searched["leaderboard"], "search": _summary(searched)} if searched else {}
         _finish_model(step, tx, job, model, metrics=report.metrics, report_id=report.id, **more)
+
+    step.commit(write)
+
+
+def _advise(step: Step, spec: TrainingSpec, dataset: Dataset) -> None:
+    """Only what the training would take; the result stays with the job."""
+    from modelworks.ml.data.stored import StoredTable
+    from modelworks.ml.train.advise import advise
+    from modelworks.ml.train.memory import budget
+
+    stored = StoredTable(step.blobs.path(dataset.blob))
+    found = advise(stored, dataset.columns, dataset.profile, spec, step.context, budget(step.memory_mb))
+    for warning in found["warnings"]:
+        step.context.event("warning", warning)
+
+    def write(tx: Tx, job: Job) -> None:
+        step.queue.finish(tx, job, result={"advice": found})
 
     step.commit(write)
 
@@ -409,7 +429,7 @@ def _finish_model(
     **more: Any,
 ) -> None:
     result = {"model_version": model.ref, "model_version_id": model.id, "digest": model.digest, "report_id": report_id}
-    result |= more
+    result |= more | {name: value for name, value in job.result.items() if name == "advice"}
     step.queue.finish(tx, job, metrics=metrics, model_version=model.ref, result=result)
 
 

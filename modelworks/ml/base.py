@@ -51,6 +51,9 @@ class JobContext(Protocol):
         after `step` units. Cheap to call often: points are written in batches, and thinned out when there are many.
         """
 
+    def advise(self, found: dict[str, Any]) -> None:
+        """What a fit will take, measured before it begins (`ml/nets/advice.py`): said once, and kept with the job."""
+
     def spread(self, names: Sequence[str], parallel: int | None, seconds: float) -> None:
         """The parts `names` are still to be computed: have them done as jobs of their own, and return once `restore`
         finds them; or return at once, when doing them here is as good. `parallel`: how many at a time, as the user
@@ -81,6 +84,9 @@ class Relay:
 
     def metric(self, step: int, values: Mapping[str, float], *, unit: str = "epoch", part: str = "") -> None:
         self.ctx.metric(step, values, unit=unit, part=part)
+
+    def advise(self, found: dict[str, Any]) -> None:
+        self.ctx.advise(found)
 
     def spread(self, names: Sequence[str], parallel: int | None, seconds: float) -> None:
         self.ctx.spread(names, parallel, seconds)

@@ -3,141 +3,149 @@
 from __future__ import annotations
 
 import copy
-import resource
-import threading
+import math
+import statistics
 import time
 from typing import TYPE_CHECKING, Any
+
+from modelworks.core.telemetry import resident
+from modelworks.ml.machine import Peak, available
 
 if TYPE_CHECKING:
     from modelworks.ml.nets.loop import Loop
 
-_STEPS = 3
-_SECONDS = 5.0  # a trial takes no longer than about this
-_MARGIN = 0.9  # of what is free that may be used without a warning
+_STEPS = 7
+_SECONDS = 3.0  # a trial takes no longer than about this
+MARGIN = 0.9  # of what is free that may be used without a warning
 
 
-def give(loop: Loop) -> None:
-    """Measure, and say what to expect as an event "log" with `estimate`; an event "warning" when it will not fit."""
+def give(loop: Loop, *, more: bool = False) -> None:
+    """Measure, say what to expect as an event "log" with `estimate`, and warn when it will not fit. `more`: another loop
+    of the same fit follows, which gives its own.
+    """
     found = measure(loop)
-    if found is None:
-        return
     seconds, memory = found["seconds"], found["memory_mb"]
     loop.ctx.event(
         "log",
-        f"expected: {_words(seconds)} and {memory:.0f} MiB for {loop.epochs} epochs of {len(loop.examples)} rows "
+        f"expected: {words(seconds)} and {memory:.0f} MiB for {loop.epochs} epochs of {len(loop.examples)} rows "
         f"({found['parameters']:,} parameters)",
         estimate=found,
     )
-    if memory > _MARGIN * found["free_mb"]:
-        loop.ctx.event(
-            "warning",
-            f"this will hardly fit: about {memory:.0f} MiB are needed and {found['free_mb']:.0f} MiB may be used; lower "
-            "batch_size or the size of the net, or raise resources.memory_mb",
-            estimate=found,
-        )
-    limit = loop.stopping.max_seconds
-    if limit and seconds > limit:
-        loop.ctx.event(
-            "warning",
-            f"all epochs would take {_words(seconds)}, and max_seconds stops it after {_words(limit)}",
-            estimate=found,
-        )
+    for warning in found["warnings"]:
+        loop.ctx.event("warning", warning, estimate=found)
+    loop.ctx.advise({**found, "more": more})
 
 
-def measure(loop: Loop) -> dict[str, Any] | None:
-    """{"seconds", "memory_mb", "free_mb", "parameters", "step_ms"}; None where the first step already runs out of memory
-    (the loop will find the size that fits). Net and generators are left as they were.
+def measure(loop: Loop) -> dict[str, Any]:
+    """What `loop` will take, by a few of its steps on a copy of the net; net and generators are left as they were.
+
+    {"seconds", "memory_mb", "free_mb", "will_fit", "warnings", "rows", "epochs", "batch_size", "micro_batch", "step_ms",
+    "parameters"}. `micro_batch`: how many rows may go through the net at once; less than the batch where memory runs out,
+    as the loop will find as well.
     """
     import torch
 
-    from modelworks.ml.nets import optimise
-    from modelworks.ml.nets.loop import resident, starved
+    from modelworks.ml.nets.loop import starved
 
-    net = copy.deepcopy(loop.net)
     random = torch.get_rng_state()
-    optimiser = optimise.optimiser_of(net, loop.params, 0.0)
-    parameters = sum(weight.numel() for weight in net.parameters())
     before = resident()
-    peak, times = before, []
-    net.train()
-    began = time.monotonic()
+    free, micro = before + available(), loop.size
+    step, memory = math.inf, 0
     try:
-        for features, target in loop.examples.batches(loop.size, seed=(loop.ctx.seed, 0, 0)):
-            if len(target) < 2:
-                break
-            watch = _Peak()
-            start = time.perf_counter()
-            x, y = torch.from_numpy(features.copy()), loop.objective.prepare(target.copy())
-            loop.objective.losses(net(x), y).mean().backward()
-            optimiser.step()
-            optimiser.zero_grad()
-            times.append(time.perf_counter() - start)
-            peak = max(peak, watch.stop())
-            if len(times) >= _STEPS or time.monotonic() - began > _SECONDS:
-                break
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        if not starved(error):
-            raise
-        return None
+        while micro >= 1 and math.isinf(step):
+            try:
+                step, memory = _steps(loop, micro)
+            except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+                if not starved(error):
+                    raise
+                micro //= 2
     finally:
         torch.set_rng_state(random)
-    if not times:
-        return None
-    step = min(times)
+    if torch.cuda.is_available():
+        free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()
+    fits = 0 < memory <= MARGIN * free
+    seconds = 0.0 if math.isinf(step) else step * len(loop.examples) / loop.size * loop.epochs
+    limit = loop.stopping.max_seconds
     return {
-        "seconds": round(step * loop.chunks * loop.epochs, 2),
-        "memory_mb": round(peak / 2**20, 1),
-        "free_mb": round((before + available()) / 2**20, 1),
-        "parameters": parameters,
-        "step_ms": round(step * 1000, 3),
+        "seconds": round(min(seconds, limit or seconds), 3),
+        "memory_mb": round(memory / 2**20, 1),
+        "free_mb": round(free / 2**20, 1),
+        "will_fit": fits,
+        "warnings": warnings_of(seconds, memory, free, loop.size, micro, limit),
+        "rows": len(loop.examples),
+        "epochs": loop.epochs,
+        "batch_size": loop.size,
+        "micro_batch": micro,
+        "step_ms": 0.0 if math.isinf(step) else round(step * 1000, 3),
+        "parameters": sum(weight.numel() for weight in loop.net.parameters()),
     }
 
 
-def available() -> int:
-    """Bytes that this process may still take: by the machine, its control group and its own limit."""
-    with open("/proc/meminfo") as file:
-        figures = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in file if line.split()[1].isdigit()}
-    free = figures.get("MemAvailable", 2**40)
-    try:
-        with open("/sys/fs/cgroup/memory.max") as most, open("/sys/fs/cgroup/memory.current") as now:
-            limit = most.read().strip()
-            if limit != "max":
-                free = min(free, max(0, int(limit) - int(now.read())))
-    except OSError:
-        pass
-    soft, _ = resource.getrlimit(resource.RLIMIT_DATA)
-    if soft != resource.RLIM_INFINITY:
-        free = min(free, max(0, soft - _data()))
-    return free
+def _steps(loop: Loop, micro: int) -> tuple[float, int]:
+    """(seconds of one step, the most bytes in memory meanwhile), `micro` rows at a time. On the device that will train."""
+    import torch
+
+    from modelworks.ml.nets import optimise
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    net = copy.deepcopy(loop.net).to(device)
+    optimiser = optimise.optimiser_of(net, loop.params, 0.0)
+    precision = getattr(torch, loop.params.precision)
+    mixed = torch.autocast(device.type, dtype=precision, enabled=precision != torch.float32)
+    times: list[float] = []
+    peak, began = resident(), time.monotonic()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    net.train()
+    for features, target in loop.examples.batches(loop.size, seed=(loop.ctx.seed, 0, 0)):
+        if len(target) < 2 and times:
+            break
+        watch, start = Peak(), time.perf_counter()
+        try:
+            for first in range(0, len(target), micro):
+                part = slice(first, first + micro)
+                if len(target[part]) < 2 and first:
+                    continue  # as the loop: a batch of one row has no spread to normalise by
+                x = torch.from_numpy(features[part].copy()).to(device)
+                y = loop.objective.prepare(target[part].copy()).to(device)
+                with mixed:
+                    loss = loop.objective.losses(net(x), y).sum() / len(target)
+                loss.backward()
+            optimiser.step()
+            optimiser.zero_grad()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+        finally:
+            peak = max(peak, watch.stop())
+        times.append(time.perf_counter() - start)
+        if len(times) >= _STEPS or time.monotonic() - began > _SECONDS:
+            break
+    if device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated()
+    return statistics.median(times[1:] or times), peak  # the first has much to set up
 
 
-def _data() -> int:
-    """Bytes that count for RLIMIT_DATA."""
-    with open("/proc/self/status") as file:
-        return next((int(line.split()[1]) * 1024 for line in file if line.startswith("VmData")), 0)
+def warnings_of(seconds: float, memory: float, free: float, size: int, micro: int, limit: float | None) -> list[str]:
+    """What to be warned of: memory in bytes, a batch of `size` rows of which `micro` fit at once, `limit` seconds."""
+    found = []
+    if micro < 1:
+        found.append("memory runs out even with one row at a time; make the net smaller, or raise resources.memory_mb")
+    elif memory > MARGIN * free:
+        found.append(
+            f"this will hardly fit: about {memory / 2**20:,.0f} MiB are needed and {free / 2**20:,.0f} MiB may be used; use "
+            "fewer rows or features, lower batch_size or the size of the net, or raise resources.memory_mb"
+        )
+    elif micro < size:
+        found.append(
+            f"memory runs out with {size} rows at once: {micro} will go through the net at a time, and their gradients are "
+            "added up; a smaller batch_size, or more resources.memory_mb, would be faster"
+        )
+    if limit and seconds > limit:
+        found.append(f"all epochs would take {words(seconds)}, and max_seconds stops it after {words(limit)}")
+    return found
 
 
-def _words(seconds: float) -> str:
+def words(seconds: float) -> str:
     if seconds < 90:
         return f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
-
-
-class _Peak:
-    """The most memory that is resident meanwhile, looked at every few milliseconds."""
-
-    def __init__(self) -> None:
-        from modelworks.ml.nets.loop import resident
-
-        self._most, self._resident, self._done = resident(), resident, threading.Event()
-        self._thread = threading.Thread(target=self._look, daemon=True)
-        self._thread.start()
-
-    def _look(self) -> None:
-        while not self._done.wait(0.005):
-            self._most = max(self._most, self._resident())
-
-    def stop(self) -> int:
-        self._done.set()
-        self._thread.join()
-        return max(self._most, self._resident())

@@ -16,6 +16,7 @@ import numpy as np
 
 from modelworks.core.errors import InvalidInput
 from modelworks.core.specs import Stopping
+from modelworks.core.telemetry import resident
 from modelworks.ml.base import Examples, JobContext
 from modelworks.ml.nets import optimise, state
 from modelworks.ml.nets.objective import Objective
@@ -393,12 +394,6 @@ def starved(error: Exception) -> bool:
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     return "can't allocate memory" in str(error) or "out of memory" in str(error).lower()
-
-
-def resident() -> int:
-    """Bytes of this process that are in memory."""
-    with open("/proc/self/statm") as file:
-        return int(file.read().split()[1]) * 4096
 
 
 def answers(net: torch.nn.Module, examples: Examples, size: int = 512) -> Iterator[np.ndarray]:

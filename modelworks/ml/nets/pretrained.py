@@ -65,7 +65,7 @@ class Pretrained(NetTrainer):
         torch.manual_seed(ctx.seed)
         head = _head(vectors.features, objective.outputs, params)
         loop = Loop(head, vectors, objective, params, Stage(ctx, "head", share / 2, share), stopping, judged)
-        advice.give(loop)
+        advice.give(loop, more=params.fine_tune > 0)
         history = loop.run()
         net = torch.nn.Sequential(front, head)
         if params.fine_tune:

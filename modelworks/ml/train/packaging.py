@@ -168,7 +168,7 @@ def models_named(spec: TrainingSpec) -> list[str]:
 
 def _lasting(spec: TrainingSpec) -> dict[str, Any]:
     """The spec without what has no influence on the result."""
-    kept = spec.model_dump(mode="json", exclude={"search": True})
+    kept = spec.model_dump(mode="json", exclude={"search", "advise"})
     if kept["validation"]:
         kept["validation"].pop("parallel", None)
     return kept

@@ -17,6 +17,7 @@ from modelworks.ml.evaluate.metrics import Predictions, score
 from modelworks.ml.evaluate.slices import measure
 from modelworks.ml.evaluate.splits import Plan, describe_method
 from modelworks.ml.package import Manifest
+from modelworks.ml.train.advise import fits_of
 from modelworks.ml.train.course import Course
 from modelworks.ml.train.fit import Span, fit
 from modelworks.ml.train.packaging import lineage_of, package
@@ -61,9 +62,9 @@ def train(
     InvalidInput for what cannot be learned; with code gate_failed when a gate fails: its detail has gate, value and
     report.
     """
-    listening = _Listening(ctx)
     ctx.progress(0.0, "checking")
     problem = pose(table, columns, spec)
+    listening = _Listening(ctx, fits_of(problem))
     spec = problem.spec
     wanted = check_metrics(problem.task, spec.metrics, spec.gates)
     method = spec.validation or (problem.default if isinstance(problem, Course) else DEFAULT_METHOD)
@@ -170,11 +171,18 @@ def check_gates(gates: Sequence[Gate], report: dict[str, Any]) -> None:
 
 
 class _Listening(Relay):
-    """The job's context, remembering the warnings that pass through."""
+    """The job's context, remembering the warnings that pass through. `shares`: of its fits, for what all of them take."""
 
-    def __init__(self, ctx: JobContext) -> None:
+    def __init__(self, ctx: JobContext, shares: Sequence[float]) -> None:
         super().__init__(ctx)
         self.warnings: dict[str, None] = {}
+        self._shares = shares
+
+    def advise(self, found: dict[str, Any]) -> None:
+        one = found["seconds"]
+        found = {name: value for name, value in found.items() if name != "more"}
+        whole = round(one / self._shares[0] * sum(self._shares), 3)
+        super().advise({**found, "seconds": whole, "fit_seconds": one, "fits": len(self._shares)})
 
     def event(self, kind: str, message: str, **data: Any) -> None:
         if kind == "warning":
