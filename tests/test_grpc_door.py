@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
+import socket
 import struct
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import grpc
 import pytest
+from grpc._cython import cygrpc
 from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection_pb2
 
+from modelworks.api.grpc import entries, server
 from modelworks.api.grpc.door import Method
 from modelworks.api.grpc.messages import message
 from modelworks.core.specs import KeySpec
@@ -266,3 +271,58 @@ def test_a_stream_ends_when_its_key_is_revoked(rpc: GrpcHouse) -> None:
         released.set()
     until(lambda: not rpc.door._open, 5)
     assert not list((rpc.house.home / "tmp").glob("upload-*"))
+
+
+def test_headers_that_never_end_are_not_handed_over(rpc: GrpcHouse, monkeypatch: pytest.MonkeyPatch) -> None:
+    """grpc gives the loop all that came when such a connection breaks: 100,000 entries here, from a client without a key."""
+    made: list[str] = []
+    pair = entries._pair
+
+    def watched(name: str, value: Any) -> tuple[str, Any]:
+        made.append(name)
+        return pair(name, value)
+
+    monkeypatch.setattr(cygrpc, "_Metadatum", watched)
+    with socket.create_connection(("127.0.0.1", rpc.port), timeout=10) as connection:
+        start = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + frame(4, 0, 0, b"")
+        head = b"\x83\x86\x04\x04/a/b\x01\x01x\x0f\x10\x10application/grpc\x00\x02te\x08trailers"
+        connection.sendall(start + frame(1, 0, 1, head) + frame(9, 0, 1, b"\x00\x01a\x01b" * 2000) * 50)
+    until(lambda: "a" in made, 10)
+    assert rpc.code(OIP + "ServerLive") == Code.OK
+    assert made.count("a") <= entries.MAX + 1
+
+
+def frame(kind: int, flags: int, stream: int, body: bytes) -> bytes:
+    """One of HTTP/2."""
+    return struct.pack(">I", len(body))[1:] + struct.pack(">BBI", kind, flags, stream) + body
+
+
+def test_a_connection_that_does_not_take_our_bounds_is_closed(tmp_path: Path) -> None:
+    """A client that never acknowledges the settings, as every HTTP/2 client must, within header_timeout."""
+    with house(tmp_path, header_timeout=0.5) as found, grpc_house(found) as served:
+        with socket.create_connection(("127.0.0.1", served.port), timeout=10) as connection:
+            connection.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + frame(4, 0, 0, b""))
+            while connection.recv(65536):
+                pass  # TimeoutError when it stays open
+        assert served.code(OIP + "ServerLive") == Code.OK
+
+
+def test_connections_beyond_the_most_are_closed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server, "MAX_CONNECTIONS", 3)
+    with house(tmp_path) as found, grpc_house(found) as served, contextlib.ExitStack() as opened:
+        assert served.code(OIP + "ServerLive") == Code.OK  # the first
+        ends = [
+            opened.enter_context(socket.create_connection(("127.0.0.1", served.port), timeout=10)) for _ in range(6)
+        ]
+        closed = [end for end in ends if _is_closed(end)]
+        assert len(closed) >= 4
+        assert served.code(OIP + "ServerLive") == Code.OK
+
+
+def _is_closed(connection: socket.socket) -> bool:
+    connection.settimeout(1.0)
+    try:
+        connection.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + frame(4, 0, 0, b""))
+        return not connection.recv(9)
+    except OSError:
+        return True

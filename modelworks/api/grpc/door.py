@@ -21,6 +21,7 @@ from pydantic import ValidationError
 
 from modelworks.api.errors import NotImplementedHere, invalid
 from modelworks.api.events import Stopping
+from modelworks.api.grpc import entries
 from modelworks.api.grpc.errors import render
 from modelworks.api.grpc.messages import POOL, message, parse
 from modelworks.api.guard import LOOKUP_THREADS, count, new_request_id
@@ -239,6 +240,7 @@ class Door(grpc.GenericRpcHandler):
 
     def service(self, details: grpc.HandlerCallDetails) -> Any:
         """Called by grpc in the loop for each call, when its metadata is there and no message was read yet."""
+        entries.begin()
         carrier = _Carrier(details.invocation_metadata)
         method = self.methods.get(details.method) or Method(details.method, "whoami.get", _unknown, None, True, True)
         if method.many_in or method.many_out or self.services.gateway.observer.tracing is not None:
