@@ -56,7 +56,7 @@ class TextRouter(FakeRouter):
     def routes(self) -> list[Route]:
         return [*super().routes(), *self.texts.values()]
 
-    def waiting(self, key: tuple[str, str]) -> int:
+    def ahead(self, key: tuple[str, str]) -> int:
         return 0
 
     def submit(self, key: tuple[str, str], call: Any, deliver: Callable[[Any], None], *, manual: bool = False) -> Any:

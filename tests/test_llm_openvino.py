@@ -161,6 +161,25 @@ def test_a_shared_beginning_is_read_once(engine: OpenVinoRuntime) -> None:
     assert first.usage[2] < BLOCK * 2 < again.usage[2] < again.usage[0]
 
 
+def test_a_short_prompt_does_not_stand_behind_long_ones(engine: OpenVinoRuntime) -> None:
+    """The engine by itself reads prompts to their ends in the order of their coming."""
+    long = [[{"role": "user", "content": f"{word} and salt " * 200}] for word in ("pepper", "flour")]
+    for name, prompt in {"a": long[0], "b": long[1], "short": PARIS}.items():
+        engine.admit(name, [messages(prompt)], {"temperature": 0, "max_tokens": 2, "ignore_eos": True}, True, ("key", 1))
+    first: list[str] = []
+    usage: dict[str, list[int]] = {}
+    while len(engine):
+        for name, part, _ in engine.step(60.0):
+            assert isinstance(part, list)
+            first += [] if name in first else [str(name)]
+            usage[str(name)] = memoryview(part[2].data).cast("i").tolist()
+    assert first.index("short") < first.index("b")
+    assert usage["a"][0] > 600
+    assert [made for _, made, _ in usage.values()] == [2] * 3
+    again = run(engine, (long[1], {"temperature": 0, "max_tokens": 2}))[0]
+    assert again.usage[2] > 600  # what was read in pieces is in the cache
+
+
 def test_it_is_as_good_as_llama(engine: OpenVinoRuntime, package: Package) -> None:
     """The mean NLL of greedy answers in both: reading the four-bit file, OpenVINO's is off by far more than this."""
     other = LlamaRuntime()
@@ -195,7 +214,7 @@ def test_the_engine_is_chosen_by_the_file() -> None:
 def test_texts_are_cut_at_stops_and_never_within_a_character() -> None:
     from modelworks.ml.runtimes.llm_openvino import Order
 
-    call = Call(Order(1, "x", stop=["END", "NOW"]), None, 1)
+    call = Call(Order(1, "x", stop=["END", "NOW"]), [1])
     shown = []
     for piece in (b"a \xf0\x9f", b"\x99\x82 E", b"N", b"X NO", b"W and more"):
         call.take(piece)
@@ -204,7 +223,9 @@ def test_texts_are_cut_at_stops_and_never_within_a_character() -> None:
     assert call.stopped
     known = Prefixes(4)
     ids = list(range(3 * BLOCK))
-    assert [known.seen(ids), known.seen(ids), known.seen(ids[:BLOCK] + [0] * BLOCK)] == [0, 3 * BLOCK - 1, BLOCK]
+    assert known.find(ids) == 0
+    known.add(ids)
+    assert [known.find(ids), known.find([*ids, 1]), known.find(ids[:BLOCK] + [0] * BLOCK)] == [3 * BLOCK - 1, 3 * BLOCK, BLOCK]
 
 
 def test_a_dead_engine_is_told(engine: OpenVinoRuntime) -> None:

@@ -1,13 +1,12 @@
 """Drives a runtime that batches continuously (admit / step / abort): one thread steps it, the socket loop never waits.
 
-Calls beyond the runtime's slots wait here, oldest first; an aborted or late one leaves its slot within a step.
+Calls beyond the runtime's slots wait here, fairly between keys; an aborted or late one leaves its slot within a step.
 """
 
 from __future__ import annotations
 
 import threading
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from typing import Any, Protocol
 
@@ -15,6 +14,7 @@ from modelworks.core.errors import DeadlineExceeded, ModelworksError, Unavailabl
 from modelworks.core.telemetry import logger
 from modelworks.core.tensors import Tensor
 from modelworks.serve.batcher import Step
+from modelworks.serve.fairness import FairQueue
 from modelworks.serve.wire import Part
 
 _BUSY, _IDLE = 0.05, 1.0  # seconds that one step may wait: how late a deadline is noticed
@@ -23,7 +23,10 @@ log = logger("continuous")
 
 
 class Steps(Protocol):
-    """What a runtime must have to be driven here. `slots`: calls that run at a time. Only `step` may wait."""
+    """What a runtime must have to be driven here. `slots`: calls that run at a time. Only `step` may wait.
+
+    One inside of which calls wait says `fair = True`: its `admit` takes (key, priority) as well; and it has `waiting`, a number.
+    """
 
     slots: int
 
@@ -35,10 +38,18 @@ class Steps(Protocol):
 
 
 class _Call:
-    __slots__ = ("begun", "deadline", "id", "inputs", "params", "since", "stream")
+    __slots__ = ("begun", "deadline", "done", "id", "inputs", "key_id", "params", "priority", "since", "stream")
 
     def __init__(
-        self, id: Hashable, inputs: list[Tensor], params: dict[str, Any], stream: bool, deadline: float, since: float
+        self,
+        id: Hashable,
+        inputs: list[Tensor],
+        params: dict[str, Any],
+        stream: bool,
+        deadline: float,
+        since: float,
+        key: str,
+        priority: int,
     ) -> None:
         self.id = id
         self.inputs = inputs
@@ -47,6 +58,13 @@ class _Call:
         self.deadline = deadline
         self.since = since
         self.begun = since
+        self.key_id = key
+        self.priority = priority
+        self.done = False  # waits no more
+
+    @property
+    def call(self) -> _Call:
+        return self
 
 
 class Continuous:
@@ -57,7 +75,9 @@ class Continuous:
         self._version = model_version
         self._clock = clock
         self._lock = threading.Lock()  # held for moments only, never while the runtime steps
-        self._waiting: OrderedDict[Hashable, _Call] = OrderedDict()
+        self._line: FairQueue[_Call] = FairQueue()
+        self._waiting: dict[Hashable, _Call] = {}  # those in the line
+        self._fair = getattr(runtime, "fair", False)
         self._running: dict[int, _Call] = {}  # by the id that the runtime knows: each admission has a new one
         self._names: dict[Hashable, int] = {}
         self._number = 0
@@ -69,7 +89,8 @@ class Continuous:
 
     @property
     def waiting(self) -> int:
-        return len(self._waiting)
+        """Calls that no slot is free for, or that the runtime has not begun."""
+        return len(self._waiting) + (self._runtime.waiting if self._fair else 0)  # type: ignore[attr-defined]
 
     @property
     def in_slots(self) -> int:
@@ -91,28 +112,46 @@ class Continuous:
         if self._thread is not None:
             self._thread.join(2 * _IDLE)
 
-    def admit(self, id: Hashable, inputs: list[Tensor], deadline: float, params: dict[str, Any], stream: bool) -> None:
+    def admit(
+        self,
+        id: Hashable,
+        inputs: list[Tensor],
+        deadline: float,
+        params: dict[str, Any],
+        stream: bool,
+        key: str = "",
+        priority: int = 1,
+    ) -> None:
         """Start a call or queue it. InvalidInput when the runtime refuses it at once; then it was not admitted."""
-        call = _Call(id, inputs, params, stream, deadline, self._clock())
+        call = _Call(id, inputs, params, stream, deadline, self._clock(), key, priority)
         with self._lock:
             if self._stopped:
                 raise Unavailable("the model's engine has stopped; try again", retry_after=1.0)
             if self._waiting or self.in_slots >= self._runtime.slots:
                 self._waiting[id] = call
+                self._line.push(call, call.since)
             else:
                 self._begin(call)
 
     def abort(self, id: Hashable) -> None:
         """Forget a call; if it runs, its slot is free within a step. Unknown ids are ignored."""
         with self._lock:
-            if self._waiting.pop(id, None) is None:
+            if id in self._waiting:
+                self._give_up(self._waiting[id])
+            else:
                 self._leave(id)
 
     # with the lock held
 
+    def _give_up(self, call: _Call) -> None:
+        del self._waiting[call.id]
+        call.done = True
+        self._line.forget(call)
+
     def _begin(self, call: _Call) -> None:
         self._number += 1
-        self._runtime.admit(self._number, call.inputs, call.params, call.stream)
+        whose = [(call.key_id, call.priority)] if self._fair else []
+        self._runtime.admit(self._number, call.inputs, call.params, call.stream, *whose)
         call.begun = self._clock()
         self._running[self._number] = call
         self._names[call.id] = self._number
@@ -160,11 +199,13 @@ class Continuous:
                         del self._names[call.id]
             self._expire(now, steps)
             while self._waiting and self.in_slots < self._runtime.slots:
-                _, call = self._waiting.popitem(last=False)
+                following = self._line.pop(now)
+                assert following is not None
+                del self._waiting[following.id]
                 try:
-                    self._begin(call)
+                    self._begin(following)
                 except ModelworksError as error:
-                    steps.append((call.id, error, True))
+                    steps.append((following.id, error, True))
         return steps
 
     def _part(
@@ -176,7 +217,7 @@ class Continuous:
 
     def _expire(self, now: float, steps: list[Step]) -> None:
         for call in [call for call in self._waiting.values() if call.deadline <= now]:
-            del self._waiting[call.id]
+            self._give_up(call)
             steps.append((call.id, DeadlineExceeded("the deadline passed before a slot was free"), True))
         for call in [call for call in self._running.values() if call.deadline <= now]:
             self._leave(call.id)

@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Iterator
 from typing import Generic, Protocol, TypeVar
 
-from modelworks.core.types import Call
+from modelworks.core.tensors import Tensor
 
 AGED = 1.0  # seconds of waiting after which a call of a lower class gets a turn among those of a higher
 AGED_EVERY = 4  # one turn in so many
@@ -20,12 +20,24 @@ _SLACK = 64  # done calls that may lie in the queue
 _DEBTORS = 1024  # keys without a waiting call whose last one is remembered
 
 
+class Asked(Protocol):
+    """What of a call counts here."""
+
+    key_id: str
+    priority: int
+
+    @property
+    def inputs(self) -> list[Tensor]: ...
+
+
 class Waiter(Protocol):
     """`done`: nobody waits for it any more; `since`: when it was queued."""
 
-    call: Call
     done: bool
     since: float
+
+    @property
+    def call(self) -> Asked: ...
 
 
 W = TypeVar("W", bound=Waiter)
@@ -165,7 +177,7 @@ class FairQueue(Generic[W]):
         """A queued call is done (it is marked so before): it is skipped when its turn comes."""
         self._classes[item.call.priority].forget(item.call.key_id)
 
-    def displaced_by(self, call: Call) -> W | None:
+    def displaced_by(self, call: Asked) -> W | None:
         """Which call would have to leave a full queue for this one; None: this one is the one to be refused.
 
         It is the newest call of the key with the most waiting, in the lowest class; within the caller's own class only
@@ -184,7 +196,7 @@ class FairQueue(Generic[W]):
         return None
 
 
-def cost(call: Call) -> int:
+def cost(call: Asked) -> int:
     """What a call takes of its key's share: its rows."""
     shape = call.inputs[0].shape if call.inputs else None
     return min(max(shape[0], 1), _DEAREST) if shape else 1

@@ -109,6 +109,11 @@ class Host:
         return finished
 
     @property
+    def waiting(self) -> int:
+        """Calls aboard that the model has not begun."""
+        return self._batcher.waiting
+
+    @property
     def _aboard(self) -> bool:
         return len(self._batcher) > 0 or any(session.behind for session in self.sessions)
 
@@ -117,7 +122,7 @@ class Host:
 
     def admit(self, session: Session, number: int, frame: bytes, start: int, stop: int) -> None:
         head, tensors = wire.read_call(frame, start, stop, session.view)
-        self._admit(session, number, tensors, head.remaining, head.params, head.stream)
+        self._admit(session, number, tensors, head.remaining, head.params, head.stream, head.key, head.priority)
 
     def _admit(
         self,
@@ -127,13 +132,15 @@ class Host:
         remaining: float,
         params: dict[str, Any],
         stream: bool,
+        key: str = "",
+        priority: int = 1,
     ) -> None:
         id = (session, number)
         try:
             self._refuse_more(1)
             deadline = time.monotonic() + remaining
             if self._continuous is not None:
-                self._continuous.admit(id, tensors, deadline, params, stream)
+                self._continuous.admit(id, tensors, deadline, params, stream, key, priority)
             else:
                 self._batcher.admit(id, tensors, deadline)
         except ModelworksError as error:
@@ -443,7 +450,7 @@ class Session(Channel):
         elif kind == wire.CREDIT:
             self._credit(number, wire.read_credit(frame[start:stop]))
         elif kind == wire.PING:
-            self.send(wire.pong(number, wire.Stats(memory=resident())))
+            self.send(wire.pong(number, wire.Stats(resident(), self.host.waiting)))
             self.tidy()
         elif kind == wire.KIND:
             if number >= MAX_KINDS:

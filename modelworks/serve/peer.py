@@ -80,6 +80,12 @@ class Peer:
         link = self.link
         return len(link.calls) if link is not None else 0
 
+    @property
+    def waiting(self) -> int:
+        """Calls that wait inside the replica, as its last pong told."""
+        link = self.link
+        return link.stats.waiting if link is not None else 0
+
     def load(self) -> int:
         """Calls outstanding, or -1 where a new one may not be sent: it is not usable, or kept busy. The hot path's one look."""
         link = self.link

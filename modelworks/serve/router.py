@@ -103,6 +103,11 @@ class Router:
         lane = self._lanes.get(key)
         return lane.queued if lane else 0
 
+    def ahead(self, key: Key) -> int:
+        """Calls of a deployment that wait, here or for room in a replica, as its last sign of life told."""
+        lane = self._lanes.get(key)
+        return lane.queued + sum(peer.waiting for peer in lane.peers) if lane else 0
+
     def states(self) -> list[PeerState]:
         """All replicas as this gateway sees them, hung ones marked."""
         now = self._clock()

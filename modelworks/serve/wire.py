@@ -29,7 +29,7 @@ CHALLENGE, PROOF = 10, 11
 CREDIT = 12  # number: a call, payload: how many parts of its stream were consumed
 SEGMENT, MAPPED, FREE, DROP = range(13, 17)  # number: a segment, of FREE: a slot
 KIND, CALLS, FORM, PARTS = range(17, 21)  # see columns.py
-VERSION = 3
+VERSION = 4
 NONCE = 32
 MAX_FRAME = 256 * 1024 * 1024
 MAX_HELLO = 4096  # what a peer may send before it has shown the secret
@@ -76,9 +76,11 @@ class Ready(msgspec.Struct, array_like=True):
 
 
 class Stats(msgspec.Struct, array_like=True):
-    """What a replica says of itself with each pong. `memory`: resident, in bytes; 0: not known."""
+    """What a replica says of itself with each pong. `memory`: resident, in bytes; 0: not known. `waiting`: calls aboard
+    that its engine has not begun."""
 
     memory: int = 0
+    waiting: int = 0
 
 
 class TensorHead(msgspec.Struct, array_like=True):
@@ -94,12 +96,15 @@ class TensorHead(msgspec.Struct, array_like=True):
 
 
 class CallHead(msgspec.Struct, array_like=True):
-    """`remaining`: seconds until the deadline, as clocks of two machines differ."""
+    """`remaining`: seconds until the deadline, as clocks of two machines differ. `key`, `priority`: as a Call's, for calls
+    that wait in the replica."""
 
     remaining: float
     request_id: str
     params: dict[str, Any]
     stream: bool
+    key: str
+    priority: int
     tensors: list[TensorHead]
 
 
@@ -229,7 +234,7 @@ def call(number: int, body: Call, remaining: float, share: Share | None = None) 
     Tensors from SHARED_FROM bytes on go through shared memory, as far as `share` has room for them.
     """
     tensors = body.inputs
-    fields = (remaining, body.request_id, body.params, body.stream)
+    fields = (remaining, body.request_id, body.params, body.stream, body.key_id, body.priority)
     try:
         head = _encode((*fields, _heads(tensors)))
     except (OverflowError, TypeError, UnicodeEncodeError, RecursionError) as problem:

@@ -73,7 +73,7 @@ class Exchange:
         self.first: float | None = None
         self.end = "client_gone"
         self.outcome = ""  # its end, once a stream's last event is written
-        self.queued = self.gateway.router.waiting(self.route.key)
+        self.queued = self.gateway.router.ahead(self.route.key)
         self.allowance = Allowance(services, caller, request)
         self.plain = not asked.running and "logprobs" not in asked.params  # an event has nothing new but its text
         self._frames: dict[int, tuple[bytes, bytes]] = {}

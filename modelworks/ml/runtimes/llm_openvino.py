@@ -43,6 +43,8 @@ _SEEDS = 2**32
 _MODULE = "modelworks.ml.runtimes.openvino_engine"
 
 Step = tuple[Hashable, "list[Tensor] | ModelworksError | None", bool]
+Whose = tuple[str, int]  # key and priority (0 before 1 before 2) of a call
+NOBODY: Whose = ("", 1)
 
 
 class Order(msgspec.Struct, array_like=True):
@@ -56,6 +58,8 @@ class Order(msgspec.Struct, array_like=True):
     prefix: str = ""
     stream: bool = False
     bos: bool = False
+    key: str = ""  # whose call it is
+    priority: int = 1
 
 
 class News(msgspec.Struct, array_like=True):
@@ -70,11 +74,13 @@ class News(msgspec.Struct, array_like=True):
     logprobs: list[Logprob] | None = None
     error: tuple[str, str, int, int] | None = None
     done: bool = False
+    begun: bool = False  # its prompt is being read from now on, and nothing else
 
 
 class OpenVinoRuntime:
     """As LlamaRuntime: `admit` and `abort` never wait, `step` waits for what the child has made."""
 
+    fair: ClassVar[bool] = True  # calls wait in here, and their keys have their turns
     lacks: ClassVar[frozenset[str]] = frozenset({"images", "logit_bias", "top_logprobs", "sampled_alternatives", "echo"})
 
     def __init__(self) -> None:
@@ -83,6 +89,7 @@ class OpenVinoRuntime:
         self._numbers: dict[Hashable, int] = {}
         self._calls: dict[int, tuple[Hashable, str]] = {}  # by the child's number: the call, and its prompt's input
         self._number = 0
+        self._begun: set[int] = set()  # those of them that wait no more
         self._child: subprocess.Popen[bytes] | None = None
 
     def load(self, package: Package, threads: int, *, slots: int = MAX_SLOTS, context: int | None = None) -> Signature:
@@ -131,18 +138,25 @@ class OpenVinoRuntime:
             raise InvalidInput(f"OpenVINO cannot load this model: {said}", code="bad_model")
         threading.Thread(target=self._read, name="engine-news", daemon=True).start()
 
-    def admit(self, call_id: Hashable, inputs: list[Tensor], params: dict[str, Any], stream: bool) -> None:
-        """Begin a call. InvalidInput when its prompt or parameters are not sound; then it was not admitted."""
-        self.begin(call_id, read_ask(inputs, params, self.lacks), stream)
+    @property
+    def waiting(self) -> int:
+        """Calls aboard that the engine has no room for yet, or whose turn it is not."""
+        return len(self._calls) - len(self._begun)
 
-    def begin(self, call_id: Hashable, ask: Ask, stream: bool) -> None:
+    def admit(
+        self, call_id: Hashable, inputs: list[Tensor], params: dict[str, Any], stream: bool, whose: Whose = NOBODY
+    ) -> None:
+        """Begin a call. InvalidInput when its prompt or parameters are not sound; then it was not admitted."""
+        self.begin(call_id, read_ask(inputs, params, self.lacks), stream, whose)
+
+    def begin(self, call_id: Hashable, ask: Ask, stream: bool, whose: Whose = NOBODY) -> None:
         """As `admit`, of a call that is read already and asks for nothing that is lacking here."""
         if ask.sampling.schema is not None:
             compile_schema(ask.sampling.schema)  # refuses what cannot be enforced
         self._number += 1
         self._numbers[call_id] = self._number
         self._calls[self._number] = call_id, "messages" if ask.messages is not None else "prompt"
-        self._pool.submit(self._order, self._number, ask, stream)
+        self._pool.submit(self._order, self._number, ask, stream, whose)
 
     def step(self, timeout: float) -> list[Step]:
         """What has come since the last step, waiting up to `timeout` seconds for the first; Unavailable without engine."""
@@ -176,7 +190,7 @@ class OpenVinoRuntime:
         self._template.close()
         shutil.rmtree(self._folder, ignore_errors=True)
 
-    def _order(self, number: int, ask: Ask, stream: bool) -> None:
+    def _order(self, number: int, ask: Ask, stream: bool, whose: Whose) -> None:
         sampling = ask.sampling
         try:
             prefix = ""
@@ -190,6 +204,7 @@ class OpenVinoRuntime:
             self._end(number, error)
             return
         order = Order(number, prompt, _settings(ask), sampling.stop, sampling.logprobs is not None, prefix, stream)
+        order.key, order.priority = whose
         order.bos = self._bos and isinstance(prompt, str)
         self._write(order)
 
@@ -206,6 +221,8 @@ class OpenVinoRuntime:
                     self._end(news.number, self._error(news))
                 elif news.done:
                     self._end(news.number, _part(news) if news.reason else None)
+                elif news.begun and news.number in self._calls:
+                    self._begun.add(news.number)
                 elif news.number in self._calls:
                     self.events.put((self._calls[news.number][0], _part(news), False))
         self.events.put(None)
@@ -221,6 +238,7 @@ class OpenVinoRuntime:
     def _end(self, number: int, end: list[Tensor] | ModelworksError | None) -> None:
         call_id, _ = self._calls.pop(number, (None, ""))
         self._numbers.pop(call_id, None)
+        self._begun.discard(number)
         if call_id is not None:
             self.events.put((call_id, end, True))
 

@@ -17,7 +17,7 @@ from modelworks.core.types import Signature
 from modelworks.ml.gguf import read_gguf, token_bytes
 from modelworks.ml.package import Package
 from modelworks.ml.runtimes.llm_llama import MODEL_FILE, LlamaRuntime
-from modelworks.ml.runtimes.llm_openvino import CONTEXT, OpenVinoRuntime, Step
+from modelworks.ml.runtimes.llm_openvino import CONTEXT, NOBODY, OpenVinoRuntime, Step, Whose
 
 SECOND_SLOTS = 4
 SECOND_CACHE = 256 * 1024**2  # bytes of keys and values that the second engine may take, beyond one call's context
@@ -28,6 +28,7 @@ log = logger("standby")
 class StandbyRuntime:
     """As OpenVinoRuntime; what both lack is refused."""
 
+    fair: ClassVar[bool] = True
     lacks: ClassVar[frozenset[str]] = OpenVinoRuntime.lacks & LlamaRuntime.lacks
 
     def __init__(self) -> None:
@@ -45,10 +46,16 @@ class StandbyRuntime:
         self.slots = self._first.slots
         return signature
 
-    def admit(self, call_id: Hashable, inputs: list[Tensor], params: dict[str, Any], stream: bool) -> None:
+    @property
+    def waiting(self) -> int:
+        return self._first.waiting
+
+    def admit(
+        self, call_id: Hashable, inputs: list[Tensor], params: dict[str, Any], stream: bool, whose: Whose = NOBODY
+    ) -> None:
         ask = read_ask(inputs, params, self.lacks)
         if lacking(ask, OpenVinoRuntime.lacks) is None:
-            self._first.begin(call_id, ask, stream)
+            self._first.begin(call_id, ask, stream, whose)
         elif refusal := lacking(ask, LlamaRuntime.lacks):
             raise refusal
         else:

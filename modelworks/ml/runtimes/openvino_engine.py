@@ -1,7 +1,10 @@
 """The process in which OpenVINO GenAI runs: python -m modelworks.ml.runtimes.openvino_engine FD, started by llm_openvino.
 
-It reads orders between steps, and writes after each step what all calls have made, in one frame. A call enters the
-engine when the cache has room for its prompt and a good part of its answer; until then it waits here, in order.
+It reads orders between steps, and writes after each step what all calls have made, in one frame. A call begins when the
+cache has room for its prompt and a good part of its answer; whose turn it is, llm_line.py says.
+
+The engine would read prompts to their ends in the order of their coming, so it is given them in pieces, a step's worth at a
+time: a piece is a request for one token that nobody reads, after which the prefix cache has what the next one begins with.
 """
 
 from __future__ import annotations
@@ -13,17 +16,21 @@ import signal
 import socket
 import struct
 import sys
-from collections import OrderedDict, deque
+from collections import OrderedDict
+from collections.abc import Iterator
 from typing import Any
 
 import msgspec
 
 from modelworks.core.generation import Logprob
+from modelworks.ml.runtimes.llm_line import Line
 from modelworks.ml.runtimes.llm_openvino import News, Order, _frame
 from modelworks.ml.runtimes.llm_text import MARKS, Text
 
 BLOCK = 32  # tokens of one block of the cache, on the CPU
-CHUNK = 256  # tokens of all calls that one step reads at most: a long prompt is read in pieces between others' tokens
+CHUNK = 256  # tokens that one step computes: a long prompt is read in pieces between others' tokens
+LEAST = 64  # of them for prompts, however many calls are making tokens
+_PIECES = 2**62  # request ids of pieces begin here
 RESERVED = 512  # tokens of an answer that room is kept for; beyond, the engine may have to set a call back
 _ENDS = (b"<|im_end|>", b"<|eot_id|>", b"<|end|>", b"<end_of_turn>", b"<|endoftext|>", b"<|end_of_text|>")
 _MARKS = tuple(mark.encode() for mark in MARKS)
@@ -32,12 +39,15 @@ _MARKS = tuple(mark.encode() for mark in MARKS)
 class Call:
     """A call aboard, and the text that it has made: bytes of tokens to whole characters, cut at stop texts."""
 
-    def __init__(self, order: Order, ids: Any, count: int) -> None:
+    def __init__(self, order: Order, ids: list[int]) -> None:
         self.order = order
-        self.ids = ids
-        self.count = count
+        self.key, self.priority = order.key, order.priority
+        self.ids = ids  # of the prompt, then those made too
+        self.count = self.unread = len(ids)
+        self.since = 0
         self.handle: Any = None
         self.blocks = 0
+        self.begun = False  # room is kept for it
         self.made = 0
         self.cached = 0
         self.logprobs: list[Logprob] = []
@@ -47,6 +57,15 @@ class Call:
     @property
     def stopped(self) -> bool:
         return self.text.stopped
+
+    @property
+    def computed(self) -> list[int]:
+        """The tokens whose keys and values are in the cache: of all that were made but the last."""
+        return self.ids[:-1] if self.made else []
+
+    @property
+    def cost(self) -> int:
+        return self.blocks * BLOCK
 
     def take(self, data: bytes, *, final: bool = False) -> None:
         self.text.take(self._decode(data, final))
@@ -60,24 +79,36 @@ class Call:
 
 
 class Prefixes:
-    """Which prompts' blocks the engine still has: the same rule as its own, least recently used first out."""
+    """Which blocks the engine still has: the same rule as its own, least recently used first out."""
 
     def __init__(self, blocks: int) -> None:
         self._blocks = blocks
         self._known: OrderedDict[int, None] = OrderedDict()
 
-    def seen(self, ids: list[int]) -> int:
-        """Tokens at the beginning of `ids` that are in the cache; all of its whole blocks are from now on."""
-        found, value, known = 0, 0, True
-        for start in range(0, len(ids) - len(ids) % BLOCK, BLOCK):
-            value = hash((value, tuple(ids[start : start + BLOCK])))
-            known = known and value in self._known
-            found += BLOCK if known else 0
+    def find(self, ids: list[int]) -> int:
+        """Tokens at the beginning of `ids` that are in the cache; the last one is never."""
+        found = 0
+        for value in _chain(ids):
+            if value not in self._known:
+                break
+            found += BLOCK
+        return min(found, len(ids) - 1)
+
+    def add(self, ids: list[int]) -> None:
+        """They were computed: all of their whole blocks are in the cache."""
+        for value in _chain(ids):
             self._known[value] = None
             self._known.move_to_end(value)
         while len(self._known) > self._blocks:
             self._known.popitem(last=False)
-        return min(found, len(ids) - 1)
+
+
+def _chain(ids: list[int]) -> Iterator[int]:
+    """What names each whole block, with all before it."""
+    value = 0
+    for start in range(0, len(ids) - len(ids) % BLOCK, BLOCK):
+        value = hash((value, tuple(ids[start : start + BLOCK])))
+        yield value
 
 
 class Engine:
@@ -90,8 +121,8 @@ class Engine:
         self._free = self._blocks = -(-int(config["cache"]) // BLOCK) + 1
         scheduler.num_kv_blocks = self._blocks
         scheduler.dynamic_split_fuse = True
-        scheduler.max_num_batched_tokens = CHUNK
-        scheduler.max_num_seqs = int(config["slots"])
+        scheduler.max_num_batched_tokens = CHUNK + int(config["slots"])
+        scheduler.max_num_seqs = int(config["slots"]) + 1  # a piece beside them
         self._context = int(config["context"])
         self._pipeline = genai.ContinuousBatchingPipeline(
             config["model"], scheduler, "CPU", {"INFERENCE_NUM_THREADS": int(config["threads"])}
@@ -108,7 +139,9 @@ class Engine:
                 self._bytes[id] = b""
         self._prefixes = Prefixes(self._blocks)
         self.calls: dict[int, Call] = {}
-        self._waiting: deque[Call] = deque()
+        self._line: Line[Call] = Line()
+        self._piece: Any = None  # of a prompt, that is being read
+        self._pieces = _PIECES
 
     def order(self, order: Order) -> News | None:
         """Begin or abort; what there is to tell at once."""
@@ -116,18 +149,15 @@ class Engine:
             call = self.calls.pop(order.number, None)
             if call is None:
                 return None
-            if call.handle is None:
-                self._waiting.remove(call)
-            else:
+            if call.handle is not None:
                 call.handle.stop()
+                self._prefixes.add(call.computed)
+            if call.handle is not None or self._line.remove(call):
                 self._free += call.blocks
             return News(order.number, done=True)
         return self._begin(order, order.prompt)
 
     def _begin(self, order: Order, prompt: str | list[int]) -> News | None:
-        import numpy as np
-        import openvino as ov
-
         if isinstance(prompt, str):
             ids = self._tokenizer.encode(prompt, add_special_tokens=False).input_ids.data[0].tolist()
             bos = self._tokenizer.get_bos_token_id()
@@ -135,37 +165,82 @@ class Engine:
                 ids.insert(0, bos)
         else:
             ids = prompt
-            if max(ids) >= len(self._bytes):
+            if max(ids, default=0) >= len(self._bytes):
                 said = f"token id {max(ids)} is beyond the vocabulary of {len(self._bytes)}"
                 return News(order.number, error=("invalid", said, 0, 0), done=True)
         if not ids or len(ids) >= self._context:
             return News(order.number, error=("context_length_exceeded", "", len(ids), self._context), done=True)
-        call = Call(order, ov.Tensor(np.array([ids], dtype=np.int64)), len(ids))
-        call.cached = self._prefixes.seen(ids)
+        call = Call(order, ids)
+        call.unread -= self._prefixes.find(ids)
         room = self._context - len(ids)
         order.settings["max_new_tokens"] = min(order.settings.get("max_new_tokens", room), room)
         call.blocks = -(-(len(ids) + min(order.settings["max_new_tokens"], RESERVED)) // BLOCK)
         self.calls[order.number] = call
-        self._waiting.append(call)
+        self._line.push(call)
         return None
 
     def step(self) -> list[News]:
         news: list[News] = []
-        while self._waiting and (self._waiting[0].blocks <= self._free or self._free == self._blocks):
-            call = self._waiting.popleft()
-            try:
-                call.handle = self._pipeline.add_request(call.order.number, call.ids, self._config(call.order.settings))
-            except RuntimeError as error:
-                print("refused:", error, file=sys.stderr, flush=True)
-                del self.calls[call.order.number]
-                said = "the engine refuses these parameters; the deployment's log has the cause"
-                news.append(News(call.order.number, error=("invalid", said, 0, 0), done=True))
-                continue
-            self._free -= call.blocks
+        read = self._read_on(news)
         self._pipeline.step()
+        for call, upto in read:
+            self._prefixes.add(call.ids[:upto])
+        if self._piece is not None and self._piece.get_status() != self._genai.GenerationStatus.RUNNING:
+            self._piece = None
         for call in [call for call in self.calls.values() if call.handle is not None]:
             news += self._collect(call)
         return news
+
+    def _read_on(self, news: list[News]) -> list[tuple[Call, int]]:
+        """Give the engine a step's worth of prompts: (call, tokens of its prompt that are read after it)."""
+        self._line.turn()
+        read: list[tuple[Call, int]] = []
+        left = max(LEAST, CHUNK - sum(call.handle is not None for call in self.calls.values()))
+        while left > 0 and self._piece is None and (call := self._line.next(self._fits)) is not None:
+            if not call.begun:
+                call.begun = True
+                self._free -= call.blocks
+                call.cached = self._prefixes.find(call.ids)  # by now, others may have read the same
+                call.unread = call.count - call.cached
+                news.append(News(call.order.number, begun=True))
+            done = call.count - call.unread
+            if call.unread <= left:
+                upto = call.count
+                self._line.remove(call)
+                if (error := self._enter(call)) is not None:
+                    news.append(error)
+                    continue
+            else:
+                upto = (done + left) // BLOCK * BLOCK
+                if upto <= done:
+                    break
+                self._pieces += 1
+                self._piece = self._add(self._pieces, call.ids[:upto], self._config({"max_new_tokens": 1}))
+            left -= upto - done
+            call.unread = call.count - upto
+            read.append((call, upto))
+        return read
+
+    def _fits(self, call: Call) -> bool:
+        return call.blocks <= self._free or self._free == self._blocks
+
+    def _enter(self, call: Call) -> News | None:
+        """The engine reads what is left of its prompt and makes its tokens; what is to be told when it refuses."""
+        try:
+            call.handle = self._add(call.order.number, call.ids, self._config(call.order.settings))
+        except RuntimeError as error:
+            print("refused:", error, file=sys.stderr, flush=True)
+            del self.calls[call.order.number]
+            self._free += call.blocks
+            said = "the engine refuses these parameters; the deployment's log has the cause"
+            return News(call.order.number, error=("invalid", said, 0, 0), done=True)
+        return None
+
+    def _add(self, number: int, ids: list[int], config: Any) -> Any:
+        import numpy as np
+        import openvino as ov
+
+        return self._pipeline.add_request(number, ov.Tensor(np.array([ids], dtype=np.int64)), config)
 
     def _config(self, settings: dict[str, Any]) -> Any:
         chosen = {name: value for name, value in settings.items() if name not in ("schema", "alternatives")}
@@ -193,6 +268,7 @@ class Engine:
             if call.stopped:
                 call.handle.stop()
             call.take(b"", final=True)
+            self._prefixes.add(call.computed)
             del self.calls[call.order.number]
             self._free += call.blocks
             return [call.news("stop" if call.stopped else reason)]
@@ -201,6 +277,7 @@ class Engine:
     def _token(self, call: Call, id: int, logprob: float) -> str:
         """Note one token; why the call ends with it, or ""."""
         call.made += 1
+        call.ids.append(id)
         if id in self._ends and not call.order.settings.get("ignore_eos"):
             return "stop"
         data = self._bytes[id] if id < len(self._bytes) else b""
