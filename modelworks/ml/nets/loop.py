@@ -59,7 +59,8 @@ class Loop:
         self.rate = 0.0
         self.history: list[dict[str, Any]] = []
         self._epoch, self._chunk, self._step = 0, 0, 0
-        self._sum = self._rows = self._norm = 0.0
+        self._sum: Any = 0.0  # of the epoch's losses; on a GPU it stays there until somebody asks
+        self._rows = self._norm = 0.0
         self._best: dict[str, torch.Tensor] | None = None
         self._best_value, self._since = math.inf, 0
         self._spent = 0.0  # seconds of earlier attempts
@@ -105,13 +106,16 @@ class Loop:
         self.device = self._accelerator.device
         if self.device.type == "cuda":
             torch.use_deterministic_algorithms(True, warn_only=True)
+            torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads what was not written
         self.net.to(self.device)
         if self.params.learning_rate == "auto":
             self.rate = self._find_rate()
         else:
             self.rate = self.params.learning_rate
         made = optimise.optimiser_of(self.net, self.params, self.rate)
-        self._model, self._optimiser = self._accelerator.prepare(self.net, made)
+        self._model = self._accelerator.prepare(self.net)
+        # accelerate's optimiser scales gradients; where there is nothing to scale, its step only costs time
+        self._optimiser = self._accelerator.prepare(made) if precision == "fp16" else made
         self._weights = [weight for weight in self.net.parameters() if weight.requires_grad]
         self._normalises = any("BatchNorm" in type(module).__name__ for module in self.net.modules())
         self._fixed_rate = self.params.schedule == "constant" and not self.params.warmup
@@ -236,12 +240,13 @@ class Loop:
                 weights = sum(weight.abs().sum() for weight in self._weights if weight.ndim > 1)
                 whole = loss + self.params.l1 * weights * (len(y) / rows)
             self._accelerator.backward(whole)
-            self._sum += float(loss.detach()) * rows
+            self._sum += (float(loss.detach()) if self.device.type == "cpu" else loss.detach().double()) * rows
             self._rows += len(y)
         self._seen += count
 
     def _update(self) -> None:
-        if not math.isfinite(self._sum):
+        due = time.monotonic() - self._told >= _REPORT_EVERY or self._chunk == self.chunks
+        if (due or self.device.type == "cpu") and not math.isfinite(self._sum):
             raise InvalidInput(
                 f"the loss is no number any more in epoch {self._epoch + 1}, step {self._step + 1}; lower learning_rate "
                 f"(it is {self.rate:g}), set clip_norm, or scale the features",
@@ -253,8 +258,9 @@ class Loop:
             for group in self._optimiser.param_groups:
                 group["lr"] = rate
         if self.params.clip_norm:
-            self._norm = float(self._accelerator.clip_grad_norm_(self._weights, self.params.clip_norm))
-        elif time.monotonic() - self._told >= _REPORT_EVERY or self._chunk == self.chunks:
+            norm = self._accelerator.clip_grad_norm_(self._weights, self.params.clip_norm)
+            self._norm = float(norm) if due or self.device.type == "cpu" else self._norm
+        elif due:
             self._norm = self._gradient_norm()
         self._optimiser.step()
         self._optimiser.zero_grad()
@@ -277,7 +283,7 @@ class Loop:
     def _judge(self) -> None:
         """The curve's next point, and whether it is the best so far."""
         now = time.monotonic()
-        found: dict[str, Any] = {"loss": self._sum / max(self._rows, 1)}
+        found: dict[str, Any] = {"loss": float(self._sum) / max(self._rows, 1)}
         if self.held is not None:
             found |= self._measure(self.held)
         rates = {group["lr"] for group in self._optimiser.param_groups}
@@ -353,7 +359,7 @@ class Loop:
             share = max(share, min(1.0, self._elapsed(now) / self.stopping.max_seconds))
             left = min(left, max(0.0, self.stopping.max_seconds - self._elapsed(now)))
         values = {
-            "loss": self._sum / max(self._rows, 1),
+            "loss": float(self._sum) / max(self._rows, 1),
             "learning_rate": self._optimiser.param_groups[0]["lr"],
             "grad_norm": self._norm,
             "rows_per_s": round(speed, 1),
@@ -377,7 +383,7 @@ class Loop:
         if now - self._kept < max(_CHECKPOINT_EVERY, _CHECKPOINT_SHARE * self._cost):
             return
         place = {
-            "id": self._id, "epoch": self._epoch, "chunk": self._chunk, "step": self._step, "sum": self._sum,
+            "id": self._id, "epoch": self._epoch, "chunk": self._chunk, "step": self._step, "sum": float(self._sum),
             "rows": self._rows, "best": None if math.isinf(self._best_value) else self._best_value,
             "since": self._since, "spent": self._elapsed(now), "micro": self.micro, "rate": self.rate,
             "history": self.history,
