@@ -380,6 +380,12 @@ def test_deploy_waits_and_says_where(cli: Any, fake: FakeServer) -> None:
     assert done.exit_code == 0, done.stderr
     assert fake.asked[0].json == {"model": "iris@champion", "replicas": {"min": 2}, "resources": {"threads": 1}}
     assert f"{fake.url}/api/v1/deployments/iris/predict" in done.stdout
+    done = cli("deploy", "chat:1", "--name", "iris", "--engine", "llama", "--context", "512", "--adapter", "a=b@c", "--no-wait")
+    assert (done.exit_code, fake.asked[-1].json) == (
+        0, {"model": "chat:1", "engine": "llama", "context": 512, "adapters": {"a": "b@c"}}
+    )  # fmt: skip
+    done = cli("deploy", "chat:1", "--name", "iris", "--adapter", "a")
+    assert (done.exit_code, "NAME=MODEL" in done.stderr) == (2, True)
     fake.on("GET", "/api/v1/deployments/iris", {**DEPLOYMENT, "status": "failed", "message": "parity mismatch"})
     done = cli("deploy", "iris@champion")
     assert (done.exit_code, "parity mismatch" in done.stderr) == (1, True)

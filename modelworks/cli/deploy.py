@@ -37,6 +37,13 @@ def deploy(
     target: Annotated[float | None, typer.Option(help="Calls under way that one replica is meant for.")] = None,
     threads: Annotated[int | None, typer.Option(help="Compute threads of a replica.")] = None,
     memory_mb: Annotated[int | None, typer.Option(help="Memory limit of a replica in MiB.")] = None,
+    engine: Annotated[
+        str | None, typer.Option(help="Of a language model: auto, openvino, llama or transformers.  [default: auto]")
+    ] = None,
+    context: Annotated[int | None, typer.Option(help="Tokens of one call of a language model.")] = None,
+    adapter: Annotated[
+        list[str] | None, typer.Option(help="A LoRA adapter as NAME=MODEL: --adapter pirate=pirate-lora:1. Repeatable.")
+    ] = None,
     max_batch: Annotated[int | None, typer.Option(help="Calls that run together at most.")] = None,
     wait_ms: Annotated[float | None, typer.Option(help="How long an idle replica waits for more calls.")] = None,
     wait: Annotated[bool, typer.Option("--wait/--no-wait", help="Wait until it serves.")] = True,
@@ -54,6 +61,9 @@ def deploy(
         chosen = {key: value for key, value in given.items() if value is not None}
         if chosen:
             spec[part] = chosen
+    spec |= {key: value for key, value in (("engine", engine), ("context", context)) if value is not None}
+    if adapter:
+        spec["adapters"] = dict(map(_adapter, adapter))
     name = name or Ref.parse(model).name
     deployment = session.client.deployments.put(name, spec)
     if wait:
@@ -63,6 +73,13 @@ def deploy(
         return
     url = f"{session.client.connection.url}/api/v1/deployments/{name}/predict"
     session.say(f"{name}: {deployment.model_version}, {deployment.status}, revision {deployment.spec_revision}, {url}")
+
+
+def _adapter(text: str) -> tuple[str, str]:
+    name, equals, model = text.partition("=")
+    if not (name and equals and model):
+        raise InvalidInput(f"{text[:100]!r} must be NAME=MODEL, such as pirate=pirate-lora:1", param="--adapter")
+    return name, model
 
 
 def wait_ready(session: Session, name: str, timeout: float) -> Deployment:

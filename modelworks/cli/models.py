@@ -98,7 +98,7 @@ def add(
     source: Annotated[
         str,
         typer.Argument(
-            help="A GGUF or ONNX file, a model's folder, package:DIST/PATH, https://..., or hub:OWNER/NAME."
+            help="A GGUF or ONNX file, a model's or LoRA adapter's folder, package:DIST/PATH, https://..., or hub:OWNER/NAME."
         ),
     ],
     task: Annotated[str | None, typer.Option(help="Such as embedding; by default told from the files.")] = None,

@@ -13,11 +13,13 @@ from modelworks.control.references import resolve_model
 from modelworks.control.requests import without_paths
 from modelworks.core.errors import InvalidInput, NotFound
 from modelworks.core.specs import NAME_PATTERN, DeploymentSpec
-from modelworks.core.tasks import GENERATION
+from modelworks.core.tasks import ADAPTER, GENERATION
 from modelworks.core.types import Caller, Deployment, DeploymentRevision, ModelVersion, Page, Replica
-from modelworks.ml.runtimes.choice import LLAMA, TRANSFORMERS, choose
+from modelworks.ml.runtimes.choice import LLAMA, TRANSFORMERS, check_adapter, choose
 from modelworks.security import audit
 from modelworks.store.catalog import Catalog, Tx
+
+_FORMATS = {"gguf": LLAMA, "safetensors": TRANSFORMERS}  # of a language model's package: the runtime
 
 
 class Deployments:
@@ -38,7 +40,9 @@ class Deployments:
 
     def _write(self, tx: Tx, caller: Caller, name: str, spec: DeploymentSpec, status: str = "updating") -> Deployment:
         model = resolve_model(tx, caller.project_id, spec.model)
-        _check_engine(spec, model)
+        adapters = _adapters(tx, caller, spec, model)
+        spec = spec.model_copy(update={"adapters": {key: one.ref for key, one in adapters.items()}})
+        _check_engine(spec, model, sum(one.size for one in adapters.values()))
         known = tx.find(Deployment, project_id=caller.project_id, name=name)
         _check_routes(tx, caller, name, spec, model.task)
         resolved: dict[str, Any] = {
@@ -168,15 +172,42 @@ def _check_name(name: str) -> None:
         )
 
 
-def _check_engine(spec: DeploymentSpec, model: ModelVersion) -> None:
-    """InvalidInput for an engine that cannot run this model, and with the numbers for one that this machine cannot hold."""
+def _adapters(tx: Tx, caller: Caller, spec: DeploymentSpec, model: ModelVersion) -> dict[str, ModelVersion]:
+    """What the adapters mean now. InvalidInput for one that no engine puts on this model, and for one without a model."""
+    if model.task == ADAPTER:
+        base = model.lineage.get("base_model")
+        raise InvalidInput(
+            f"{model.ref} is a LoRA adapter and serves nothing by itself; deploy its base model{f' ({base})' if base else ''} "
+            f'with adapters: {{"{model.name}": "{model.ref}"}}',
+            param="model",
+        )
+    found = {}
+    for name, text in spec.adapters.items():
+        param = f"adapters.{name}"
+        try:
+            found[name] = one = resolve_model(tx, caller.project_id, text)
+        except (InvalidInput, NotFound) as error:
+            error.param = param
+            raise
+        if one.task != ADAPTER or model.task != GENERATION:
+            said = f"{one.ref} does {one.task}" if one.task != ADAPTER else f"{model.ref} does {model.task}"
+            raise InvalidInput(f"adapters are LoRA adapters of a language model, and {said}", param=param)
+        runtime = _FORMATS.get(str(model.lineage.get("format")), LLAMA)
+        check_adapter(spec.engine, runtime, model.algorithm, one.lineage, param)
+    return found
+
+
+def _check_engine(spec: DeploymentSpec, model: ModelVersion, more: int) -> None:
+    """InvalidInput for an engine that cannot run this model, and with the numbers for one that this machine cannot hold.
+
+    `more`: bytes of its adapters.
+    """
     if model.task != GENERATION:
         if spec.engine != "auto" or spec.context is not None:
             param = "context" if spec.context is not None else "engine"
             raise InvalidInput(f"{param} is for language models, and {model.ref} does {model.task}", param=param)
         return
-    formats = {"gguf": LLAMA, "safetensors": TRANSFORMERS}
-    runtime = formats.get(str(model.lineage.get("format")))
+    runtime = _FORMATS.get(str(model.lineage.get("format")))
     if runtime is not None:
         choose(spec.engine, runtime, model.algorithm, model.lineage)
     trained = model.lineage.get("context_length")
@@ -185,9 +216,9 @@ def _check_engine(spec: DeploymentSpec, model: ModelVersion) -> None:
     context = spec.context or min(2048, trained or 2048)
     cache = context * int(model.lineage.get("token_bytes") or 0)
     here = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if model.size + cache > here:
+    if model.size + more + cache > here:
         raise InvalidInput(
-            f"{model.ref} does not fit: {model.size >> 20} MiB of weights and {cache >> 20} MiB of cache for {context} "
+            f"{model.ref} does not fit: {(model.size + more) >> 20} MiB of weights and {cache >> 20} MiB of cache for {context} "
             f"tokens, and this machine has {here >> 20} MiB; take a smaller model or context",
             code="does_not_fit",
             param="model",

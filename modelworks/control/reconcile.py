@@ -45,6 +45,16 @@ class _Held:
     told: bool = False
 
 
+@dataclass(frozen=True)
+class _Order:
+    """A replica to start: its row, and what it serves. `adapters`: the digests of their manifests, by name."""
+
+    row: Replica
+    model: ModelVersion
+    spec: DeploymentSpec
+    adapters: dict[str, str]
+
+
 class Reconciler:
     """`turn` does one step and never waits for a replica. `secret` (hex) is what links to replicas present.
 
@@ -191,7 +201,7 @@ class Reconciler:
         changed = any(getattr(deployment, name) != value for name, value in shown.items())
         if not (plan.start or plan.restore or plan.drain or plan.remove or changed):
             return
-        started: list[tuple[Replica, ModelVersion, DeploymentSpec]] = []
+        started: list[_Order] = []
         with self._catalog.write() as tx:
             if plan.remove:
                 self._remove(tx, deployment)
@@ -202,8 +212,8 @@ class Reconciler:
                 self._replicas[row.id] = tx.update(row, status="draining")
             if changed:
                 self._deployments[deployment.id] = tx.update(deployment, **shown)
-        for replica, model, spec in started:
-            self._start(deployment, replica, model, spec)
+        for order in started:
+            self._start(deployment, order)
         for row in plan.drain:
             if held := self._held.get(row.id):
                 held.draining_since = self._clock()
@@ -211,7 +221,7 @@ class Reconciler:
     def _failures_of(self, deployment_id: str, number: int) -> scaling.Failures:
         return self._failures.get((deployment_id, number), scaling.Failures())
 
-    def _new_replica(self, tx: Tx, deployment: Deployment, number: int) -> tuple[Replica, ModelVersion, DeploymentSpec]:
+    def _new_replica(self, tx: Tx, deployment: Deployment, number: int) -> _Order:
         """A row for a replica of revision `number`, with what that revision serves and how."""
         revision = tx.find(DeploymentRevision, deployment_id=deployment.id, number=number)
         assert revision is not None, "a revision is written with the deployment that names it"
@@ -225,11 +235,15 @@ class Reconciler:
         )
         self._prune(tx, deployment)
         model = resolve_model(tx, deployment.project_id, revision.model_version)
-        return row, model, DeploymentSpec.model_validate(revision.spec)
+        spec = DeploymentSpec.model_validate(revision.spec)
+        adapters = {name: resolve_model(tx, deployment.project_id, ref) for name, ref in spec.adapters.items()}
+        return _Order(row, model, spec, {name: one.digest for name, one in adapters.items()})
 
-    def _start(self, deployment: Deployment, row: Replica, model: ModelVersion, spec: DeploymentSpec) -> None:
+    def _start(self, deployment: Deployment, order: _Order) -> None:
+        row, model, spec = order.row, order.model, order.spec
         try:
             manifest = self._blobs.path(model.digest)
+            adapters = {name: str(self._blobs.path(digest)) for name, digest in order.adapters.items()}
         except NotFound as error:
             key = (deployment.id, row.spec_revision)
             self._failures[key] = scaling.Failures(fatal=f"its package is gone: {error.message}")
@@ -246,6 +260,7 @@ class Reconciler:
                 secret=self._secret,
                 engine=self._engine_of(model) if spec.engine == "auto" else spec.engine,
                 context=spec.context,
+                adapters=adapters,
                 threads=spec.resources.threads,
                 memory_mb=spec.resources.memory_mb,
                 max_batch=spec.batching.max_batch,

@@ -11,7 +11,7 @@ from modelworks.control import scaling
 from modelworks.core import telemetry
 from modelworks.core.errors import CatalogUnavailable
 from modelworks.core.specs import DeploymentSpec
-from modelworks.core.types import Deployment, ModelVersion, Replica
+from modelworks.core.types import Deployment, DeploymentRevision, ModelVersion, Replica
 from modelworks.security.identity import Authenticator
 from modelworks.serve.router import Router
 from modelworks.serve.routes import Detour, Key, Limits, Route, Snapshot, Target
@@ -48,9 +48,19 @@ def snapshot(tx: Tx, number: int, limits: Limits) -> Snapshot:
             limits=limits_of(deployment, limits),
             detours=detours_of(deployment),
             cache=_cache_of(deployment),
+            adapters=_adapters(tx, deployment, chosen),
             failed="" if chosen else _failure(deployment),
         )
     return Snapshot(number, routes)
+
+
+def _adapters(tx: Tx, deployment: Deployment, chosen: list[Replica]) -> dict[str, str]:
+    """Those of the revision that the replicas serve."""
+    spec = deployment.spec
+    if chosen and chosen[0].spec_revision != deployment.spec_revision:
+        kept = tx.find(DeploymentRevision, deployment_id=deployment.id, number=chosen[0].spec_revision)
+        spec = kept.spec if kept else spec
+    return dict(spec.get("adapters", {}))
 
 
 def _failure(deployment: Deployment) -> str:

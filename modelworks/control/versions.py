@@ -179,7 +179,9 @@ def _refuse_deployments(tx: Tx, model: ModelVersion) -> None:
     found = []
     for one in tx.list(Deployment, project_id=model.project_id):
         kept = tx.find(DeploymentRevision, deployment_id=one.id, number=one.serving_revision or 0)
-        if one.model_version_id == model.id or one.id in serving or (kept and kept.model_version == model.ref):
+        specs = [one.spec, *([kept.spec] if kept else [])]
+        carried = any(model.ref in spec.get("adapters", {}).values() for spec in specs)
+        if one.model_version_id == model.id or one.id in serving or (kept and kept.model_version == model.ref) or carried:
             found.append(one.name)
     if found:
         raise Conflict(

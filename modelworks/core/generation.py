@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import msgspec
 from msgspec import Meta
 
-from modelworks.core.errors import InvalidInput
+from modelworks.core.errors import InvalidInput, NotFound
 from modelworks.core.tensors import Tensor, pack_bytes, unpack_bytes
 from modelworks.core.types import Signature, TensorSpec
 
@@ -44,6 +44,7 @@ FEATURES = {
     "penalties": "the engine of this model has no presence, frequency and repetition penalties",
     "seed": "the engine of this model has no seed",
     "min_p": "the engine of this model has no min_p",
+    "adapter": "the engine of this model has no LoRA adapters",
 }
 
 # Parts each hold the text since the part before; the last has the reason why it ended ("stop", "length"). `usage` counts
@@ -78,6 +79,7 @@ class Sampling(msgspec.Struct, forbid_unknown_fields=False):
     ignore_eos: bool = False  # generate until max_tokens
     schema: dict[str, Any] | None = None  # the JSON schema that the text must satisfy, enforced while sampling
     tools: list[dict[str, Any]] = []  # as OpenAI has them, for the chat template
+    adapter: Annotated[str, Meta(max_length=100)] = ""  # of those that the deployment carries; "": the model itself
 
 
 class Logprob(msgspec.Struct):
@@ -138,6 +140,16 @@ def lacking(ask: Ask, lacks: Collection[str]) -> InvalidInput | None:
             said = f"{FEATURES[feature]}; leave out {what}, or ask another deployment"
             return InvalidInput(said, code="unsupported_parameter", param=param)
     return None
+
+
+def check_adapter(ask: Ask, known: Collection[str]) -> None:
+    """NotFound unless the call asks for one of the `known` adapters, or for none."""
+    name = ask.sampling.adapter
+    if name and name not in known:
+        there = f"it has {', '.join(sorted(known))}" if known else "it has none"
+        raise NotFound(
+            f"there is no adapter {name!r} in this deployment; {there}", code="adapter_not_found", param="adapter"
+        )
 
 
 def read_sampling(params: dict[str, Any]) -> Sampling:
@@ -360,6 +372,7 @@ def _asked(ask: Ask) -> list[tuple[str, str]]:
         (given.repetition_penalty != usual.repetition_penalty, "penalties", "repetition_penalty"),
         (given.seed is not None, "seed", "seed"),
         (given.min_p != usual.min_p, "min_p", "min_p"),
+        (bool(given.adapter), "adapter", "adapter"),
     ]
     return [(feature, param) for needed, feature, param in asked if needed]
 

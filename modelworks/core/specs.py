@@ -492,6 +492,11 @@ class DeploymentSpec(Spec):
         None, ge=256, le=2**22, description="tokens of one call of a language model, prompt and answer; by default "
         "what its engine holds, at most what it was trained on",
     )  # fmt: skip
+    adapters: dict[Name, RefText] = Field(
+        {}, max_length=64, examples=[{"pirate": "pirate-lora:1"}],
+        description="LoRA adapters of a language model, by the name under which a call asks for one: the OpenAI model "
+        "`DEPLOYMENT:NAME`, or the parameter `adapter`",
+    )  # fmt: skip
     resources: Resources = Resources()
     routes: list[Detour] = Field([], max_length=8, description="when calls go to other deployments; the first that fits")
     cache: AnswerCache | None = Field(None, description="keep whole answers and give them again; {} for the defaults")

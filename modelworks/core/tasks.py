@@ -8,6 +8,7 @@ CLASSIFICATION, REGRESSION = "tabular-classification", "tabular-regression"
 ANOMALY, FORECAST, RECOMMENDATION = "anomaly-detection", "forecast", "recommendation"
 GENERATION = "text-generation"
 TAGGING = "token-classification"
+ADAPTER = "lora-adapter"  # serves no calls by itself: a deployment of its base model carries it
 KINDS = ("tabular", "image", "text", "audio", "multimodal")
 _GOALS = ("classification", "regression")
 

@@ -15,10 +15,13 @@ from typing import BinaryIO, Literal
 
 from modelworks.core.embedding import EMBEDDING, RERANK
 from modelworks.core.errors import InvalidInput, PayloadTooLarge, UnsupportedMedia
+from modelworks.core.tasks import ADAPTER
+from modelworks.ml.adapter_import import RUNTIME as ADAPTER_RUNTIME
+from modelworks.ml.adapter_import import check_adapter, import_peft, is_adapter
 from modelworks.ml.data.archives import zip_directory
 from modelworks.ml.decoder_import import TASK as GENERATION
 from modelworks.ml.decoder_import import check_decoder, import_decoder
-from modelworks.ml.folder import CONFIG, config_of, stage
+from modelworks.ml.folder import ADAPTER_CONFIG, CONFIG, config_of, stage
 from modelworks.ml.llm_import import check_llama, import_gguf
 from modelworks.ml.onnx_import import check_onnx, import_onnx
 from modelworks.ml.package import Manifest, Package
@@ -37,8 +40,8 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}\Z")
 _EPOCH = (1980, 1, 1, 0, 0, 0)
 _BLOCK = 1024**2
 _ACCEPTED = (
-    "upload an ONNX file, a GGUF model, a ZIP of a model's folder (config.json, safetensors, tokenizer) "
-    "or a package that was exported from here"
+    "upload an ONNX file, a GGUF model or LoRA adapter, a ZIP of a model's folder (config.json, safetensors, tokenizer) "
+    "or of a LoRA adapter's as PEFT saves it, or a package that was exported from here"
 )
 
 
@@ -92,6 +95,9 @@ def import_package(
 
 def check_package(manifest: Manifest, files: dict[str, Path], threads: int = 1) -> None:
     """InvalidInput unless the graph is safe, loads, fits its signature and answers its parity samples."""
+    if manifest.runtime == ADAPTER_RUNTIME:
+        check_adapter(manifest, files)
+        return
     if manifest.runtime not in RUNTIMES:
         raise _bad(f"it wants the runtime {manifest.runtime[:80]!r}, and there are {', '.join(RUNTIMES)}")
     if manifest.runtime in ("onnx", "encoder"):
@@ -122,7 +128,9 @@ def import_folder(
 ) -> tuple[Manifest, dict[str, Path]]:
     """The same from a model's folder, or a ZIP of one: config.json, safetensors and tokenizer; see folder.py."""
     folder = stage(path, workdir)
-    found = task or _task_of(folder)
+    found = task or (ADAPTER if is_adapter(folder) else _task_of(folder))
+    if found == ADAPTER and is_adapter(folder):
+        return import_peft(folder, workdir, licence=licence)
     if found in (EMBEDDING, RERANK):
         from modelworks.ml.encoder_import import import_encoder
 
@@ -243,7 +251,7 @@ def _sniff_zip(file: BinaryIO) -> Literal["package", "folder"]:
     if MANIFEST in names:
         return "package"
     files = {name.rpartition("/")[2] for name in names if name.count("/") < 2}
-    if CONFIG in files and any(name.endswith(".safetensors") for name in files):
+    if files & {CONFIG, ADAPTER_CONFIG} and any(name.endswith(".safetensors") for name in files):
         return "folder"
     if any(name.endswith("data.pkl") for name in names):
         what = "a PyTorch checkpoint (pickle, which can run code)"

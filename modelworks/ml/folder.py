@@ -17,6 +17,7 @@ from typing import Any
 from modelworks.core.errors import InvalidInput, MissingExtra, NotFound, PayloadTooLarge
 
 CONFIG = "config.json"
+ADAPTER_CONFIG = "adapter_config.json"
 MAX_JSON = 64 * 1024**2
 MAX_FOLDER = 256 * 1024**3
 _RATIO = 100  # a ZIP unpacks to at most so many times its size
@@ -43,7 +44,7 @@ def stage(source: Path, workdir: Path) -> Path:
         _link(source, target)
     else:
         _unpack(source, target)
-    if not (target / CONFIG).is_file() and not (target / "adapter_config.json").is_file():
+    if not (target / CONFIG).is_file() and not (target / ADAPTER_CONFIG).is_file():
         raise InvalidInput(
             f"a model's folder has a {CONFIG} at its top, beside its safetensors; this one has none", code="bad_model"
         )

@@ -9,7 +9,9 @@ from typing import Any
 
 from modelworks.core.errors import InvalidInput
 from modelworks.core.generation import TEXT_GENERATION
+from modelworks.core.tasks import ADAPTER
 from modelworks.core.tensors import Tensor, pack_bytes, unpack_bytes
+from modelworks.ml.adapter_import import import_gguf_adapter
 from modelworks.ml.gguf import MAX_STRING, TOKENS, exact_type, read_gguf, to_q8_0, token_bytes
 from modelworks.ml.package import Manifest, Package, PackageFile
 from modelworks.ml.runtimes.llm_llama import CHAT_FILE, MODEL_FILE, LlamaRuntime
@@ -34,9 +36,12 @@ def import_gguf(
     With `convert` "q8_0", weights in fewer bits are written anew in that. The header is checked, the chat template rendered
     in its sandbox, and the model loaded and asked for a few tokens.
     """
-    if task not in (None, TASK):
-        raise InvalidInput(f"a GGUF model is served as {TASK}, not as {task[:80]!r}", param="task")
     found = read_gguf(path)
+    adapter = found.get("general.type") == "adapter"
+    if task not in (None, ADAPTER if adapter else TASK):
+        raise InvalidInput(f"this GGUF file is served as {ADAPTER if adapter else TASK}, not as {task[:80]!r}", param="task")
+    if adapter:
+        return import_gguf_adapter(path, found, licence=licence)
     if convert == Q8_0 and exact_type(found.get("general.file_type")) is None:
         converted = workdir / "converted.gguf"
         to_q8_0(path, converted, lambda part: tell(0.6 * part, "writing the weights in 8 bits"))

@@ -70,7 +70,7 @@ class Caches:
     def of(self, route: Route) -> Cache | None:
         if route.cache is None:
             return None
-        state = (route.cache, route.model_version, route.detours)
+        state = (route.cache, route.model_version, route.detours, route.adapters)
         known = self._known.get(route.key)
         if known is None or known[0] != state:
             known = self._known[route.key] = (state, Cache(*route.cache))

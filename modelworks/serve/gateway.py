@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import msgspec
@@ -125,9 +126,12 @@ class Gateway:
                 principal, there, msgspec.structs.replace(call, deployment=name, version=None), deliver, manual
             )
 
-        errand = Errand(
-            route, call, deliver, self._caches.of(route), submit, lambda it: Watch(self.observer, route, it)
-        )
+        cache = self._caches.of(route)
+        if adapter := call.params.get("adapter"):  # not to where there is none of this name
+            there = (self.router.route((route.project_id, rule.to)) for rule in route.detours)
+            kept = [rule for rule, to in zip(route.detours, there, strict=True) if to and adapter in to.adapters]
+            route = replace(route, detours=tuple(kept))
+        errand = Errand(route, call, deliver, cache, submit, lambda it: Watch(self.observer, route, it))
         errand.start()
         return errand
 

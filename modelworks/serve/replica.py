@@ -95,7 +95,10 @@ def load(spec: ReplicaSpec) -> tuple[Any, Manifest]:
     runtime = _runtime(spec.runtime or _chosen(spec, manifest))()
     package = Package(manifest, _locator(spec))
     if hasattr(runtime, "admit") and manifest.task == GENERATION:
-        runtime.load(package, spec.threads, slots=spec.max_batch, context=spec.context)
+        adapters = {
+            name: Package(Manifest.parse(Path(path).read_bytes()), _locator(spec)) for name, path in spec.adapters.items()
+        }
+        runtime.load(package, spec.threads, slots=spec.max_batch, context=spec.context, adapters=adapters)
     elif hasattr(runtime, "admit"):
         runtime.load(package, spec.threads, slots=spec.max_batch)
     else:

@@ -63,6 +63,7 @@ class Route:
     replicas: tuple[Target, ...] = ()
     limits: Limits = field(default_factory=Limits)
     detours: tuple[Detour, ...] = ()
+    adapters: Mapping[str, str] = field(default_factory=dict)  # name -> the LoRA adapter's version
     cache: tuple[float, int] | None = None  # whole answers are kept: seconds, bytes
     failed: str = ""  # why there is no replica and none is to be expected: calls are refused at once
 

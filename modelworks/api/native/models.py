@@ -47,7 +47,7 @@ FORM: dict[str, Any] = {
         "file": {
             "type": "string",
             "contentMediaType": "application/octet-stream",
-            "description": "an ONNX or GGUF model, a ZIP of a model's folder (config.json, safetensors, "
+            "description": "an ONNX or GGUF model or LoRA adapter, a ZIP of a model's folder (config.json, safetensors, "
             "tokenizer.json), or a package that was exported from Modelworks",
         },
         "source": {"type": "string", "description": "in place of the file: `package:DIST/PATH` or an https URL"},

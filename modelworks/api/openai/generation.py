@@ -64,7 +64,7 @@ class Exchange:
         self.services = services
         self.caller = caller
         self.asked = asked
-        self.route = text_route(services, caller, asked.model)
+        self.route, self.adapter = text_route(services, caller, asked.model)
         self.news = asyncio.Event()
         self.choices = [Generated(index, self.news) for index in range(len(asked.prompts) * asked.n)]
         self.pending: list[Pending | Errand] = []
@@ -142,12 +142,12 @@ class Exchange:
         self.allowance.take(self.asked.prompts, len(self.choices) * self.asked.params.get("max_tokens", ANSWER))
         for made in self.choices:
             number, copy = divmod(made.index, self.asked.n)
-            params = self.asked.params
+            params = {**self.asked.params, "adapter": self.adapter} if self.adapter else self.asked.params
             if copy:  # another answer to the same: another seed, and no copy of the first from a cache
                 seed = params.get("seed")
                 params = {**params, "choice": copy, **({} if seed is None else {"seed": seed + copy})}
             call = Call(
-                self.asked.model,
+                self.route.name,
                 [self.asked.prompts[number]],
                 self.gateway.deadline(SECONDS),
                 self.caller.request_id,
@@ -308,11 +308,17 @@ def prefix_key(caller: Caller, call: Call) -> str:
         return ""
     digest = blake2b(data[4:_PREFIX] if call.inputs[0].datatype == "BYTES" else data[:_PREFIX], digest_size=8)
     digest.update(repr(call.params.get("tools", ""))[:_PREFIX].encode())
+    digest.update(str(call.params.get("adapter", "")).encode())
     return f"{caller.project_id}/prefix/{digest.hexdigest()}"
 
 
-def text_route(services: Services, caller: Caller, name: str) -> Route:
-    return task_route(services, caller, name, (GENERATION,), "generate text")
+def text_route(services: Services, caller: Caller, name: str) -> tuple[Route, str]:
+    """Of the model `name`, a deployment or DEPLOYMENT:ADAPTER: the deployment's route, and the adapter ("" for none)."""
+    deployment, _, adapter = name.partition(":")
+    route = task_route(services, caller, deployment, (GENERATION,), "generate text")
+    if adapter not in route.adapters and name != deployment:
+        raise unknown_model(name)
+    return route, adapter
 
 
 def task_route(services: Services, caller: Caller, name: str, tasks: tuple[str, ...], what: str) -> Route:

@@ -12,11 +12,12 @@ _MODEL: dict[str, Any] = {
     "type": "object",
     "required": ["id", "object", "created", "owned_by"],
     "properties": {
-        "id": {"type": "string", "description": "the deployment's name"},
+        "id": {"type": "string", "description": "the deployment's name, or DEPLOYMENT:ADAPTER"},
         "object": {"const": "model"},
         "created": {"type": "integer", "description": "Unix time in seconds"},
         "owned_by": {"type": "string", "description": "the model version that answers"},
         "task": {"type": "string", "description": "what it does: text-generation, embedding..."},
+        "parent": {"type": "string", "description": "of an adapter: the deployment that carries it"},
     },
 }
 MODEL: Content = plain(_MODEL, _EXAMPLE_MODEL)
@@ -42,7 +43,10 @@ def _request(required: list[str], properties: dict[str, Any], example: Any) -> d
     return {"application/json": {"schema": _object(required, properties), "example": example}}
 
 
-_NAME: dict[str, Any] = {"type": "string", "description": "a deployment's name"}
+_NAME: dict[str, Any] = {
+    "type": "string",
+    "description": "a deployment's name; of a language model also DEPLOYMENT:ADAPTER",
+}
 _TEXT = {"oneOf": [{"type": "string"}, {"type": "array", "items": {"type": "object"}}, {"type": "null"}]}
 _PENALTY = _maybe("number", minimum=-2, maximum=2)
 _LIMIT = _maybe("integer", minimum=1)

@@ -9,6 +9,8 @@ from modelworks.core.errors import InvalidInput
 from modelworks.ml.gguf import check_exact, exact_type
 
 AUTO, LLAMA, OPENVINO, TRANSFORMERS = "auto", "llama", "openvino", "transformers"
+# the forms of a LoRA adapter, and the engines that read them
+LORA_PEFT, LORA_GGUF = "peft", "gguf-lora"
 BOTH = "openvino+llama"  # llama.cpp for the calls that ask for what OpenVINO lacks
 # architectures whose GGUF OpenVINO GenAI reads
 _READ = ("llama", "qwen2", "qwen3")
@@ -49,3 +51,27 @@ def choose(engine: str, runtime: str, architecture: str, lineage: dict[str, Any]
                 param="engine",
             )
     return engine
+
+
+def check_adapter(engine: str, runtime: str, architecture: str, adapter: dict[str, Any], param: str) -> None:
+    """InvalidInput for an adapter that no engine can put on a package made for `runtime`. `adapter`: its lineage."""
+    form, made_for = adapter.get("format"), LORA_PEFT if runtime == TRANSFORMERS else LORA_GGUF
+    if form != made_for:
+        said = (
+            "this model is a GGUF file, and the adapter PEFT's safetensors; convert it (llama.cpp's convert_lora_to_gguf.py), "
+            "or deploy the model's safetensors"
+            if form == LORA_PEFT
+            else "this model is safetensors, and the adapter a GGUF file; give PEFT's folder, or deploy a GGUF of the model"
+        )
+        raise InvalidInput(said, param=param)
+    if engine == OPENVINO:
+        raise InvalidInput(
+            "OpenVINO takes no adapter a call; leave engine out (llama.cpp then answers calls with an adapter), or name llama",
+            param="engine",
+        )
+    if form == LORA_GGUF and adapter.get("architecture") != architecture:
+        raise InvalidInput(
+            f"the adapter is for {str(adapter.get('architecture'))[:80]}, and this model is {architecture[:80]}; deploy it "
+            "with the model that it was trained on",
+            param=param,
+        )

@@ -13,7 +13,7 @@ import secrets
 import shutil
 import socket
 import tempfile
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
@@ -21,10 +21,20 @@ from queue import Empty, SimpleQueue
 from typing import Any, ClassVar
 
 from modelworks.core.errors import InvalidInput, MissingExtra, ModelworksError
-from modelworks.core.generation import TEXT_GENERATION, Ask, Logprob, Sampling, context_exceeded, part, read_ask
+from modelworks.core.generation import (
+    TEXT_GENERATION,
+    Ask,
+    Logprob,
+    Sampling,
+    check_adapter,
+    context_exceeded,
+    part,
+    read_ask,
+)
 from modelworks.core.telemetry import logger
 from modelworks.core.tensors import Tensor
 from modelworks.core.types import Signature
+from modelworks.ml.adapter_import import GGUF_FILE
 from modelworks.ml.gguf import TOKENS, read_gguf
 from modelworks.ml.package import Package
 from modelworks.ml.runtimes.llm_schema import compile_schema
@@ -82,7 +92,15 @@ class LlamaRuntime:
         self._server: Any = None
         self._door = -1
 
-    def load(self, package: Package, threads: int, *, slots: int = MAX_SLOTS, context: int | None = None) -> Signature:
+    def load(
+        self,
+        package: Package,
+        threads: int,
+        *,
+        slots: int = MAX_SLOTS,
+        context: int | None = None,
+        adapters: Mapping[str, Package] | None = None,
+    ) -> Signature:
         """`context`: tokens a slot. The engine listens on a socket that is removed at once: only this process reaches it."""
         try:
             import xllamacpp
@@ -100,11 +118,17 @@ class LlamaRuntime:
             params.n_ctx = self.slots * self._context
             self._key = secrets.token_hex(32)
             params.api_keys = [self._key]
+            self._adapters = {name: index for index, name in enumerate(adapters or {})}
+            params.lora_adapters = [
+                xllamacpp.CommonAdapterLoraInfo(str(one.path(GGUF_FILE)), 0.0)  # 0: in calls that ask for it only
+                for one in (adapters or {}).values()
+            ]
             self._server = xllamacpp.Server(params)
             self._door = os.open(folder / "engine.sock", os.O_PATH)  # stays a way to it once the name is gone
         except (RuntimeError, ValueError) as error:
             self._template.close()
-            raise InvalidInput(f"llama.cpp cannot load this model: {error}", code="bad_model") from None
+            what = "this model with its adapters" if adapters else "this model"
+            raise InvalidInput(f"llama.cpp cannot load {what}: {error}", code="bad_model") from None
         finally:
             shutil.rmtree(folder, ignore_errors=True)
         self._model = package.path(MODEL_FILE)
@@ -117,6 +141,7 @@ class LlamaRuntime:
 
     def begin(self, call_id: Hashable, ask: Ask, stream: bool) -> None:
         """As `admit`, of a call that is read already and asks for nothing that is lacking here."""
+        check_adapter(ask, self._adapters)
         schema = ask.sampling.schema
         grammar = compile_schema(schema) if schema is not None else None
         call = Generation(call_id, ask, grammar, stream)
@@ -189,7 +214,7 @@ class LlamaRuntime:
                 call.end = call.part("", "length", 0, 0)
                 return
         if not call.gone and call.end is None:
-            request = _request(prompt, ask.sampling, call.grammar)
+            request = _request(prompt, ask.sampling, call.grammar) | self._lora(call)
             self._server.handle_completions(request, lambda chunk: self._take(call, chunk))
 
     def _echo(self, call: Generation, prompt: str | list[int]) -> list[int]:
@@ -272,8 +297,15 @@ class LlamaRuntime:
         sampling = Sampling(max_tokens=len(ids), temperature=0.0, logprobs=count)
         if biased:
             sampling.logit_bias = {str(ids[0]): _FORCED}
-        self._server.handle_completions(_request(prompt, sampling, None if biased else _exactly(ids)), take)
+        request = _request(prompt, sampling, None if biased else _exactly(ids)) | self._lora(call)
+        self._server.handle_completions(request, take)
         return found[: len(ids)]
+
+    def _lora(self, call: Generation) -> dict[str, Any]:
+        """The scale of every adapter: a call that names none would get a cache that was read with another's."""
+        asked = call.ask.sampling.adapter
+        scales = [{"id": id, "scale": float(name == asked)} for name, id in self._adapters.items()]
+        return {"lora": scales} if scales else {}
 
     def _named(self, one: Logprob) -> Logprob:
         """A special token, of which the engine tells no text, with its text."""

@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from queue import Empty, SimpleQueue
@@ -81,7 +81,9 @@ class OpenVinoRuntime:
     """As LlamaRuntime: `admit` and `abort` never wait, `step` waits for what the child has made."""
 
     fair: ClassVar[bool] = True  # calls wait in here, and their keys have their turns
-    lacks: ClassVar[frozenset[str]] = frozenset({"images", "logit_bias", "top_logprobs", "sampled_alternatives", "echo"})
+    lacks: ClassVar[frozenset[str]] = frozenset(
+        {"images", "logit_bias", "top_logprobs", "sampled_alternatives", "echo", "adapter"}
+    )
 
     def __init__(self) -> None:
         self.slots = 1
@@ -92,8 +94,21 @@ class OpenVinoRuntime:
         self._begun: set[int] = set()  # those of them that wait no more
         self._child: subprocess.Popen[bytes] | None = None
 
-    def load(self, package: Package, threads: int, *, slots: int = MAX_SLOTS, context: int | None = None) -> Signature:
-        """InvalidInput for a model that OpenVINO does not read well. `context`: tokens a call."""
+    def load(
+        self,
+        package: Package,
+        threads: int,
+        *,
+        slots: int = MAX_SLOTS,
+        context: int | None = None,
+        adapters: Mapping[str, Package] | None = None,
+    ) -> Signature:
+        """InvalidInput for a model that OpenVINO does not read well, and for adapters. `context`: tokens a call."""
+        if adapters:
+            raise InvalidInput(
+                "OpenVINO takes no adapter a call; install llama.cpp beside it: pip install 'modelworks[llm]'",
+                param="adapters",
+            )
         if not installed():
             raise MissingExtra("this engine needs OpenVINO GenAI; pip install 'modelworks[llm]'")
         self.slots = max(1, min(slots, MAX_SLOTS))

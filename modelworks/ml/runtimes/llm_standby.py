@@ -1,16 +1,17 @@
 """OpenVINO, and beside it llama.cpp for the calls that ask for what OpenVINO lacks: one replica, one model file.
 
-The second engine is loaded when the first such call comes, and maps the same file.
+The second engine maps the same file. It is loaded when the first such call comes, or at once for LoRA adapters, which
+must fit before the deployment is ready.
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, ClassVar
 
 from modelworks.core.errors import ModelworksError
-from modelworks.core.generation import Ask, lacking, read_ask
+from modelworks.core.generation import Ask, check_adapter, lacking, read_ask
 from modelworks.core.telemetry import logger
 from modelworks.core.tensors import Tensor
 from modelworks.core.types import Signature
@@ -39,11 +40,21 @@ class StandbyRuntime:
         # loads the second engine, then hands it calls and their ends in order
         self._line = ThreadPoolExecutor(1, thread_name_prefix="standby")
 
-    def load(self, package: Package, threads: int, *, slots: int, context: int | None = None) -> Signature:
-        self._package, self._threads = package, threads
+    def load(
+        self,
+        package: Package,
+        threads: int,
+        *,
+        slots: int,
+        context: int | None = None,
+        adapters: Mapping[str, Package] | None = None,
+    ) -> Signature:
+        self._package, self._threads, self._adapters = package, threads, adapters or {}
         self._context = context or CONTEXT
         signature = self._first.load(package, threads, slots=slots, context=context)
         self.slots = self._first.slots
+        if self._adapters:
+            self._second = self._loaded()
         return signature
 
     @property
@@ -54,6 +65,7 @@ class StandbyRuntime:
         self, call_id: Hashable, inputs: list[Tensor], params: dict[str, Any], stream: bool, whose: Whose = NOBODY
     ) -> None:
         ask = read_ask(inputs, params, self.lacks)
+        check_adapter(ask, self._adapters)
         if lacking(ask, OpenVinoRuntime.lacks) is None:
             self._first.begin(call_id, ask, stream, whose)
         elif refusal := lacking(ask, LlamaRuntime.lacks):
@@ -104,6 +116,6 @@ class StandbyRuntime:
         found = LlamaRuntime(self._first.events)
         per_call = self._context * (token_bytes(read_gguf(self._package.path(MODEL_FILE))) or 65_536)
         slots = max(1, min(SECOND_SLOTS, SECOND_CACHE // per_call))
-        found.load(self._package, self._threads, slots=slots, context=self._context)
+        found.load(self._package, self._threads, slots=slots, context=self._context, adapters=self._adapters)
         log.info("second_engine", engine="llama", slots=slots)
         return found

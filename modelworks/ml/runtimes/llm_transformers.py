@@ -12,17 +12,26 @@ import shutil
 import tempfile
 import threading
 from collections import deque
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from modelworks.core.errors import InvalidInput, MissingExtra, ModelworksError
-from modelworks.core.generation import TEXT_GENERATION, Ask, Logprob, context_exceeded, part, read_ask
+from modelworks.core.generation import (
+    TEXT_GENERATION,
+    Ask,
+    Logprob,
+    check_adapter,
+    context_exceeded,
+    part,
+    read_ask,
+)
 from modelworks.core.telemetry import logger
 from modelworks.core.tensors import Tensor
 from modelworks.core.types import Signature
 from modelworks.ml.package import Package
+from modelworks.ml.runtimes.llm_lora import Adapters
 from modelworks.ml.runtimes.llm_sampling import Chooser, Vocabulary, logprob
 from modelworks.ml.runtimes.llm_schema import compile_schema
 from modelworks.ml.runtimes.llm_template import CHATML, ChatTemplate, reasoning_prefix
@@ -86,8 +95,18 @@ class TransformersRuntime:
         self._cache: Any = None  # of the batch: keys and values, [rows, heads, tokens, width] a layer
         self._folder: Path | None = None
 
-    def load(self, package: Package, threads: int, *, slots: int = MAX_SLOTS, context: int | None = None) -> Signature:
-        """InvalidInput for a model that transformers does not load from safetensors alone. `context`: tokens a call."""
+    def load(
+        self,
+        package: Package,
+        threads: int,
+        *,
+        slots: int = MAX_SLOTS,
+        context: int | None = None,
+        adapters: Mapping[str, Package] | None = None,
+    ) -> Signature:
+        """InvalidInput for a model that transformers does not load from safetensors alone, and for adapters that do not
+        fit it. `context`: tokens a call.
+        """
         try:
             import torch
             import transformers  # noqa: F401
@@ -102,6 +121,7 @@ class TransformersRuntime:
             for name in package.manifest.files:
                 (self._folder / name).symlink_to(package.path(name).resolve())
             self._model = _model_of(self._folder, self._device)
+            self._adapters = Adapters(self._model, adapters or {})
             chat = json.loads((self._folder / CHAT_FILE).read_bytes())
             size = int(self._model.get_output_embeddings().weight.shape[0])
             self._vocabulary = Vocabulary(self._folder / TOKENIZER_FILE, chat["ends"], size)
@@ -119,6 +139,7 @@ class TransformersRuntime:
     def admit(self, call_id: Hashable, inputs: list[Tensor], params: dict[str, Any], stream: bool) -> None:
         """Begin a call. InvalidInput when its prompt or parameters are not sound; then it was not admitted."""
         ask = read_ask(inputs, params, self.lacks)
+        check_adapter(ask, self._adapters.names)
         grammar = compile_schema(ask.sampling.schema) if ask.sampling.schema is not None else None
         self._aboard.add(call_id)
         self._pool.submit(self._prepare, call_id, ask, grammar, stream)
@@ -218,8 +239,8 @@ class TransformersRuntime:
         row.cache = row.cache or DynamicCache()
         measured = row.ask.sampling.echo and row.ask.sampling.logprobs is not None
         try:
-            logits = self._forward(torch.tensor([ids]), row.cache, torch.arange(row.read, row.read + len(ids))[None],
-                                   None, keep=0 if measured else 1)[0]  # fmt: skip
+            places = torch.arange(row.read, row.read + len(ids))[None]
+            logits = self._forward([row], torch.tensor([ids]), row.cache, places, None, keep=0 if measured else 1)[0]
             if measured:
                 self._measure(row, ids, logits)
         except Exception as error:  # a plug's edge: what the model throws belongs to the call
@@ -233,7 +254,10 @@ class TransformersRuntime:
             return [(row.id, row.part("length"), True)]
         steps = self._made(row, logits[-1].float().cpu())
         if not steps or not steps[-1][2]:
-            self._join(row)
+            try:
+                self._join(row)
+            except Exception as error:  # there may be no memory for a larger batch
+                steps.append(_failed(row.id, error))
         return steps
 
     def _measure(self, row: Row, ids: list[int], logits: torch.Tensor) -> None:
@@ -258,7 +282,12 @@ class TransformersRuntime:
         ids = torch.tensor([[row.ids[row.read]] for row in self._batch])
         places = torch.tensor([[row.read] for row in self._batch])
         alone = len(self._batch) == 1
-        logits = self._forward(ids, self._cache, places, None if alone else mask, keep=1)[:, -1].float().cpu()
+        try:
+            logits = self._forward(self._batch, ids, self._cache, places, None if alone else mask, keep=1)
+            logits = logits[:, -1].float().cpu()
+        except Exception as error:  # as above: the batch's calls end, those that are read or wait go on
+            lost, self._batch, self._cache = self._batch, [], None
+            return [_failed(row.id, error) for row in lost]
         steps: list[Step] = []
         keep = []
         for row, found in zip(self._batch, logits, strict=True):
@@ -298,8 +327,18 @@ class TransformersRuntime:
             return [(row.id, row.part(reason), bool(reason))]
         return []
 
-    def _forward(self, ids: torch.Tensor, cache: Any, places: torch.Tensor, mask: torch.Tensor | None, *, keep: int) -> Any:
+    def _forward(
+        self,
+        rows: list[Row],
+        ids: torch.Tensor,
+        cache: Any,
+        places: torch.Tensor,
+        mask: torch.Tensor | None,
+        *,
+        keep: int,
+    ) -> Any:
         """Logits [rows, `keep` last tokens (0: all), vocabulary]; the cache grows."""
+        self._adapters.choose([row.ask.sampling.adapter for row in rows])
         given: dict[str, Any] = {"input_ids": ids, "past_key_values": cache, "use_cache": True}
         if "position_ids" in self._takes:
             given["position_ids"] = places
