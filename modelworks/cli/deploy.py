@@ -38,9 +38,12 @@ def deploy(
     threads: Annotated[int | None, typer.Option(help="Compute threads of a replica.")] = None,
     memory_mb: Annotated[int | None, typer.Option(help="Memory limit of a replica in MiB.")] = None,
     engine: Annotated[
-        str | None, typer.Option(help="Of a language model: auto, openvino, llama or transformers.  [default: auto]")
+        str | None, typer.Option(help="Of a language model: auto, openvino, llama, transformers or vllm.  [default: auto]")
     ] = None,
     context: Annotated[int | None, typer.Option(help="Tokens of one call of a language model.")] = None,
+    tensor_parallel_size: Annotated[
+        int | None, typer.Option(help="GPUs over which each replica is split, by the engine vllm.")
+    ] = None,
     adapter: Annotated[
         list[str] | None, typer.Option(help="A LoRA adapter as NAME=MODEL: --adapter pirate=pirate-lora:1. Repeatable.")
     ] = None,
@@ -61,7 +64,8 @@ def deploy(
         chosen = {key: value for key, value in given.items() if value is not None}
         if chosen:
             spec[part] = chosen
-    spec |= {key: value for key, value in (("engine", engine), ("context", context)) if value is not None}
+    more = (("engine", engine), ("context", context), ("tensor_parallel_size", tensor_parallel_size))
+    spec |= {key: value for key, value in more if value is not None}
     if adapter:
         spec["adapters"] = dict(map(_adapter, adapter))
     name = name or Ref.parse(model).name

@@ -15,7 +15,7 @@ from modelworks.core.errors import InvalidInput, NotFound
 from modelworks.core.specs import NAME_PATTERN, DeploymentSpec
 from modelworks.core.tasks import ADAPTER, GENERATION
 from modelworks.core.types import Caller, Deployment, DeploymentRevision, ModelVersion, Page, Replica
-from modelworks.ml.runtimes.choice import LLAMA, TRANSFORMERS, check_adapter, choose
+from modelworks.ml.runtimes.choice import LLAMA, TRANSFORMERS, VLLM, check_adapter, choose
 from modelworks.security import audit
 from modelworks.store.catalog import Catalog, Tx
 
@@ -203,13 +203,18 @@ def _check_engine(spec: DeploymentSpec, model: ModelVersion, more: int) -> None:
     `more`: bytes of its adapters.
     """
     if model.task != GENERATION:
-        if spec.engine != "auto" or spec.context is not None:
-            param = "context" if spec.context is not None else "engine"
+        given = [name for name in ("engine", "context", "tensor_parallel_size") if getattr(spec, name) not in ("auto", None)]
+        if given:
+            param = given[-1]
             raise InvalidInput(f"{param} is for language models, and {model.ref} does {model.task}", param=param)
         return
     runtime = _FORMATS.get(str(model.lineage.get("format")))
-    if runtime is not None:
-        choose(spec.engine, runtime, model.algorithm, model.lineage)
+    chosen = spec.engine if runtime is None else choose(spec.engine, runtime, model.algorithm, model.lineage)
+    if spec.tensor_parallel_size is not None and chosen != VLLM:
+        raise InvalidInput(
+            f"tensor_parallel_size is for the engine vllm, and {chosen} runs this model; leave it out",
+            param="tensor_parallel_size",
+        )
     trained = model.lineage.get("context_length")
     if spec.context is not None and isinstance(trained, int) and spec.context > trained:
         raise InvalidInput(f"{model.ref} was trained on {trained} tokens; ask for at most that", param="context")

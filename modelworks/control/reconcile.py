@@ -261,6 +261,7 @@ class Reconciler:
                 engine=self._engine_of(model) if spec.engine == "auto" else spec.engine,
                 context=spec.context,
                 adapters=adapters,
+                tensor_parallel_size=spec.tensor_parallel_size,
                 threads=spec.resources.threads,
                 memory_mb=spec.resources.memory_mb,
                 max_batch=spec.batching.max_batch,

@@ -66,11 +66,17 @@ _PASSED_ON = frozenset(
 )
 
 
+def gpus_hidden() -> bool:
+    """Whether the operator lets no process see a GPU."""
+    return os.environ.get("CUDA_VISIBLE_DEVICES", "all").strip() in ("", "-1")
+
+
 def child_environment(threads: int = 1) -> dict[str, str]:
     """The environment of a child process: what it needs to start, `threads` for its numeric libraries, and no secret."""
     passed = {
         name: value for name, value in os.environ.items() if name in _PASSED_ON or name.startswith(("LC_", "OPENBLAS_"))
     }
     # a waiting thread sleeps: spinning ones starve the other processes of a small machine
+    silent = {"VLLM_NO_USAGE_STATS": "1"}  # nothing here calls home
     numeric = {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE"}
-    return {"OPENBLAS_NUM_THREADS": str(threads)} | passed | numeric
+    return {"OPENBLAS_NUM_THREADS": str(threads)} | passed | silent | numeric

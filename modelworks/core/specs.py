@@ -485,12 +485,15 @@ class DeploymentSpec(Spec):
         None, gt=0, le=600_000,
         description="a call without an answer after so long is sent to a second replica too; at most 5 in 100 are",
     )  # fmt: skip
-    engine: Literal["auto", "openvino", "llama", "transformers"] = Field(
+    engine: Literal["auto", "openvino", "llama", "transformers", "vllm"] = Field(
         "auto", description="of a language model; auto: the fastest here that reads its file at full quality"
     )
     context: int | None = Field(
         None, ge=256, le=2**22, description="tokens of one call of a language model, prompt and answer; by default "
         "what its engine holds, at most what it was trained on",
+    )  # fmt: skip
+    tensor_parallel_size: int | None = Field(
+        None, ge=1, le=64, description="GPUs over which each replica of a language model is split, by the engine vllm"
     )  # fmt: skip
     adapters: dict[Name, RefText] = Field(
         {}, max_length=64, examples=[{"pirate": "pirate-lora:1"}],

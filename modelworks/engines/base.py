@@ -24,6 +24,7 @@ class ReplicaSpec(msgspec.Struct, frozen=True, kw_only=True):
     secret: str
     engine: str = "auto"  # of a language model (see ml/runtimes/choice.py)
     context: int | None = None  # tokens of one call of a language model
+    tensor_parallel_size: int | None = None  # of a language model: GPUs of this replica
     adapters: dict[str, str] = {}  # of a language model: name -> path of the LoRA adapter's manifest
     threads: int = 1
     memory_mb: int | None = None

@@ -43,7 +43,8 @@ def import_peft(folder: Path, workdir: Path, *, licence: str | None = None) -> t
         raise _bad(f"{ADAPTER_CONFIG} is not an object")
     base = found.get("base_model_name_or_path")
     _refuse_more(found)
-    config = {name: found[name] for name in _KEPT if name in found}
+    modules = sorted({name.rpartition(".")[2] for name in _shapes(folder / WEIGHTS_FILE)})
+    config = {name: found[name] for name in _KEPT if name in found} | {"bias": "none", "target_modules": modules}
     beside = workdir / f"written-{ADAPTER_CONFIG}"
     beside.write_bytes(json.dumps(config, sort_keys=True).encode())
     weights = (folder / WEIGHTS_FILE).resolve()
@@ -53,7 +54,7 @@ def import_peft(folder: Path, workdir: Path, *, licence: str | None = None) -> t
         "format": LORA_PEFT,
         "rank": max(rank for _, rank in scales.values()),
         "layers": len(scales),
-        "modules": sorted({name.rpartition(".")[2] for name in scales})[:32],
+        "modules": modules[:32],
         "base_model": "/".join(base.split("/")[-2:])[:200] if isinstance(base, str) and base.isprintable() else None,
     }
     return _manifest(files, lineage, licence or licence_of(folder)), files
@@ -92,8 +93,6 @@ def read_scales(files: dict[str, Path]) -> dict[str, tuple[float, int]]:
     if not isinstance(config, dict):
         raise _bad(f"{ADAPTER_CONFIG} is not an object")
     _refuse_more(config)
-    if not files[WEIGHTS_FILE].is_file():
-        raise _bad(f"there is no {WEIGHTS_FILE} beside {ADAPTER_CONFIG}; other kinds of weights are not read")
     found: dict[str, tuple[float, int]] = {}
     for module, (down, up) in _shapes(files[WEIGHTS_FILE]).items():
         rank = down[0]
@@ -107,6 +106,8 @@ def _shapes(path: Path) -> dict[str, tuple[list[int], list[int]]]:
     """Layer -> the shapes of its two matrices."""
     from safetensors import safe_open
 
+    if not path.is_file():
+        raise _bad(f"there is no {WEIGHTS_FILE} beside {ADAPTER_CONFIG}; other kinds of weights are not read")
     check_safetensors(path)
     sides: dict[str, dict[str, list[int]]] = {}
     with safe_open(str(path), framework="numpy") as opened:

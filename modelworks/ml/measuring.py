@@ -11,14 +11,14 @@ from modelworks.core.errors import InvalidInput, ModelworksError
 from modelworks.core.telemetry import logger
 from modelworks.core.tensors import Tensor, pack_bytes
 from modelworks.ml.package import Package
-from modelworks.ml.runtimes.choice import LLAMA, OPENVINO, TRANSFORMERS, choose
+from modelworks.ml.runtimes.choice import LLAMA, OPENVINO, TRANSFORMERS, VLLM, choose
 from modelworks.ml.runtimes.registry import RUNTIMES
 
 MANY = 16  # calls at a time
 TOKENS = 32  # of each answer
 _CONTEXT = 512
 _STALLED = 120.0  # seconds without a token after which an engine is given up
-_MODULES = {OPENVINO: "openvino_genai", LLAMA: "xllamacpp", TRANSFORMERS: "transformers"}
+_MODULES = {OPENVINO: "openvino_genai", LLAMA: "xllamacpp", TRANSFORMERS: "transformers", VLLM: "vllm"}
 _PROMPT = "Write one paragraph about the number {}, and say where one meets it in daily life. "
 
 log = logger("measuring")

@@ -25,7 +25,7 @@ import msgspec
 import uvloop
 
 from modelworks.core import telemetry
-from modelworks.core.errors import ModelworksError
+from modelworks.core.errors import InvalidInput, ModelworksError
 from modelworks.core.tasks import GENERATION
 from modelworks.core.tensors import to_numpy
 from modelworks.engines.base import ReplicaSpec
@@ -92,13 +92,18 @@ def why_not(error: Exception, memory_mb: int | None) -> str:
 def load(spec: ReplicaSpec) -> tuple[Any, Manifest]:
     """The runtime with the package loaded, and the package's manifest."""
     manifest = Manifest.parse(Path(spec.manifest).read_bytes())
-    runtime = _runtime(spec.runtime or _chosen(spec, manifest))()
+    name = spec.runtime or _chosen(spec, manifest)
+    if spec.tensor_parallel_size and name != "vllm":
+        said = f"tensor_parallel_size is for the engine vllm, and {name} runs this model; leave it out"
+        raise InvalidInput(said, param="tensor_parallel_size")
+    runtime = _runtime(name)()
     package = Package(manifest, _locator(spec))
     if hasattr(runtime, "admit") and manifest.task == GENERATION:
         adapters = {
             name: Package(Manifest.parse(Path(path).read_bytes()), _locator(spec)) for name, path in spec.adapters.items()
         }
-        runtime.load(package, spec.threads, slots=spec.max_batch, context=spec.context, adapters=adapters)
+        more = {"tensor_parallel_size": spec.tensor_parallel_size} if spec.tensor_parallel_size else {}
+        runtime.load(package, spec.threads, slots=spec.max_batch, context=spec.context, adapters=adapters, **more)
     elif hasattr(runtime, "admit"):
         runtime.load(package, spec.threads, slots=spec.max_batch)
     else:

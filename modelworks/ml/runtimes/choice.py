@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 from modelworks.core.errors import InvalidInput
+from modelworks.core.settings import gpus_hidden
 from modelworks.ml.gguf import check_exact, exact_type
 
-AUTO, LLAMA, OPENVINO, TRANSFORMERS = "auto", "llama", "openvino", "transformers"
+AUTO, LLAMA, OPENVINO, TRANSFORMERS, VLLM = "auto", "llama", "openvino", "transformers", "vllm"
 # the forms of a LoRA adapter, and the engines that read them
 LORA_PEFT, LORA_GGUF = "peft", "gguf-lora"
 BOTH = "openvino+llama"  # llama.cpp for the calls that ask for what OpenVINO lacks
@@ -19,18 +21,23 @@ _READ = ("llama", "qwen2", "qwen3")
 def choose(engine: str, runtime: str, architecture: str, lineage: dict[str, Any]) -> str:
     """The runtime for a package made for `runtime`. InvalidInput when the engine that is named cannot run it.
 
-    `auto`: OpenVINO where it is installed and reads the file at its quality, as it is faster with many streams; with
-    llama.cpp beside it for what it lacks.
+    `auto`: of GGUF OpenVINO where it is installed and reads the file at its quality, as it is faster with many streams;
+    with llama.cpp beside it for what it lacks. Of safetensors vLLM where it is installed and there is a GPU.
     """
     if runtime == TRANSFORMERS:
+        if engine == VLLM:
+            check_vllm()
+            return VLLM
+        if engine == AUTO and find_spec("vllm") is not None and _gpus():
+            return VLLM
         if engine not in (AUTO, TRANSFORMERS):
             raise InvalidInput(
                 f"the engine {engine} reads GGUF files, and this model is safetensors; leave engine out, or import a GGUF file",
                 param="engine",
             )
         return TRANSFORMERS
-    if engine == TRANSFORMERS:
-        raise InvalidInput("transformers runs safetensors; for this GGUF file take llama or openvino", param="engine")
+    if engine in (TRANSFORMERS, VLLM):
+        raise InvalidInput(f"{engine} runs safetensors; for this GGUF file take llama or openvino", param="engine")
     if runtime != LLAMA:
         if engine != AUTO:
             raise InvalidInput(
@@ -51,6 +58,22 @@ def choose(engine: str, runtime: str, architecture: str, lineage: dict[str, Any]
                 param="engine",
             )
     return engine
+
+
+def check_vllm() -> None:
+    """InvalidInput where vLLM is not installed, with what to do."""
+    if find_spec("vllm") is None:
+        raise InvalidInput(
+            "the engine vllm is not installed here: on a machine with a CUDA GPU, pip install 'modelworks[vllm]'; "
+            "or leave engine out, and transformers runs this model",
+            code="missing_extra",
+            param="engine",
+        )
+
+
+def _gpus() -> bool:
+    """Whether NVIDIA's driver shows a GPU to this process; torch, which knows more, is too heavy here."""
+    return not gpus_hidden() and any(Path("/dev").glob("nvidia[0-9]*"))
 
 
 def check_adapter(engine: str, runtime: str, architecture: str, adapter: dict[str, Any], param: str) -> None:

@@ -14,6 +14,7 @@ RUNTIMES: Registry[type[Runtime]] = Registry(
         "llama": "modelworks.ml.runtimes.llm_llama:LlamaRuntime",  # continuous: admit / step / abort
         "openvino": "modelworks.ml.runtimes.llm_openvino:OpenVinoRuntime",  # continuous; for packages of "llama" too
         "transformers": "modelworks.ml.runtimes.llm_transformers:TransformersRuntime",  # continuous; safetensors
+        "vllm": "modelworks.ml.runtimes.llm_vllm:VllmRuntime",  # continuous; packages of "transformers" on GPUs
         "openvino+llama": "modelworks.ml.runtimes.llm_standby:StandbyRuntime",  # what OpenVINO lacks goes to llama.cpp
     },
 )
