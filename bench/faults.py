@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import json
 import os
 import signal
@@ -208,18 +209,50 @@ async def _peak(processes: list[psutil.Process], seconds: float) -> int:
     return most
 
 
-async def killed_gateway(server: Stage) -> Row:
-    load = Load(server.port, request(server))
-    await asyncio.sleep(1.0)
-    gateways = server.processes("gateway")
-    os.kill(gateways[0].pid, signal.SIGKILL)
-    await asyncio.sleep(3.0)
-    seen = await load.stop()
+async def killed_gateway(server: Stage, kills: int = 4) -> Row:
+    """kill -9 one gateway after the other, each time when all of them listen."""
+    count = len(server.processes("gateway"))
+    broken, slowest, back = [], 0.0, []
+    failures: dict[str, int] = {}
+    answered = 0
+    for _ in range(kills):
+        await _all_listen(server, count)
+        load = Load(server.port, request(server))
+        await asyncio.sleep(1.0)
+        victim = min(server.processes("gateway"), key=lambda one: one.create_time())
+        its = sum(link.laddr.port == server.port and link.status == "ESTABLISHED" for link in victim.net_connections())
+        killed = time.monotonic()
+        os.kill(victim.pid, signal.SIGKILL)
+        await asyncio.sleep(2.0)
+        await _all_listen(server, count, but=victim.pid)
+        back.append(time.monotonic() - killed)
+        seen = await load.stop()
+        broken.append(f"{seen.broken} of {its}")
+        slowest = max(slowest, seen.slowest)
+        answered += seen.answered
+        for kind, times in seen.failures.items():
+            failures[kind] = failures.get(kind, 0) + times
     figures = (
-        f"{seen.broken} connections broke, {seen.failed} of {seen.answered + seen.failed:,} failed after connecting "
-        f"again, slowest {seen.slowest:.2f} s, {len(server.processes('gateway'))} gateways afterwards"
+        f"connections that broke, of those it had: {', '.join(broken)}; {sum(failures.values())} of {answered:,} failed "
+        f"after connecting again, slowest {slowest:.2f} s; its successor listens after {max(back):.1f} s at most "
+        f"{_kinds(Seen(failures=failures))}"
     )
-    return "kill -9 of a gateway", f"one of {len(gateways)}", figures
+    return "kill -9 of a gateway", f"{kills} times one of {count}", figures
+
+
+async def _all_listen(server: Stage, count: int, but: int = 0) -> None:
+    """Until `count` gateways do. gRPC is the last thing that one opens."""
+    until = time.monotonic() + 60
+    while time.monotonic() < until:
+        ready = 0
+        for one in server.processes("gateway"):
+            with contextlib.suppress(psutil.Error):
+                links = one.net_connections() if one.pid != but else ()
+                ready += any(link.status == "LISTEN" and link.laddr.port == server.grpc_port for link in links)
+        if ready >= count:
+            return
+        await asyncio.sleep(0.05)
+    raise SystemExit("the gateways do not listen")
 
 
 def _kinds(seen: Seen) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -32,3 +33,23 @@ def identity(elements: int) -> bytes:
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
     onnx.checker.check_model(model)
     return bytes(model.SerializeToString())
+
+
+def heavy(layers: int = 24, width: int = 1024) -> bytes:
+    """`x` [n, 4] FP32 to `y` [n, 1] by as many dense layers: milliseconds a call on one core."""
+    import numpy as np
+    from onnx import TensorProto, helper, numpy_helper
+
+    chance = np.random.default_rng(0)
+    sizes = [4, *[width] * layers, 1]
+    nodes, weights, last = [], [], "x"
+    for number, (rows, columns) in enumerate(itertools.pairwise(sizes)):
+        kernel = (chance.normal(size=(rows, columns)) / rows**0.5).astype(np.float32)
+        weights.append(numpy_helper.from_array(kernel, f"w{number}"))
+        nodes.append(helper.make_node("MatMul", [last, f"w{number}"], [f"m{number}"]))
+        nodes.append(helper.make_node("Tanh", [f"m{number}"], [f"t{number}"]))
+        last = f"t{number}"
+    nodes[-1].output[0] = "y"
+    ends = [helper.make_tensor_value_info(*end) for end in (("x", TensorProto.FLOAT, ["n", 4]), ("y", TensorProto.FLOAT, ["n", 1]))]
+    graph = helper.make_graph(nodes, "heavy", ends[:1], ends[1:], weights)
+    return bytes(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8).SerializeToString())

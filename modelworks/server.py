@@ -40,6 +40,7 @@ log = telemetry.logger("server")
 
 _SERVING_FIRST = 3.0  # seconds at most that the worker leaves the processors to replicas that start with the server
 _TURN = 0.05  # seconds between two turns of the supervising loop
+_STEADY = 10.0  # seconds that a child must live for its last death not to count
 _FOLLOW = 0.15  # seconds between two looks of a gateway at the catalog's counters
 
 
@@ -188,7 +189,7 @@ class Service:
 
     def ensure(self, now: float) -> None:
         if self.child is not None and self.child.poll() is None:
-            if self._failures and now - self._started > 60:
+            if self._failures and now - self._started > _STEADY:
                 self._failures = 0
             return
         if self.child is not None:
