@@ -183,7 +183,7 @@ async def run(folder: Path, model: Path, calls: int, bursts: int, profile: str |
     for _ in range(20):
         await stage.burst(time.process_time)
     if profile:
-        watch = cProfile.Profile()
+        watch = cProfile.Profile(time.process_time)
         turn = 0
 
         def clock() -> float:

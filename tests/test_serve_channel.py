@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from modelworks.core.errors import DeadlineExceeded, InvalidInput, ModelworksError, Unavailable
-from modelworks.core.tensors import pack, unpack
+from modelworks.core.tensors import Tensor, pack, unpack
 from modelworks.core.types import Call, Signature, TensorSpec
 from modelworks.serve import wire
 from modelworks.serve.batcher import Batcher
@@ -83,6 +83,69 @@ def test_calls_of_one_turn_run_together_and_are_answered(tmp_path):
 
     uvloop.run(story())
     assert sizes == [20]
+
+
+def test_a_call_that_is_alone_runs_at_once_and_answers_as_others_do(tmp_path):
+    runs = []
+
+    def rows_call(*values):
+        data = np.array(values, dtype=np.float32)
+        return Call("toy", [Tensor("x", "FP32", [len(values), 1], data.tobytes())], time.monotonic() + 10)
+
+    def model(inputs):
+        runs.append((len(inputs["x"]), threading.current_thread() is threading.main_thread()))
+        if runs[-1][0] == 3:
+            return {"value": inputs["x"][:2, 0]}  # not a value a row
+        if runs[-1][0] == 4:
+            return {"value": np.array(["a", "bb", "ccc", "dddd"], dtype=object)}
+        return toy_predict(inputs)
+
+    async def story():
+        async with hosted(tmp_path, model) as (host, endpoint):
+            link = await connect(endpoint, SECRET)
+            slow = await link.call(toy_call(1.0))
+            assert runs == [(1, False)], "nothing is known of the model: it may take long"
+            host.batch_seconds = 1e-5
+            runs.clear()
+            parts = []
+            for call in (toy_call(1.0), rows_call(2.0, 5.0)):
+                async for part in link.stream(call):
+                    parts.append((unpack(part.outputs[0]), part.done, part.queue_us, part.batch, part.model_version))
+            assert parts == [([2.0], True, 0, 1, "toy:1"), ([4.0, 10.0], True, 0, 1, "toy:1")]
+            assert unpack(slow.outputs[0]) == [2.0]
+            assert value(await link.call(rows_call(1.0, 2.0, 3.0))) == [1.0, 2.0]
+            assert value(await link.call(rows_call(1.0, 2.0, 3.0, 4.0))) == [b"a", b"bb", b"ccc", b"dddd"]
+            with pytest.raises(ModelworksError) as caught:
+                await link.call(toy_call(FAULTY))
+            assert caught.value.code == "model_error"
+            assert [rows for rows, _ in runs] == [1, 2, 3, 4, 1], "each ran once, a failing one too"
+            assert all(in_loop for _, in_loop in runs)
+            runs.clear()
+            for x in range(5):
+                link.start(toy_call(float(x)), lambda item: None)
+            link.flush()
+            link.start(toy_call(9.0), lambda item: None)
+            assert await soon(lambda: len(link.calls) == 0)
+            assert sum(rows for rows, _ in runs) == 6
+            assert len(runs) < 6, "what comes together still runs together"
+            link.close()
+
+    uvloop.run(story())
+
+
+def test_one_pause_of_the_machine_makes_no_slow_model(tmp_path):
+    async def story():
+        async with hosted(tmp_path) as (host, _):
+            host.batch_seconds = 1e-5
+            host._measure(0.5)
+            assert host.batch_seconds == 1e-5
+            host._measure(2e-5)
+            host._measure(0.5)
+            assert host.batch_seconds < 1e-4
+            host._measure(0.5)
+            assert host.batch_seconds > 0.05, "two in a row are believed"
+
+    uvloop.run(story())
 
 
 def test_errors_come_back_as_themselves(tmp_path):

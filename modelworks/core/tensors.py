@@ -10,6 +10,7 @@ import binascii
 import math
 import struct
 from collections.abc import Iterable, Sequence
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -187,7 +188,15 @@ def to_numpy(tensor: Tensor) -> np.ndarray:
     if tensor.datatype == "BF16":
         wide = np.frombuffer(tensor.data, dtype="<u2").astype(np.uint32) << 16
         return wide.view(np.float32).reshape(tensor.shape)
-    return np.frombuffer(tensor.data, dtype=np.dtype(_NUMPY[tensor.datatype]).newbyteorder("<")).reshape(tensor.shape)
+    return np.frombuffer(tensor.data, dtype=dtype_of(tensor.datatype)).reshape(tensor.shape)
+
+
+@cache
+def dtype_of(datatype: str) -> np.dtype[Any]:
+    """Numpy's little-endian type of a datatype of numbers that it has: all but BF16."""
+    import numpy as np
+
+    return np.dtype(_NUMPY[datatype]).newbyteorder("<")
 
 
 def datatype_of(array: np.ndarray) -> str | None:

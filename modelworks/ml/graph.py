@@ -236,6 +236,11 @@ def float32_ports(model: bytes, names: Sequence[str]) -> tuple[bytes, dict[str, 
     return loaded.SerializeToString(deterministic=True), ports
 
 
+def numpy_type(port: Any) -> Any:
+    """Numpy's type of a session's input; None for one that no column has."""
+    return _DTYPES.get(port.type)
+
+
 def feed(inputs: list[Any], batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """What `session.run` wants for its `inputs`: 1-d columns of the batch become [n, 1]. InvalidInput if one lacks."""
     values: dict[str, np.ndarray] = {}

@@ -103,6 +103,15 @@ class Channel(asyncio.Protocol):
         if not self._scheduled:
             self.schedule()
 
+    def send_now(self, message: bytes) -> None:
+        """`send` and `flush` in one, where nothing else is about to leave."""
+        transport = self.transport
+        size = len(message)
+        if self._out or self._scheduled or size > _JOIN_UP_TO or transport is None or transport.is_closing():
+            self.send([message])
+        else:
+            transport.write(size.to_bytes(4, "little") + message)
+
     def schedule(self) -> None:
         """Flush at the end of this turn."""
         if not self._scheduled:

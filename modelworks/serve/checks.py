@@ -12,6 +12,7 @@ from modelworks.core.tensors import (
     Tensor,
     check_size,
     datatype_of,
+    dtype_of,
     element_count,
     from_numpy,
     pack_bytes,
@@ -131,6 +132,17 @@ class Shape:
             arrays[spec.name] = _array(spec, shape, raw)
         return arrays
 
+    def arrays(self, rows: int, raw: bytes) -> dict[str, np.ndarray]:
+        """One array an input of one call, whose inputs lie in `raw` one behind the other."""
+        arrays = {}
+        at = 0
+        for spec, trailing, _, row in self.inputs:
+            stop = at + row * rows
+            whole = stop == len(raw) and not at
+            arrays[spec.name] = _array(spec, (rows, *trailing), raw if whole else raw[at:stop])
+            at = stop
+        return arrays
+
     def _join_whole(self, readings: Sequence[Reading], raw: bytes) -> dict[str, np.ndarray] | None:
         """The arrays of calls whose inputs lie one behind the other; None where they cannot be had without cutting."""
         import numpy as np
@@ -165,7 +177,11 @@ def _array(spec: TensorSpec, shape: Sequence[int], raw: bytes) -> np.ndarray:
         import numpy as np
 
         return np.frombuffer(raw, dtype=np.uint8).reshape(shape)  # the third value is "missing"
-    return to_numpy(Tensor(spec.name, spec.datatype, list(shape), raw))
+    if spec.datatype == "BF16":
+        return to_numpy(Tensor(spec.name, spec.datatype, list(shape), raw))
+    import numpy as np
+
+    return np.frombuffer(raw, dtype=dtype_of(spec.datatype)).reshape(shape)
 
 
 class Block(NamedTuple):

@@ -31,6 +31,7 @@ MAX_KINDS = 1024  # that a connection remembers, of calls and of answers each; o
 _MOST = 2**31  # bytes a row
 _COUNT = struct.Struct("<I")
 _BATCH = struct.Struct("<III")
+_SINGLE = struct.Struct("<IIIIII")
 _encode = msgspec.msgpack.Encoder().encode
 _kind = msgspec.msgpack.Decoder(Kind).decode
 _form = msgspec.msgpack.Decoder(tuple[str, Kind]).decode
@@ -300,3 +301,12 @@ def parts(
     head = struct.pack(f"<{3 + 3 * n + len(sizes)}I", n, run_us, batch, *numbers, *rows, *queue_us, *sizes)
     body = b"".join(data)
     return [wire.message(PARTS, form, len(head) + len(body)) + head + body]
+
+
+def single(form: int, number: int, rows: int, sizes: Sequence[int], run_us: int, data: Sequence[bytes]) -> bytes:
+    """`parts` of one call that did not wait."""
+    head = _SINGLE.pack(1, run_us, 1, number, rows, 0)
+    if sizes:
+        head += struct.pack(f"<{len(sizes)}I", *sizes)
+    body = b"".join((head, *data))
+    return wire.message(PARTS, form, len(body)) + body

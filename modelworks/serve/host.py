@@ -68,6 +68,7 @@ class Host:
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="model")
         self._server: asyncio.Server | Door | None = None
         self._busy = False
+        self._slow = False  # the last batch took long
         self._turn_due = False
         self._timer: asyncio.TimerHandle | None = None
         if self._continuous is not None:
@@ -155,8 +156,8 @@ class Host:
         if self._batcher.waiting + calls > self._queue_limit:
             raise Unavailable("the replica's queue is full; try again", code="replica_full", retry_after=1.0)
 
-    def admit_many(self, session: Session, calls: Arrived, frame: bytes) -> None:
-        """Calls of one kind that came together."""
+    def admit_many(self, session: Session, calls: Arrived, frame: bytes, *, alone: bool) -> None:
+        """Calls of one kind that came together; `alone`: nothing else has come behind them."""
         layout, at = calls.layout, calls.at
         numbers, rows, remaining = calls.numbers, calls.rows, calls.times
         shape: Shape | None = None
@@ -175,6 +176,9 @@ class Host:
                 self._admit(session, number, tensors, remaining[index], {}, False)
             return
         width = layout.fixed
+        if alone and len(numbers) == 1 and remaining[0] > 0 and self._at_once:
+            self._answer_at_once(session, numbers[0], shape, rows[0], frame[at : at + rows[0] * width])
+            return
         admitted = []
         for number, count, seconds in zip(numbers, rows, remaining, strict=True):
             stop = at + count * width
@@ -183,6 +187,20 @@ class Host:
         session.numbers.update(numbers)
         self._batcher.admit_whole(shape, admitted)
         self._wake()
+
+    @property
+    def _at_once(self) -> bool:
+        """Whether a call that is alone may run in the loop, without a queue."""
+        return self._batcher.idle and not self._busy and 0 < self.batch_seconds < INLINE_BELOW
+
+    def _answer_at_once(self, session: Session, number: int, shape: Shape, rows: int, data: bytes) -> None:
+        begun = time.perf_counter()
+        answer, run_us = self._batcher.at_once(shape, rows, data)
+        self._measure(time.perf_counter() - begun)
+        if isinstance(answer, Block):
+            session.answer_single(number, rows, answer, run_us)
+        else:
+            session.answer(number, answer, True)
 
     def abort(self, session: Session, number: int) -> None:
         session.forget(number)
@@ -242,6 +260,10 @@ class Host:
             self._wake()
 
     def _measure(self, seconds: float) -> None:
+        if seconds >= INLINE_BELOW > self.batch_seconds > 0 and not self._slow:
+            self._slow = True  # one pause of the machine is no trend
+            return
+        self._slow = seconds >= INLINE_BELOW
         weight = _SMOOTHING if seconds > self.batch_seconds else _FALLING
         self.batch_seconds += (seconds - self.batch_seconds) * (weight if self.batch_seconds else 1.0)
 
@@ -467,7 +489,7 @@ class Session(Channel):
         distinct = set(calls.numbers)
         if len(distinct) != len(calls.numbers) or not self.numbers.isdisjoint(distinct):
             raise WireError("a call id is in use")
-        self.host.admit_many(self, calls, frame)
+        self.host.admit_many(self, calls, frame, alone=stop == len(frame))
 
     def _greet(self, kind: int, payload: bytes) -> None:
         if self._nonces is None:
@@ -517,18 +539,36 @@ class Session(Channel):
         items = ran.batch.items
         numbers = [cast("tuple[Session, int]", item.id)[1] for item in items]
         self.numbers.difference_update(numbers)
-        form = self._forms.get(block.kind)
+        form = self._form(block.kind)
         if form is None:
-            layout = Layout.of(block.kind)
-            if layout is None or len(self._forms) >= MAX_KINDS:
-                for item, part in ran.cut(self.host.model_version):
-                    self._write(cast("tuple[Session, int]", item.id)[1], part)
-                return
-            form = self._forms[block.kind] = len(self._forms)
-            self.send(columns.form(form, self.host.model_version, block.kind))
+            for item, part in ran.cut(self.host.model_version):
+                self._write(cast("tuple[Session, int]", item.id)[1], part)
+            return
         rows = [item.reading.rows for item in items]
         sizes = [size for of_call in zip(*block.sizes, strict=True) for size in of_call]
-        self.send(columns.parts(form, numbers, rows, ran.queue_us(), sizes, ran.run_us, len(items), block.data))
+        (message,) = columns.parts(form, numbers, rows, ran.queue_us(), sizes, ran.run_us, len(items), block.data)
+        self.send_now(message)
+
+    def answer_single(self, number: int, rows: int, block: Block, run_us: int) -> None:
+        """Send the answer of a call that ran by itself, at once."""
+        form = self._form(block.kind)
+        if form is None:
+            outputs = [
+                Tensor(name, datatype, [rows, *(trailing or ())], data)
+                for (name, datatype, trailing), data in zip(block.kind, block.data, strict=True)
+            ]
+            self._write(number, Part(outputs, self.host.model_version, True, 0, run_us))
+            return
+        sizes = [size for (size,) in block.sizes]
+        self.send_now(columns.single(form, number, rows, sizes, run_us, block.data))
+
+    def _form(self, kind: Kind) -> int | None:
+        """The number by which the gateway knows answers of a kind; None: such answers travel by themselves."""
+        form = self._forms.get(kind)
+        if form is None and Layout.of(kind) is not None and len(self._forms) < MAX_KINDS:
+            form = self._forms[kind] = len(self._forms)
+            self.send(columns.form(form, self.host.model_version, kind))
+        return form
 
     def forget(self, number: int) -> None:
         self.numbers.discard(number)

@@ -37,6 +37,9 @@ class OnnxRuntime:
         self._ports: dict[str, str] = {}  # inputs and outputs that the session calls otherwise: those of BF16
         self._host: Callable[[Batch], Batch] | None = None
         self._rows: int | None = None
+        self._names: list[str] = []  # of the outputs
+        # where all inputs can go to the session as they come: their names there, their types, whether they are columns
+        self._plain: dict[str, tuple[str, np.dtype[Any], bool]] = {}
         self._refusals: tuple[type[Exception], ...] = ()
         self._failures: tuple[type[Exception], ...] = ()
 
@@ -68,13 +71,32 @@ class OnnxRuntime:
 
     def predict(self, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Outputs by name. InvalidInput names the input that is missing, unknown, mistyped or of a wrong shape."""
+        if self._plain and len(inputs) == len(self._plain) and (feed := self._as_they_are(inputs)) is not None:
+            return self._answer(self._names, feed)
         signature = self._loaded()
         if unknown := next((name for name in inputs if all(spec.name != name for spec in signature.inputs)), None):
             raise InvalidInput(f"the model has no input {unknown[:80]!r}", code="unknown_feature", param=unknown[:80])
         arrays = {spec.name: _array(spec, inputs) for spec in signature.inputs}
         tabular = bool(signature.inputs and signature.inputs[0].column)
-        feed = self._columns(arrays) if tabular else arrays
-        names = [spec.name for spec in signature.outputs]
+        return self._answer(self._names, self._columns(arrays) if tabular else arrays)
+
+    def _as_they_are(self, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray] | None:
+        """What the session wants, where the inputs are just that; None: they must be looked at."""
+        feed = {}
+        rows = -1
+        for name, (port, dtype, column) in self._plain.items():
+            array = inputs.get(name)
+            if array is None or array.dtype != dtype:
+                return None
+            if column:
+                shape = array.shape
+                if len(shape) != 2 or shape[1] != 1 or (shape[0] != rows and rows >= 0):
+                    return None
+                rows = shape[0]
+            feed[port] = array
+        return feed
+
+    def _answer(self, names: list[str], feed: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         try:
             if self._ports:
                 return self._run_half(names, feed)
@@ -119,6 +141,8 @@ class OnnxRuntime:
     def _check(self) -> None:
         signature = self._loaded()
         self._inputs = self._session.get_inputs()
+        self._names = [spec.name for spec in signature.outputs]
+        self._plain = self._find_plain(signature)
         outputs = {output.name for output in self._session.get_outputs()}
         for spec in signature.outputs:
             if self._ports.get(spec.name, spec.name) not in outputs:
@@ -127,6 +151,23 @@ class OnnxRuntime:
                 )
         if any(bool(spec.column) != bool(signature.inputs[0].column) for spec in signature.inputs):
             raise InvalidInput("the signature mixes columns and plain tensors", code="bad_package")
+
+    def _find_plain(self, signature: Signature) -> dict[str, tuple[str, np.dtype[Any], bool]]:
+        ports = {graph.column_of(port.name): port for port in self._inputs}
+        found = {}
+        for spec in signature.inputs:
+            if spec.datatype in ("BYTES", "BF16") or self._host is not None:
+                return {}
+            name, dtype = spec.name, np.dtype(_DTYPES[spec.datatype])
+            if spec.column:
+                if not spec.nullable or spec.datatype == "BOOL" or spec.name not in ports:
+                    return {}
+                name = ports[spec.name].name
+                wanted = graph.numpy_type(ports[spec.name])
+                if wanted is None or wanted != dtype:
+                    return {}
+            found[spec.name] = name, dtype, bool(spec.column)
+        return found
 
     def _loaded(self) -> Signature:
         if self._session is None or self._signature is None:
