@@ -258,7 +258,6 @@ class Supervisor:
             engine,
             home=self._home.root,
             secret=self._channel_secret,
-            drain_seconds=self._settings.shutdown_grace,
             loads=partial(loads, self._home.run),
         )
         self._say_when_up(first_key)

@@ -292,6 +292,20 @@ def test_a_create_is_sent_again_under_the_same_key_after_a_cut(face: Face, fake:
     assert fake.asked[2].headers["idempotency-key"] != keys[0]
 
 
+def test_a_server_that_restarts_during_an_import_is_waited_for(face: Face, fake: FakeServer) -> None:
+    away = problem(503, "unavailable", "restarting")
+    fake.on("POST", "/api/v1/models/iris/versions", CUT, away, away, CUT, away, Reply(VERSION, 201))
+    assert face.finish(face.client.models.import_("iris", source="package:x/y.gguf")).ref == "iris:1"
+    assert len({one.headers["idempotency-key"] for one in fake.asked}) == 1
+    fake.on("POST", "/api/v1/models/other/versions", away)  # it was never there
+    with pytest.raises(Unavailable):
+        face.finish(face.client.models.import_("other", source="package:x/y.gguf"))
+    assert len(fake.requests("POST", "/api/v1/models/other/versions")) == 3
+    ready = {**DEPLOYMENT, "status": "ready"}
+    fake.on("GET", "/api/v1/deployments/iris", {**ready, "status": "updating"}, *[away] * 4, ready)
+    assert face.finish(face.client.deployments.wait_ready("iris")).status == "ready"
+
+
 def test_what_is_not_idempotent_is_not_sent_again_after_a_cut(face: Face, fake: FakeServer) -> None:
     fake.on("POST", "/api/v1/deployments/iris/rollback", CUT)
     with pytest.raises(Unavailable):

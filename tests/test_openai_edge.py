@@ -9,13 +9,17 @@ import struct
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from modelworks.api.openai.generation import Patience
+from modelworks.api.openai.generation import SECONDS, Events, Patience
+from modelworks.api.openai.stream import Generated
+from modelworks.control.reconcile import DRAIN_SECONDS
 from modelworks.core.errors import InvalidInput, RateLimited, Unavailable
 from modelworks.core.generation import MAX_DEPTH
+from modelworks.serve.router import RETIRE_SECONDS
 from tests.api_house import House, house
 from tests.openai_house import TextRouter, furnish
 
@@ -590,7 +594,9 @@ def test_the_tokens_of_other_dialects_count_too(api: House, model: TextRouter) -
         def used() -> int:
             with api.client() as admin:
                 lines = admin.get("/metrics").text.splitlines()
-            ours = [line for line in lines if line.startswith("modelworks_tokens_total{") and 'deployment="chat"' in line]
+            ours = [
+                line for line in lines if line.startswith("modelworks_tokens_total{") and 'deployment="chat"' in line
+            ]
             return sum(int(float(line.rpartition(" ")[2])) for line in ours if "prompt" in line or "completion" in line)
 
         before = used()
@@ -610,6 +616,32 @@ def test_a_write_that_a_client_does_not_take_ends_and_waiting_for_the_model_does
             await patience.write(asyncio.sleep(30))
 
     asyncio.run(run())
+
+
+def test_a_stream_that_the_server_has_to_end_says_so() -> None:
+    async def story() -> None:
+        news, sent, closed = asyncio.Event(), [], []
+        exchange: Any = SimpleNamespace(
+            choices=[Generated(0, news)], news=news, opening=lambda: b"first", failure=lambda error: error.code.encode(),
+            close=lambda: closed.append(True),
+        )  # fmt: skip
+
+        async def send(message: Any) -> None:
+            sent.append(message)
+
+        running = asyncio.ensure_future(Events(exchange, {})({}, None, send))
+        while len(sent) < 2:
+            await asyncio.sleep(0)
+        running.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await running
+        assert [(one["body"], one["more_body"]) for one in sent[1:]] == [(b"first", True), (b"stopping", False)]
+        assert (exchange.end, closed) == ("stopping", [True])
+
+    asyncio.run(story())
+    assert min(DRAIN_SECONDS, RETIRE_SECONDS) > SECONDS, (
+        "a replica that is replaced, and the way to it, outlive its calls"
+    )
 
 
 def test_usage_so_far_comes_with_each_event_when_it_is_asked_for(client: Any, model: TextRouter) -> None:

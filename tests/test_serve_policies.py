@@ -120,7 +120,7 @@ def test_a_full_queue_is_shared_between_keys():
         with pytest.raises(RateLimited) as info:
             bench.call("flood")
         assert info.value.code == "queue_full"
-        assert info.value.retry_after
+        assert (info.value.retry_after, info.value.detail) == (1.0, {"queued": 10})
         others = [bench.call("other") for _ in range(5)]
         with pytest.raises(RateLimited):
             bench.call("other")
@@ -134,6 +134,7 @@ def test_a_full_queue_is_shared_between_keys():
         assert {(type(item), item.code) for item in refused} == {(RateLimited, "queue_full")}
         results = await asyncio.gather(first, *flood, *others, urgent)
         assert answered(results) == 11
+        assert 1.0 < bench.lane.relief * 1.01 < 1.1, "a call a second went"
         assert bench.lane.queued == bench.lane.aboard == 0
         assert isinstance((await urgent)[0], Part)
 

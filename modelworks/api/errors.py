@@ -75,6 +75,8 @@ def render(error: ModelworksError, path: str, request_id: str) -> tuple[int, lis
         headers.append((b"allow", error.allowed.encode()))
     if error.retry_after is not None:
         headers.append((b"retry-after", b"%d" % max(1, math.ceil(error.retry_after))))
+    if "queued" in error.detail:
+        headers.append((b"x-queue-position", b"%d" % error.detail["queued"]))
     if error.status == HTTPStatus.CONFLICT:
         headers.append((b"x-should-retry", b"false"))
     return error.status, headers, content

@@ -16,7 +16,7 @@ from typing import IO, TYPE_CHECKING, Any
 from modelworks.client.jobs import wait
 from modelworks.client.lists import page, path
 from modelworks.client.modes import Mode, Resource, call
-from modelworks.client.transport import Request, creation
+from modelworks.client.transport import AWAY, Request, creation
 from modelworks.client.types import build
 from modelworks.core.errors import InvalidInput
 from modelworks.core.specs import DatasetEdit, DatasetEdits, Ref, TableSchema
@@ -77,7 +77,7 @@ class Datasets(Resource[Mode]):
         )
 
     async def _create(self, form: dict[str, Any], key: str | None) -> Dataset:
-        return await self._made(await self._http.send(creation("/api/v1/datasets", key=key, form=form)))
+        return await self._made(await self._http.send(creation("/api/v1/datasets", key=key, form=form, patience=AWAY)))
 
     async def _made(self, response: Any) -> Dataset:
         if response.status_code != 202:
@@ -130,7 +130,7 @@ class Datasets(Resource[Mode]):
         spec = build(DatasetEdits, given, {}, "edits")
         body = spec.model_dump(mode="json", exclude_unset=True)
         where = path("/api/v1/datasets/{}/edits", ref.name)
-        return await self._made(await self._http.send(creation(where, key=idempotency_key, json=body)))
+        return await self._made(await self._http.send(creation(where, key=idempotency_key, json=body, patience=AWAY)))
 
     @call
     async def delete(self, name: str, *, force: bool = False) -> tuple[int, ...]:

@@ -10,9 +10,9 @@ from typing import Any
 
 from modelworks.client.lists import page, path
 from modelworks.client.modes import Mode, Resource, call
-from modelworks.client.transport import Request
+from modelworks.client.transport import AWAY, Request
 from modelworks.client.types import Prediction, build
-from modelworks.core.errors import DeadlineExceeded, ModelworksError, NotFound
+from modelworks.core.errors import DeadlineExceeded, ModelworksError, NotFound, Unavailable
 from modelworks.core.specs import DeploymentSpec
 from modelworks.core.types import Deployment, DeploymentRevision, Page, Replica
 
@@ -75,10 +75,19 @@ class Deployments(Resource[Mode]):
     async def wait_ready(
         self, name: str, *, timeout: float = 120.0, progress: Callable[[Deployment], None] | None = None
     ) -> Deployment:
-        """The deployment once its present spec is served. Raises its message when it failed."""
-        started = time.monotonic()
+        """The deployment once its present spec is served. Raises its message when it failed.
+
+        A server that restarts in the meantime is waited for.
+        """
+        started = last_seen = time.monotonic()
         while True:
-            deployment = await self._get(name)
+            try:
+                deployment = await self._get(name)
+                last_seen = time.monotonic()
+            except Unavailable:
+                if time.monotonic() - last_seen > AWAY:
+                    raise
+                continue
             if progress:
                 progress(deployment)
             if deployment.status == "ready":

@@ -11,7 +11,7 @@ import httpx2
 
 from modelworks.client.lists import page, path
 from modelworks.client.modes import Mode, Resource, call, stream
-from modelworks.client.transport import Request, Transport, creation, unreachable
+from modelworks.client.transport import AWAY, Request, Transport, creation, unreachable
 from modelworks.client.types import build, shorthand
 from modelworks.core.errors import Conflict, DeadlineExceeded, ModelworksError, Unavailable, from_dict
 from modelworks.core.specs import EvaluationSpec, TrainingSpec
@@ -19,7 +19,6 @@ from modelworks.core.types import FINAL_JOB_STATES, Job, JobEvent, Page, Report
 
 OnJob = Callable[[Job], None]
 OnEvent = Callable[[JobEvent], None]
-_AWAY = 30.0  # seconds that a server may be away while we wait for a job of it
 _POLL = (0.1, 1.0)
 _SILENCE = 60.0  # the server sends a sign of life every 15 s
 _EVENTS = 100
@@ -75,10 +74,10 @@ class Jobs(Resource[Mode]):
             except httpx2.ReadTimeout:
                 silent_since = time.monotonic()
             except httpx2.TransportError as error:
-                if time.monotonic() - silent_since > _AWAY:
+                if time.monotonic() - silent_since > AWAY:
                     raise unreachable(self._http.connection, error) from None
             except Unavailable:
-                if time.monotonic() - silent_since > _AWAY:
+                if time.monotonic() - silent_since > AWAY:
                     raise
             await self._http.carrier.sleep(pause)
             pause = min(pause * 1.5, _POLL[1])
@@ -233,7 +232,7 @@ async def wait(
                 after = await _tell_events(http, job_id, after, on_event)
             last_seen = time.monotonic()
         except Unavailable:
-            if time.monotonic() - last_seen > _AWAY:
+            if time.monotonic() - last_seen > AWAY:
                 raise
         else:
             if progress:

@@ -16,7 +16,7 @@ from modelworks.client.data import Counted, Progress, opened
 from modelworks.client.jobs import OnJob, wait
 from modelworks.client.lists import page, path
 from modelworks.client.modes import Mode, Resource, call
-from modelworks.client.transport import Request, creation, unreachable
+from modelworks.client.transport import AWAY, Request, creation, unreachable
 from modelworks.client.types import Model
 from modelworks.core.errors import InvalidInput, NotFound
 from modelworks.core.specs import Ref
@@ -81,7 +81,7 @@ class Models(Resource[Mode]):
             if content is not None:
                 body = Counted(content, progress) if progress else content
                 form["file"] = (known_as, body, "application/octet-stream")
-            request = creation(path("/api/v1/models/{}/versions", name), key=idempotency_key, form=form)
+            request = creation(path("/api/v1/models/{}/versions", name), key=idempotency_key, form=form, patience=AWAY)
             response = await self._http.send(request)
         if response.status_code != 202:
             return self._http.validate(ModelVersion, response.json())

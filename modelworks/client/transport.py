@@ -22,13 +22,16 @@ RETRIES = 2
 _RETRIED = frozenset({408, 429, 502, 503})
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.2, 8.0
 _LONGEST_RETRY_AFTER = 60.0
+_NEVER_LEFT = (httpx2.ConnectError, httpx2.ConnectTimeout, httpx2.PoolTimeout)
+AWAY = 30.0  # seconds that a server may be away while we wait for work of it
 
 B = TypeVar("B", bound=BaseModel)
 
 
 @dataclass(frozen=True)
 class Request:
-    """`idempotent`: may be sent again when it may have arrived. `form`: multipart parts as httpx2 takes them."""
+    """`idempotent`: may be sent again when it may have arrived. `form`: multipart parts as httpx2 takes them.
+    `patience`: seconds that a server which went away in the middle of it is waited for."""
 
     method: str
     path: str
@@ -38,11 +41,15 @@ class Request:
     headers: Mapping[str, str] = field(default_factory=dict)
     idempotent: bool = True
     timeout: float | None = None
+    patience: float = 0.0
 
 
-def creation(path: str, *, key: str | None, json: Any = None, form: Mapping[str, Any] | None = None) -> Request:
+def creation(
+    path: str, *, key: str | None, json: Any = None, form: Mapping[str, Any] | None = None, patience: float = 0.0
+) -> Request:
     """A POST that makes something. Its Idempotency-Key (a fresh one unless given) makes sending it again safe."""
-    return Request("POST", path, json=json, form=form, headers={"Idempotency-Key": key or f"sdk-{uuid.uuid4().hex}"})
+    headers = {"Idempotency-Key": key or f"sdk-{uuid.uuid4().hex}"}
+    return Request("POST", path, json=json, form=form, headers=headers, patience=patience)
 
 
 class Carrier(Protocol):
@@ -167,18 +174,23 @@ class Transport:
     async def send(self, request: Request) -> httpx2.Response:
         """The answer, its status below 300. Sends again what may be sent again, as often as allowed."""
         attempt = 0
+        until = 0.0  # it went away in the middle, and is waited for
         while True:
             try:
                 response = await self.carrier.send(self._build(request))
             except httpx2.TransportError as error:
-                if attempt >= self._retries or not _may_retry(request, error):
+                if not until and not isinstance(error, _NEVER_LEFT):
+                    until = time.monotonic() + request.patience
+                waits = time.monotonic() < until
+                if not (waits or attempt < self._retries) or not _may_retry(request, error):
                     raise self._unreachable(error, request) from None
-                pause = _pause(attempt, None)
+                pause = min(_pause(attempt, None), 1.0 if waits else _LONGEST_PAUSE)
             else:
                 if response.is_success:
                     return response
                 failure = error_of(response)
-                if attempt >= self._retries or not _should_retry(request, response, failure):
+                waits = time.monotonic() < until
+                if not (waits or attempt < self._retries) or not _should_retry(request, response, failure):
                     raise failure
                 pause = _pause(attempt, failure.retry_after)
             attempt += 1
@@ -287,7 +299,7 @@ def _retry_after(response: httpx2.Response) -> float | None:
 
 def _may_retry(request: Request, error: httpx2.TransportError) -> bool:
     """What never left us may always be sent again; a slow answer is not asked for twice."""
-    if isinstance(error, httpx2.ConnectError | httpx2.ConnectTimeout | httpx2.PoolTimeout):
+    if isinstance(error, _NEVER_LEFT):
         return True
     return request.idempotent and isinstance(error, httpx2.NetworkError | httpx2.RemoteProtocolError)
 

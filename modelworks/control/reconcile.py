@@ -30,6 +30,7 @@ log = telemetry.logger("reconcile")
 ACTIVE = ("starting", "ready", "draining")
 FATAL_EXITS = frozenset({3})  # the package itself is at fault (see serve/replica.py): starting it again would not help
 HUNG_SECONDS = 10.0  # without a sign of life; gateways turn away from it after 3 s already
+DRAIN_SECONDS = 900.0  # that calls aboard of a replica which is replaced get: beyond any call's deadline
 _SETTLE = 0.5  # seconds that gateways get to see that a replica drains before it is told to stop
 _STABLE = 60.0  # seconds of service after which earlier crashes are forgotten
 _LOOK = 1.0  # seconds between two looks at the load; gateways tell it about as often
@@ -69,7 +70,7 @@ class Reconciler:
         *,
         home: Path,
         secret: str,
-        drain_seconds: float = 10.0,
+        drain_seconds: float = DRAIN_SECONDS,
         loads: Callable[[], Mapping[tuple[str, str], Load]] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:

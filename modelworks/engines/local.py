@@ -122,7 +122,7 @@ class LocalEngine:
             endpoint=spec.endpoint,
             phase=phase,
             message=message,
-            silent=self._silence(replica_id, spec) if code is None and phase == "ready" else 0.0,
+            silent=self._silence(replica_id, spec) if code is None and phase in ("ready", "draining") else 0.0,
         )
 
     def _silence(self, replica_id: str, spec: ReplicaSpec) -> float:

@@ -16,6 +16,7 @@ from modelworks.serve.peer import Peer
 from modelworks.serve.routes import Route
 
 _UNLIMITED = 2**62
+_RELIEF = 60.0  # seconds after which a refused call is told to come again at the latest
 _SPILL_FACTOR, _SPILL_SLACK = 2, 4  # a sticky call leaves its replica when that has more than 2 x the least + 4 calls
 
 
@@ -69,6 +70,8 @@ class Lane:
         self.aboard = 0
         self.concurrency = _UNLIMITED
         self.hedges: Hedges[Pending] | None = None
+        self._went = 0.0  # when the last call ended while others waited
+        self._pace = 0.0  # seconds between such ends
         self.follow(route)
 
     def follow(self, route: Route) -> None:
@@ -126,6 +129,18 @@ class Lane:
         for queue in (self.suspects, self.again):
             yield from (pending for pending in queue if not pending.done)
         yield from self.waiting
+
+    def goes(self, now: float) -> None:
+        """A call has ended while others wait."""
+        apart = now - self._went
+        self._went = now
+        if apart < _RELIEF:  # else nobody waited in between
+            self._pace += (apart - self._pace) * (0.1 if self._pace else 1.0)
+
+    @property
+    def relief(self) -> float:
+        """Seconds in which a tenth of the queue is likely to go."""
+        return min(max(self._pace * max(self.queued // 10, 1), 1.0), _RELIEF)
 
     # the replicas
 

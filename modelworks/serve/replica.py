@@ -225,7 +225,10 @@ async def serve(spec: ReplicaSpec, batcher: Batcher | Continuous, batch_seconds:
             raise ModelworksError("the model's engine has ended; a new replica takes its place")
         report.beat()
     report("draining")
-    finished = await host.drain(spec.drain_seconds)
+    draining = asyncio.ensure_future(host.drain(spec.drain_seconds))
+    while not (await asyncio.wait([draining], timeout=_BEAT))[0]:
+        report.beat()
+    finished = draining.result()
     report("stopped")
     log.info("stopped", finished=finished)
 

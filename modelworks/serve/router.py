@@ -29,7 +29,7 @@ __all__ = ["Pending", "Router"]
 MAX_RETRIES = 2
 POISON_DEATHS = 2
 _TICK = 0.05  # seconds between looks at deadlines and health
-_RETIRE_SECONDS = 30.0
+RETIRE_SECONDS = 900.0  # beyond any call's deadline
 
 log = logger("router")
 
@@ -67,7 +67,7 @@ class Router:
             self._peers[target].open()
         for target, peer in self._peers.items():
             if target not in wanted:
-                peer.retire(_RETIRE_SECONDS)
+                peer.retire(RETIRE_SECONDS)
         for key in [key for key in self._lanes if key not in snapshot.routes]:
             self._remove(self._lanes.pop(key))
         for key, route in snapshot.routes.items():
@@ -225,12 +225,14 @@ class Router:
             return RateLimited(
                 f"{queued} calls wait for {name!r} already{reason}; try again in a moment",
                 code="queue_full",
-                retry_after=1.0,
+                retry_after=lane.relief,
+                detail={"queued": queued},
             )
         return Unavailable(
             f"no replica of {name!r} is ready and {queued} calls wait already{reason}",
             code="queue_full",
             retry_after=2.0,
+            detail={"queued": queued},
         )
 
     def _send(self, pending: Pending, peer: Peer) -> None:
@@ -295,8 +297,10 @@ class Router:
             pending.deliver(item)
         finally:
             if lane.queued:
+                now = self._clock()
+                lane.goes(now)
                 if isinstance(item, Part):
-                    peer.adapt(self._clock(), item.queue_us * 1e-6, item.run_us * 1e-6, lane.route.limits.wait_seconds)
+                    peer.adapt(now, item.queue_us * 1e-6, item.run_us * 1e-6, lane.route.limits.wait_seconds)
                 self._pump(lane)
 
     def _blame(self, peer: Peer, lane: Lane, reason: str) -> None:

@@ -18,7 +18,7 @@ from modelworks.api.allowance import Allowance
 from modelworks.api.errors import render
 from modelworks.api.openai.stream import Generated, ready
 from modelworks.api.services import Services
-from modelworks.core.errors import InvalidInput, ModelworksError, NotFound
+from modelworks.core.errors import InvalidInput, ModelworksError, NotFound, Unavailable
 from modelworks.core.tasks import GENERATION
 from modelworks.core.telemetry import logger
 from modelworks.core.tensors import Tensor
@@ -134,6 +134,9 @@ class Exchange:
             body = await self.whole()
             self.end = self.choices[0].reason
             return Response(encode(body), 200, headers, "application/json")
+        except asyncio.CancelledError:  # the server's grace is over
+            self.end = "stopping"
+            raise _stopping() from None
         finally:
             if response is None:
                 self.close()
@@ -274,6 +277,10 @@ class Events(Response):
                         exchange.end = exchange.outcome
         except TimeoutError:
             exchange.end = "client_stalled"  # the server closes the connection: the answer is not complete
+        except asyncio.CancelledError:  # the server's grace is over
+            exchange.end = "stopping"
+            await send({"type": "http.response.body", "body": exchange.failure(_stopping()), "more_body": False})
+            raise
         finally:
             exchange.close()
 
@@ -299,6 +306,10 @@ class Events(Response):
                     open_.remove(made)
         exchange.outcome = exchange.choices[0].reason
         yield await exchange.closing(), True
+
+
+def _stopping() -> Unavailable:
+    return Unavailable("the server is stopping; ask again in a moment", code="stopping", retry_after=2.0)
 
 
 def prefix_key(caller: Caller, call: Call) -> str:
