@@ -84,6 +84,18 @@ class Home:
         file.flush()
         return file
 
+    def forget_address(self) -> None:
+        """Clients find no server here any more, unless another has taken the place meanwhile: the folder may be a new one."""
+        if _pid_in(self.address) == os.getpid():
+            self.address.unlink(missing_ok=True)
+
+
+def _pid_in(address: Path) -> int | None:
+    try:
+        return int(json.loads(address.read_text())["pid"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
 
 def serve(settings: Settings, *, announce: Callable[[str], None] = print) -> int:
     """Run everything on this machine in the foreground until SIGTERM or SIGINT; returns the exit code."""
@@ -104,7 +116,7 @@ def serve(settings: Settings, *, announce: Callable[[str], None] = print) -> int
     finally:
         listener.close()
         grpc.close()
-        home.address.unlink(missing_ok=True)
+        home.forget_address()
         lock.close()
 
 
@@ -292,6 +304,8 @@ class Supervisor:
             _wait_listening(self._grpc)
             address = {"url": self.url, "grpc_port": self._grpc[1], "pid": os.getpid()}
             temporary = self._home.address.with_suffix(".tmp")
+            if self._stop:
+                return
             temporary.write_text(json.dumps(address))
             temporary.replace(self._home.address)
             if first_key:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import stat
 
 import pytest
 
+from modelworks import server
 from modelworks.control import access as module
 from modelworks.control.access import Access
 from modelworks.core.errors import CatalogUnavailable
@@ -183,3 +185,12 @@ def test_a_busy_catalog_makes_no_key(home):
     catalog.close()
     blocker.close()
     assert len(home.rows(Key)) == 1
+
+
+def test_a_server_that_stops_leaves_the_address_of_another(tmp_path) -> None:
+    home = server.Home(tmp_path)
+    for pid, stays in ((os.getpid() + 1, True), (os.getpid(), False)):
+        home.address.write_text(json.dumps({"url": "http://127.0.0.1:1", "pid": pid}))
+        home.forget_address()
+        assert home.address.exists() is stays
+    home.forget_address()

@@ -286,6 +286,13 @@ def test_events_are_listed_by_number(api: House) -> None:
         assert [item["seq"] for item in found["data"]] == [2, 3]
         assert found["has_more"]
         assert not client.get(f"/api/v1/jobs/{job.id}/events?after=3").json()["has_more"]
+        chosen = client.get(f"/api/v1/jobs/{job.id}/events?kind=status&kind=error").json()["data"]
+        whole = client.get(f"/api/v1/jobs/{job.id}/events").json()["data"]
+        assert chosen == [one for one in whole if one["kind"] in ("status", "error")]
+        assert client.get(f"/api/v1/jobs/{job.id}/events?kind=fold").json()["data"] == [
+            one for one in whole if one["kind"] == "fold"
+        ]
+        assert client.get(f"/api/v1/jobs/{job.id}/events?kind=nonsense").status_code == 400
         assert client.get(f"/api/v1/jobs/{job.id}/log").headers["content-type"].startswith("text/plain")
 
 

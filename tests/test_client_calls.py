@@ -108,6 +108,7 @@ CALLS: list[tuple[str, str, Any, Callable[[Any], Any], Any]] = [
     ("POST", "/api/v1/jobs/job_1/cancel", Reply(JOB, 202), lambda c: c.training_jobs.cancel("job_1"), None),
     ("GET", "/api/v1/jobs", page(JOB), lambda c: c.jobs.list(kind="train", status="queued"), None),
     ("GET", "/api/v1/jobs/job_1/events", page(event(1, "log", "x")), lambda c: c.jobs.events("job_1"), None),
+    ("GET", "/api/v1/jobs/job_1/events", page(event(1, "log", "x")), lambda c: c.jobs.events("job_1", kind=["log", "fold"]), None),
     (
         "POST", "/api/v1/evaluations", Reply(JOB, 202),
         lambda c: c.evaluations.create(model="iris:1", method={"kfold": 5}), {"model": "iris:1", "method": {"kfold": 5}},

@@ -77,12 +77,12 @@ def commit_with_artifact(catalog: Catalog, queue: Queue, job: Job) -> None:
 
 def test_a_job_is_claimed_once_and_each_claim_raises_the_token(catalog: Catalog, queue: Queue, clock: Clock) -> None:
     job = put(catalog)
-    assert queue.waiting()
+    assert queue.idle_for() == 0
     first = claimed(queue)
     assert (first.id, first.status, first.token, first.attempt) == (job.id, "running", 1, 1)
     assert first.lease_expires_at == clock.now + LEASE
     assert queue.claim("other", LEASE) is None
-    assert not queue.waiting()
+    assert queue.idle_for() == LEASE
     queue.release(first.id, first.token)
     assert claimed(queue).token == 2
 
@@ -101,7 +101,7 @@ def test_a_lease_lasts_as_long_as_its_heart_beats(catalog: Catalog, queue: Queue
         assert queue.heartbeat({job.id: job.token}, LEASE) == {}
         assert queue.reclaim() == 0
     clock.now += LEASE + 1
-    assert queue.waiting()
+    assert queue.idle_for() == 0
     assert queue.reclaim() == 1
     again = read(catalog, job)
     assert (again.status, again.idle_deaths) == ("queued", 1)

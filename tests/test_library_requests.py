@@ -232,6 +232,11 @@ def test_the_same_create_twice_is_one_job(home: Home, library: Library) -> None:
     assert upload("a\n1\n").id == upload("a\n1\n").id
     with pytest.raises(IdempotencyMismatch):
         upload("a\n2\n")
+    with home.catalog.write() as tx:
+        tx.delete(first)
+    with pytest.raises(Conflict, match="was deleted since; send a new key") as gone:
+        library.train(once, training())
+    assert gone.value.code == "answer_deleted"
 
 
 READS: list[Callable[[Library, dict[str, str]], Any]] = [

@@ -12,7 +12,7 @@ from alembic.migration import MigrationContext
 from modelworks.core.errors import CatalogUnavailable, Conflict, InvalidInput, NotFound
 from modelworks.core.types import Job, Key, Project, User, new_id
 from modelworks.store import migrations
-from modelworks.store.catalog import Catalog
+from modelworks.store.catalog import Catalog, Watch
 from modelworks.store.schema import metadata
 
 
@@ -46,6 +46,21 @@ def second(catalog, **options):
 def names(catalog):
     with catalog.read() as tx:
         return [project.name for project in tx.list(Project)]
+
+
+def test_a_watch_is_stirred_by_what_anyone_writes(catalog):
+    watch, other = Watch(catalog, 3600.0), second(catalog)
+    assert watch.stirred()
+    assert watch.stirred()  # until the look has succeeded
+    watch.seen()
+    assert watch.stirred() is not catalog.sqlite  # Postgres cannot tell: always
+    for number, writer in enumerate((catalog, other)):
+        with writer.write(durable=False) as tx:
+            tx.add(Project(name=f"p{number}"))
+        assert watch.stirred()
+        watch.seen()
+    assert Watch(catalog, 0.0).stirred()
+    other.close()
 
 
 def test_an_error_undoes_the_whole_transaction(catalog):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 import anyio
@@ -39,28 +39,40 @@ class Stopping:
 
 
 def stream(
-    services: Services, caller: Caller, job_id: str, after: int, stopping: Stopping, carrier: str | None
+    services: Services,
+    caller: Caller,
+    job_id: str,
+    after: int,
+    stopping: Stopping,
+    carrier: str | None,
+    kinds: Sequence[str] | None = None,
 ) -> StreamingResponse:
     """The events of `job_id` after number `after`, as text/event-stream; ends with an event named `end`.
 
     `carrier`: the Authorization header, looked at again on the way: a key that is revoked reads no further.
     """
     return StreamingResponse(
-        _events(services, caller, job_id, after, stopping, carrier),
+        _events(services, caller, job_id, after, stopping, carrier, kinds),
         media_type="text/event-stream",
         headers={"cache-control": "no-store", "x-accel-buffering": "no"},
     )
 
 
 async def _events(
-    services: Services, caller: Caller, job_id: str, after: int, stopping: Stopping, carrier: str | None
+    services: Services,
+    caller: Caller,
+    job_id: str,
+    after: int,
+    stopping: Stopping,
+    carrier: str | None,
+    kinds: Sequence[str] | None,
 ) -> AsyncIterator[bytes]:
     library = services.library
     pause, silent = POLL[0], 0.0
     yield b"retry: 1000\n\n"
     while await anyio.to_thread.run_sync(_still, services, caller, carrier):
         job = await anyio.to_thread.run_sync(library.job, caller, job_id)
-        found = await anyio.to_thread.run_sync(library.events, caller, job_id, after, BATCH)
+        found = await anyio.to_thread.run_sync(library.events, caller, job_id, after, BATCH, kinds)
         for event in found:
             after = event.seq
             yield frame(event.kind, event.public(), event.seq)

@@ -83,10 +83,13 @@ def logs(
     follow: Annotated[
         bool, typer.Option("--follow", "-f", help="Print the job's events as they happen, to its end.")
     ] = False,
+    kind: Annotated[
+        list[str] | None, typer.Option(help="With -f: only events of this kind, such as fold or warning. Repeatable.")
+    ] = None,
 ) -> None:
     """Show the log of a job's process, or with -f its events as they happen."""
     if follow:
-        for event in session.client.jobs.stream(job):
+        for event in session.client.jobs.stream(job, kind=kind or None):
             if session.json:
                 print(json.dumps(event.model_dump(mode="json")), flush=True)
             else:

@@ -50,18 +50,22 @@ class Jobs(Resource[Mode]):
         return await self._http.model(Request("GET", path(self._PATH + "/{}", _id(job))), Job)
 
     @call
-    async def events(self, job: Job | str, *, after: int = 0, limit: int = _EVENTS) -> Sequence[JobEvent]:
-        """What has happened in the job after event number `after`."""
-        return await _events(self._http, _id(job), after, limit)
+    async def events(
+        self, job: Job | str, *, after: int = 0, limit: int = _EVENTS, kind: str | Sequence[str] | None = None
+    ) -> Sequence[JobEvent]:
+        """What has happened in the job after event number `after`; of this kind, or these, alone ("fold", "warning"...)."""
+        return await _events(self._http, _id(job), after, limit, _kinds(kind))
 
     @stream
-    async def stream(self, job: Job | str, *, after: int = 0) -> AsyncGenerator[JobEvent, None]:
-        """The events as they happen, until the job is final. Reconnects where it was cut off."""
+    async def stream(
+        self, job: Job | str, *, after: int = 0, kind: str | Sequence[str] | None = None
+    ) -> AsyncGenerator[JobEvent, None]:
+        """The events as they happen, until the job is final; of this kind, or these, alone. Reconnects where it was cut off."""
         silent_since = time.monotonic()
         pause = _POLL[0]
         while True:
             try:
-                async with self._http.open(_stream_request(job, after)) as response:
+                async with self._http.open(_stream_request(job, after, _kinds(kind))) as response:
                     silent_since = time.monotonic()
                     async for sent in self._http.carrier.events(response):
                         if sent.event == "end":
@@ -260,9 +264,11 @@ async def _tell_events(http: Transport, job_id: str, after: int, on_event: OnEve
             return after
 
 
-async def _events(http: Transport, job_id: str, after: int, limit: int) -> list[JobEvent]:
+async def _events(
+    http: Transport, job_id: str, after: int, limit: int, kinds: Sequence[str] | None = None
+) -> list[JobEvent]:
     where = path("/api/v1/jobs/{}/events", job_id)
-    found = await http.json(Request("GET", where, query={"after": after, "limit": limit}))
+    found = await http.json(Request("GET", where, query={"after": after, "limit": limit, "kind": kinds}))
     return [http.validate(JobEvent, item) for item in found["data"]]
 
 
@@ -282,9 +288,14 @@ def _checked(job: Job) -> Job:
     return job
 
 
-def _stream_request(job: Job | str, after: int) -> Request:
+def _kinds(kind: str | Sequence[str] | None) -> Sequence[str] | None:
+    return [kind] if isinstance(kind, str) else kind
+
+
+def _stream_request(job: Job | str, after: int, kinds: Sequence[str] | None) -> Request:
     headers = {"accept": "text/event-stream"} | ({"last-event-id": str(after)} if after else {})
-    return Request("GET", path("/api/v1/jobs/{}/events/stream", _id(job)), headers=headers, timeout=_SILENCE)
+    where = path("/api/v1/jobs/{}/events/stream", _id(job))
+    return Request("GET", where, query={"kind": kinds}, headers=headers, timeout=_SILENCE)
 
 
 def _body(spec: TrainingSpec | EvaluationSpec) -> dict[str, Any]:

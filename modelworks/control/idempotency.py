@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from modelworks.core.errors import IdempotencyMismatch, InvalidInput
+from modelworks.core.errors import Conflict, IdempotencyMismatch, InvalidInput
 from modelworks.core.types import Caller, IdempotencyRecord, Noun
 from modelworks.store.catalog import Tx
 
@@ -18,7 +18,8 @@ LIFETIME = 86_400.0
 def create_once(tx: Tx, caller: Caller, route: str, body: Any, cls: type[N], make: Callable[[], N]) -> N:
     """What `make` creates, or what an earlier call with the same Idempotency-Key and the same `body` created.
 
-    `body` is the parsed content (JSON values). The same key with another body is IdempotencyMismatch (422).
+    `body` is the parsed content (JSON values). The same key with another body is IdempotencyMismatch (422). When the
+    answer was deleted: Conflict.
     """
     key = caller.idempotency_key
     if not key:
@@ -34,7 +35,14 @@ def create_once(tx: Tx, caller: Caller, route: str, body: Any, cls: type[N], mak
                 "this Idempotency-Key was used with another body; send a new key for a new request",
                 param="Idempotency-Key",
             )
-        return tx.get(cls, known.answer_id)
+        answer = tx.find(cls, id=known.answer_id)
+        if answer is None:
+            raise Conflict(
+                "what this Idempotency-Key created was deleted since; send a new key to create it anew",
+                code="answer_deleted",
+                param="Idempotency-Key",
+            )
+        return answer
     if known:
         tx.delete(known)
     made = make()

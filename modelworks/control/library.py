@@ -182,12 +182,15 @@ class Library:
             time.sleep(min(pause, left))
             pause = min(pause * 1.3, 0.25)
 
-    def events(self, caller: Caller, job_id: str, after_seq: int = 0, limit: int = 100) -> list[JobEvent]:
-        """In order, those with a `seq` above `after_seq`."""
+    def events(
+        self, caller: Caller, job_id: str, after_seq: int = 0, limit: int = 100, kinds: Sequence[str] | None = None
+    ) -> list[JobEvent]:
+        """In order, those with a `seq` above `after_seq`; of these kinds alone."""
         with self._catalog.read() as tx:
             job = tx.get(Job, job_id, project_id=caller.project_id)
             seq = tx.table(JobEvent).c.seq
-            return tx.list(JobEvent, seq > after_seq, job_id=job.id, order_by=seq, limit=_bounded(limit))
+            chosen = sa.true() if kinds is None else tx.table(JobEvent).c.kind.in_(kinds)
+            return tx.list(JobEvent, seq > after_seq, chosen, job_id=job.id, order_by=seq, limit=_bounded(limit))
 
     def log(self, caller: Caller, job_id: str, *, limit: int = 64 * 1024) -> str:
         """The last `limit` bytes of what the job's process wrote, without this machine's paths."""

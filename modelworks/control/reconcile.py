@@ -23,7 +23,7 @@ from modelworks.core.types import Deployment, DeploymentRevision, Job, ModelVers
 from modelworks.engines.base import Engine, Handle, Observed, ReplicaSpec
 from modelworks.serve.figures import Load
 from modelworks.store.blobs import Blobs
-from modelworks.store.catalog import Catalog, Tx
+from modelworks.store.catalog import Catalog, Tx, Watch
 
 log = telemetry.logger("reconcile")
 
@@ -75,6 +75,7 @@ class Reconciler:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._catalog = catalog
+        self._watch = Watch(catalog)
         self._blobs = blobs
         self._engine = engine
         self._home = home
@@ -126,13 +127,17 @@ class Reconciler:
                 tx.update(replica, status="stopped", message="the server was started anew")
 
     def _read(self) -> None:
+        if self._seen >= 0 and not self._watch.stirred():
+            return
         counter = self._catalog.counters().get("routing", 0)
         if counter == self._seen:
+            self._watch.seen()
             return
         with self._catalog.read() as tx:
             self._deployments = {row.id: row for row in tx.list(Deployment)}
             self._replicas = {row.id: row for row in tx.list(Replica, status=list(ACTIVE))}
         self._seen = counter
+        self._watch.seen()
 
     # what the engine saw
 

@@ -15,7 +15,7 @@ from modelworks.core.types import Deployment, DeploymentRevision, ModelVersion, 
 from modelworks.security.identity import Authenticator
 from modelworks.serve.router import Router
 from modelworks.serve.routes import Detour, Key, Limits, Route, Snapshot, Target
-from modelworks.store.catalog import Catalog, Tx
+from modelworks.store.catalog import Catalog, Tx, Watch
 
 _SOON = 0.03  # seconds between two looks while a replica is awaited
 
@@ -104,6 +104,7 @@ class Follower:
         self._limits = limits
         self._interval = interval
         self._number = -1
+        self._watch = Watch(catalog, 0.5)  # a revocation must hold within a second, also when a look came to nothing
         self._awaited = False  # a replica that calls would wait for is on its way
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._follow, name="follower", daemon=True)
@@ -134,8 +135,11 @@ class Follower:
         away = False
         while not self._stopped.wait(_SOON if self._awaited else self._interval):
             try:
+                if not self._watch.stirred():
+                    continue
                 self._authenticator.refresh()
                 taken = self._look()
+                self._watch.seen()
                 away = False
             except CatalogUnavailable as error:
                 if not away:

@@ -23,6 +23,7 @@ JobStatus = Literal[
     "queued", "validating", "running", "paused", "succeeded", "failed", "refused", "cancelling", "cancelled"
 ]
 JobKind = Literal["ingest", "train", "evaluate", "import", "edit", "diff", "measure", "trial", "fold", "render"]
+EventKind = Literal["status", "log", "progress", "metric", "fold", "trial", "resource", "warning", "error"]
 Slot = Literal["taken", "later", "free", "wanted"]
 DeploymentStatus = Literal["creating", "updating", "ready", "degraded", "rolling_back", "failed", "deleting"]
 ReplicaStatus = Literal["starting", "ready", "draining", "failed", "stopped"]

@@ -6,6 +6,7 @@ was given. A write with an older token, or on a job that is no longer held, rais
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Literal, TypeVar
@@ -140,13 +141,14 @@ class Queue:
             except Conflict:  # another worker was faster
                 return None
 
-    def waiting(self) -> bool:
-        """Whether there is something to claim or to reclaim. Only reads."""
+    def idle_for(self) -> float:
+        """Seconds until there is something to claim or to reclaim, if nobody writes before; 0 when there is. Only reads."""
         with self._catalog.read() as tx:
             now = tx.now()
             jobs = tx.table(Job)
-            expired = sa.and_(jobs.c.status.in_(HELD), jobs.c.lease_expires_at < now)
-            return tx.find(Job, sa.or_(_claimable(jobs, now), expired)) is not None
+            when = sa.case((jobs.c.status == "queued", jobs.c.available_at), else_=jobs.c.lease_expires_at)
+            first = tx.execute(sa.select(sa.func.min(when)).where(jobs.c.status.in_(["queued", *HELD]))).scalar()
+        return math.inf if first is None else max(0.0, float(first) - now)
 
     def stops(self, held: Held) -> dict[str, Stop]:
         """Which of the jobs that the worker holds it must stop, and why. Only reads."""

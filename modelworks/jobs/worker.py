@@ -28,7 +28,7 @@ from modelworks.jobs.child import starvation
 from modelworks.jobs.collection import collect, prune_logs
 from modelworks.jobs.queue import STRIKES, Queue
 from modelworks.store.blobs import Blobs
-from modelworks.store.catalog import Catalog
+from modelworks.store.catalog import Catalog, Watch
 
 log = telemetry.logger("worker")
 
@@ -59,6 +59,8 @@ class Worker:
         self._settings = settings
         self._catalog = catalog
         self._queue = Queue(catalog)
+        self._watch = Watch(catalog)
+        self._due = 0.0  # when there will be something to do, if nobody writes before
         self._place = f"{socket.gethostname()}:{home}#"
         self._owner = self._place + new_id("worker")
         self._running: list[Running] = []
@@ -81,7 +83,21 @@ class Worker:
         """Reap what has ended, renew the leases, stop what must stop, start what can start."""
         self._reap()
         self._obey()
-        if self._queue.waiting():
+        if time.monotonic() >= self._due or self._watch.stirred():
+            self._look()
+        if time.monotonic() - self._collected > COLLECT_EVERY:
+            self._collected = time.monotonic()
+            threading.Thread(target=self._collect, name="collect", daemon=True).start()
+
+    def _look(self) -> None:
+        """Start what can start."""
+        self._due = 0.0  # what is not done in this turn is looked at in the next
+        self._watch.stirred()
+        idle = self._queue.idle_for()
+        if idle > 0:
+            self._watch.seen()
+            self._due = time.monotonic() + idle
+        else:
             self._queue.reclaim()
             while job := self._queue.claim(
                 self._owner,
@@ -90,9 +106,6 @@ class Worker:
                 lingering=[running.job.id for running in self._running],
             ):
                 self._start(job)
-        if time.monotonic() - self._collected > COLLECT_EVERY:
-            self._collected = time.monotonic()
-            threading.Thread(target=self._collect, name="collect", daemon=True).start()
 
     def _take_over(self) -> None:
         """What an earlier worker of this home left: its jobs, and its scratch folders."""

@@ -8,7 +8,10 @@ with catalog.write() as tx:
 from __future__ import annotations
 
 import contextlib
+import math
 import random
+import sqlite3
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -45,6 +48,8 @@ class Catalog:
             else {"connect_args": {"connect_timeout": max(2, int(busy_timeout))}, "pool_pre_ping": True}
         )
         self.engine = sa.create_engine(text, pool_size=16, max_overflow=48, pool_timeout=busy_timeout, **options)
+        self._stamper: sqlite3.Connection | None = None  # writes nothing, so that it sees every write as another's
+        self._stamping = threading.Lock()
         if self.sqlite:
             _prepare_sqlite(self.engine)
 
@@ -123,8 +128,46 @@ class Catalog:
         with self.read() as tx:
             return {row.topic: row.counter for row in tx.execute(sa.select(schema.changes))}
 
+    def stamp(self) -> int | None:
+        """Another number once anybody has committed a write; costs some microseconds. None where that cannot be told."""
+        if not self.sqlite:
+            return None
+        try:
+            with self._stamping:
+                if self._stamper is None:
+                    file = str(self.engine.url.database)
+                    self._stamper = sqlite3.connect(file, timeout=0.0, isolation_level=None, check_same_thread=False)
+                return int(self._stamper.execute("PRAGMA data_version").fetchone()[0])
+        except sqlite3.Error:  # whoever looks then will hear why
+            return None
+
     def close(self) -> None:
+        with self._stamping:
+            if self._stamper is not None:
+                self._stamper.close()
+                self._stamper = None
         self.engine.dispose()
+
+
+class Watch:
+    """For loops that look at the catalog again and again: whether it is worth it, which an idle one is asked in vain.
+
+    `stirred` is true when something was written since what was `seen`, and each `seconds` in any case.
+    """
+
+    def __init__(self, catalog: Catalog, seconds: float = 1.0) -> None:
+        self._catalog, self._seconds = catalog, seconds
+        self._seen: int | None = None
+        self._now: int | None = None
+        self._at = -math.inf
+
+    def stirred(self) -> bool:
+        self._now = self._catalog.stamp()
+        return self._now is None or self._now != self._seen or time.monotonic() - self._at >= self._seconds
+
+    def seen(self) -> None:
+        """All that was written before the last `stirred` is known; not to be called when the look failed."""
+        self._seen, self._at = self._now, time.monotonic()
 
 
 class Tx:

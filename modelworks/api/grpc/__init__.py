@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 
 log = logger("api.grpc")
 
-_LOOK = 0.02  # seconds between two looks at what the HTTP side does
+_LOOK = 0.02  # seconds between two looks at what the HTTP side does while it starts
+_CALM = 0.1  # ... and from then on, as often as uvicorn looks whether to stop
 
 
 class Leader(Protocol):
@@ -59,7 +60,7 @@ class GrpcServer:
         finally:
             gc.enable()
         while not self._stops():
-            await asyncio.sleep(_LOOK)
+            await asyncio.sleep(_CALM)
         door.stopping.set()
         await server.stop(self._services.settings.shutdown_grace)
 

@@ -15,7 +15,7 @@ from modelworks.api.events import Stopping, stream
 from modelworks.api.routes import After, IdPath, Limit, Routes, Use, Who, accepted, answer, listing
 from modelworks.core.errors import NotFound
 from modelworks.core.specs import TrainingSpec
-from modelworks.core.types import Caller, Job, JobKind, JobStatus
+from modelworks.core.types import Caller, EventKind, Job, JobKind, JobStatus
 
 training = Routes("Training")
 jobs = Routes("Jobs")
@@ -28,6 +28,9 @@ Parent = Annotated[
 ]
 AfterSeq = Annotated[int, Query(ge=0, le=2**53, description="only events with a greater number")]
 EventLimit = Annotated[int, Query(ge=1, le=1000, description="how many at most")]
+EventKinds = Annotated[
+    list[EventKind] | None, Query(alias="kind", description="only events of this kind; may be given several times")
+]
 LastEventId = Annotated[
     str | None,
     Header(pattern=r"^[0-9]{1,15}$", description="the number of the last event seen; the stream goes on after it"),
@@ -134,10 +137,17 @@ def _declare(routes: Routes, base: str, prefix: str, word: str, kind: str | None
         f"{base}/{{id}}/events", "training_jobs.events", f"List a {word}'s events", answer=schemas.page("JobEvent")
     )
     @named("list_{}_events")
-    def events(services: Use, caller: Who, id: IdPath, after: AfterSeq = 0, limit: EventLimit = 100) -> Response:
+    def events(
+        services: Use,
+        caller: Who,
+        id: IdPath,
+        after: AfterSeq = 0,
+        limit: EventLimit = 100,
+        kinds: EventKinds = None,
+    ) -> Response:
         """In the order they happened. Here `after` is an event's number `seq`."""
         find_job(services, caller, id, kind)
-        found = services.library.events(caller, id, after, limit + 1)
+        found = services.library.events(caller, id, after, limit + 1, kinds)
         return listing([item.public() for item in found[:limit]], len(found) > limit)
 
     @routes.get(
@@ -149,13 +159,19 @@ def _declare(routes: Routes, base: str, prefix: str, word: str, kind: str | None
     )
     @named("stream_{}_events")
     async def follow(
-        request: Request, services: Use, caller: Who, id: IdPath, after: AfterSeq = 0, last_event_id: LastEventId = None
+        request: Request,
+        services: Use,
+        caller: Who,
+        id: IdPath,
+        after: AfterSeq = 0,
+        kinds: EventKinds = None,
+        last_event_id: LastEventId = None,
     ) -> Response:
         """Server-sent events until the job is final, then an event named `end`. `Last-Event-ID` resumes."""
         await anyio.to_thread.run_sync(find_job, services, caller, id, kind)
         start = int(last_event_id) if last_event_id is not None else after
         stopping = request.scope["state"].get("stopping") or Stopping()
-        return stream(services, caller, id, start, stopping, request.headers.get("authorization"))
+        return stream(services, caller, id, start, stopping, request.headers.get("authorization"), kinds)
 
     @routes.get(f"{base}/{{id}}/log", "training_jobs.logs", f"Read a {word}'s log", answer=LOG)
     @named("get_{}_log")
