@@ -116,9 +116,9 @@ def test_the_bootstrap_interval_covers_the_truth_about_as_often_as_it_says() -> 
 
 def test_the_bootstrap_is_seeded_and_draws_repeated_rows_together() -> None:
     rows = np.array([0, 1, 2, 0, 1, 2])
-    drawn = bootstrap(rows, lambda weights: [weights.tolist()], 3)
+    drawn = bootstrap([rows], lambda weights: [weights.tolist()], 3)
     assert (drawn[:, 0, :3] == drawn[:, 0, 3:]).all()
-    assert (drawn == bootstrap(rows, lambda weights: [weights.tolist()], 3)).all()
+    assert (drawn == bootstrap([rows], lambda weights: [weights.tolist()], 3)).all()
 
 
 def test_metrics_and_gates_are_checked() -> None:

@@ -10,12 +10,14 @@ import typer
 from modelworks.cli.exits import Failed
 from modelworks.cli.session import Session, command, group
 from modelworks.cli.text import counted, headline, interval, number, plain, when
+from modelworks.core.errors import InvalidInput
 
 if TYPE_CHECKING:
     from modelworks.core.types import Report
 
 reports = group("Reports of evaluations and trainings.")
 _CLASSES = 12  # of a confusion matrix that is shown
+_SHOWN = 30  # classes that are listed
 
 
 def register(app: typer.Typer) -> None:
@@ -25,7 +27,9 @@ def register(app: typer.Typer) -> None:
 
 def evaluate(
     session: Session,
-    model: Annotated[str, typer.Argument(help="NAME, NAME:VERSION or NAME@ALIAS.")],
+    model: Annotated[
+        str | None, typer.Argument(help="NAME, NAME:VERSION or NAME@ALIAS; with --predictions the name they go by.")
+    ] = None,
     dataset: Annotated[
         str | None, typer.Option(help="NAME or NAME:VERSION; by default what it was trained on.")
     ] = None,
@@ -37,7 +41,32 @@ def evaluate(
     group: Annotated[str | None, typer.Option(help="Rows that share this column's value stay together.")] = None,
     time: Annotated[str | None, typer.Option(help="Split along this column: past and future.")] = None,
     metric: Annotated[list[str] | None, typer.Option(help="A metric to compute; by default all. Repeatable.")] = None,
-    compare: Annotated[str | None, typer.Option(help="Another model version, evaluated on the same rows.")] = None,
+    compare: Annotated[
+        str | None,
+        typer.Option(
+            help="Another model version, evaluated on the same rows; with --predictions the column of other predictions, "
+            "or DATASET#COLUMN."
+        ),
+    ] = None,
+    predictions: Annotated[
+        str | None,
+        typer.Option(help="Score predictions that are there, of any model: a file (CSV, JSONL, Parquet) or a dataset."),
+    ] = None,
+    task: Annotated[
+        str | None, typer.Option(help="With --predictions: classification, regression, forecast, speech-to-text...")
+    ] = None,
+    reference: Annotated[
+        list[str] | None, typer.Option(help="The column of the truth.  [default: reference]  Repeatable for texts.")
+    ] = None,
+    prediction: Annotated[str | None, typer.Option(help="The column of predictions.  [default: prediction]")] = None,
+    scores: Annotated[
+        list[str] | None,
+        typer.Option(help="Probabilities: --scores cat=p_cat, or --scores 'p_*' for a column a class. Repeatable."),
+    ] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="Of --predictions, by task: --set season=12 --set boxes=xywh... Repeatable."),
+    ] = None,
     slice_: Annotated[
         list[str] | None, typer.Option("--slice", help="Measure these rows apart: --slice 'age > 60'. Repeatable.")
     ] = None,
@@ -50,19 +79,30 @@ def evaluate(
         bool, typer.Option("--watch/--detach", help="Follow the job to its end, or return at once.")
     ] = True,
 ) -> None:
-    """Evaluate a model version.
+    """Evaluate a model version, or score predictions that are there.
 
-    By default by 5-fold cross-validation on the data it was trained on.
+    By default by 5-fold cross-validation on the data it was trained on. With --predictions what any model said is held
+    against the truth beside it.
     """
     from modelworks.cli import values
 
     method = values.method(kfold=kfold, holdout=holdout, test=test, repeats=repeats, group=group, time=time, split=split)
+    of_predictions = {"task": task, "reference": reference, "prediction": prediction, "scores": scores, "set": set_}
+    if predictions is not None:
+        if method or dataset:
+            raise InvalidInput("with --predictions there is no method and no other dataset; leave them out", param="predictions")
+        what = values.predictions(**of_predictions, compare=compare)
+        subject: dict[str, Any] = {"dataset": _uploaded(session, predictions), "predictions": what}
+    else:
+        if model is None:
+            raise InvalidInput("name a model, or give --predictions", param="model")
+        if extra := next((name for name, value in of_predictions.items() if value), None):
+            raise InvalidInput(f"--{extra} goes with --predictions", param=extra)
+        subject = {"dataset": dataset, "method": method or {"kfold": 5}, "compare": compare}
     given: dict[str, Any] = {
         "model": model,
-        "dataset": dataset,
-        "method": method or {"kfold": 5},
+        **subject,
         "metrics": metric or None,
-        "compare": compare,
         "slices": slice_ or [],
         "gates": values.gates(gate),
         "seed": seed,
@@ -85,6 +125,14 @@ def evaluate(
         raise Failed(f"the gate failed: {'; '.join(failed)}")
 
 
+def _uploaded(session: Session, given: str) -> str:
+    """A dataset's name; a file is uploaded as one that is called as it is."""
+    file = Path(given)
+    if not file.suffix or not file.is_file():
+        return given
+    return session.client.datasets.upload(file).ref
+
+
 def _write_page(session: Session, report: str, out: Path) -> None:
     out.write_text(session.client.reports.page(report), encoding="utf-8")
     session.note(f"the report is at {out}")
@@ -100,6 +148,8 @@ def show_report(session: Session, report: Report) -> None:
     model = report.model_version or report.model
     session.facts([("report", report.id), ("model", model), ("data", report.dataset), ("method", method)])
     metrics_table(session, report.metrics)
+    for note in report.details.get("notes") or []:
+        session.note(f"note: {plain(note)}")
     details_tables(session, report.details)
     baselines_table(session, report.metrics, report.details.get("baselines") or {})
     slices_table(session, report.details.get("slices") or [])
@@ -116,18 +166,30 @@ def _gate(found: dict[str, Any]) -> str:
 
 
 def details_tables(session: Session, details: dict[str, Any]) -> None:
-    """The confusion matrix, or the quantiles of the residuals."""
+    """The confusion matrix, the classes, what was wrong in texts, or the quantiles of the residuals."""
     confusion = details.get("confusion_matrix")
     if isinstance(confusion, dict) and len(confusion["classes"]) <= _CLASSES:
         classes = [plain(name) for name in confusion["classes"]]
         rows = zip(classes, confusion["counts"], strict=True)
         session.table(("true \\ predicted", *classes), ((name, *map(number, counts)) for name, counts in rows))
+    _per_class(session, details.get("per_class") or {})
+    for what, found in (details.get("errors") or {}).items():
+        session.table((what, *found), [("count", *map(number, found.values()))])
     residuals = details.get("residual_quantiles")
     if isinstance(residuals, dict):
         session.table(
             ("true - predicted", *(f"p{float(name) * 100:g}" for name in residuals)),
             [("quantile", *map(number, residuals.values()))],
         )
+
+
+def _per_class(session: Session, found: dict[str, Any]) -> None:
+    if found:
+        keys = list(next(iter(found.values())))
+        shown = list(found.items())[:_SHOWN]
+        session.table(("class", *keys), ((plain(name), *(number(one[key]) for key in keys)) for name, one in shown))
+        if len(found) > len(shown):
+            session.say(f"and {len(found) - len(shown)} classes more; --json shows all")
 
 
 def baselines_table(session: Session, report_metrics: dict[str, Any], baselines: dict[str, Any]) -> None:
@@ -220,7 +282,5 @@ def show(
 
 
 def _headline(report: Report) -> str:
-    task = "tabular-classification" if "accuracy" in report.metrics else "tabular-regression"
-    task = "forecast" if "mase" in report.metrics else task
-    first = headline(report.metrics, task)
+    first = headline(report.metrics, report.details.get("task"))
     return f"{first[0]} {interval(first[1])}" if first else "-"

@@ -8,17 +8,14 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from modelworks.core.tasks import base_of
+from modelworks.core.tasks import primary
 
 # C0 and C1 controls, line and paragraph separators, and the marks that reorder text
 _UNSAFE = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\ud800-\udfff]")
 _UNSAFE_IN_LINES = re.compile(_UNSAFE.pattern.replace("\x00-\x1f", "\x00-\x08\x0b-\x1f"))
 
 _BARS = " ▁▂▃▄▅▆▇█"
-_PRIMARY = {
-    "tabular-classification": "accuracy", "tabular-regression": "r2", "forecast": "mase",
-    "anomaly-detection": "reconstruction_error", "recommendation": "ndcg", "token-classification": "f1",
-}  # fmt: skip
+
 
 
 def plain(value: object) -> str:
@@ -75,11 +72,10 @@ def bars(counts: Sequence[float]) -> str:
     return "".join(_BARS[math.ceil(count * (len(_BARS) - 1) / most)] if count > 0 else " " for count in counts)
 
 
-def headline(metrics: dict[str, Any], task: str) -> tuple[str, dict[str, Any]] | None:
+def headline(metrics: dict[str, Any], task: str | None) -> tuple[str, dict[str, Any]] | None:
     """The metric that stands for all: the task's primary one where it was computed, else the first."""
     found = {name: value for name, value in metrics.items() if isinstance(value, dict)}
-    first = _PRIMARY.get(base_of(task))
-    name = first if first in found else next(iter(found), None)
+    name = primary(task, found)
     return None if name is None else (name, found[name])
 
 

@@ -79,6 +79,34 @@ def method(
     return {**chosen, **more} or None
 
 
+def predictions(
+    *,
+    task: str | None,
+    reference: list[str] | None,
+    prediction: str | None,
+    scores: list[str] | None,
+    compare: str | None,
+    set: list[str] | None,
+) -> dict[str, Any]:
+    """What `--predictions` holds, from its flags."""
+    if task is None:
+        raise InvalidInput("say what the predictions are of: --task classification, regression, speech-to-text...", param="--task")
+    found: dict[str, Any] = {"task": task, **settings(set)}
+    if reference:
+        found["reference"] = reference[0] if len(reference) == 1 else reference
+    if prediction:
+        found["prediction"] = prediction
+    if scores:
+        one = scores[0]
+        found["scores"] = one if len(scores) == 1 and "=" not in one else dict(pairs(scores, "--scores", "cat=p_cat"))
+    if compare:
+        dataset, mark, column = compare.rpartition("#")
+        found["compare"] = {"prediction": column, "name": compare, **({"dataset": dataset} if mark else {})}
+        if "key" in found:
+            found["compare"]["key"] = found.pop("key")
+    return found
+
+
 def threshold(given: str | None) -> float | str | None:
     """A number, or the name of what chooses it."""
     try:

@@ -169,6 +169,8 @@ class Evaluations(Jobs[Mode]):
         """Start an evaluation: an EvaluationSpec, or its fields as keyword arguments (model, method, compare...).
 
         `kfold=5`, `holdout=0.2` or `test="iris-test"` (with `repeats`, `group`, `time`) are short for `method={...}`.
+        Predictions of any model, with the truth beside them: `dataset="answers", predictions={"task": "classification",
+        "reference": "label", "prediction": "said"}`, or with `rows` in place of the dataset.
         """
         given = build(EvaluationSpec, spec, shorthand(fields, "method"), "the evaluation")
         return await self._http.model(creation(self._PATH, key=idempotency_key, json=_body(given)), Job)

@@ -142,9 +142,15 @@ class Library:
         return self._create(caller, "train", resolved, spec.model, asked=spec.model_dump(mode="json"))
 
     def evaluate(self, caller: Caller, spec: EvaluationSpec) -> Job:
+        """Of a model, or of predictions that are given."""
+        rows = None
         with self._catalog.read() as tx:
-            resolved = requests.evaluation(tx, caller.project_id, spec)
-        return self._create(caller, "evaluate", resolved, resolved["model"], asked=spec.model_dump(mode="json"))
+            if spec.predictions is not None:
+                resolved, rows = requests.predictions(tx, caller.project_id, spec)
+            else:
+                resolved = requests.evaluation(tx, caller.project_id, spec)
+        asked = spec.model_dump(mode="json")
+        return self._create(caller, "evaluate", resolved, resolved["model"], asked=asked, upload=rows)
 
     def jobs(
         self,
@@ -349,16 +355,18 @@ class Library:
         name: str,
         *,
         asked: Any = None,
-        upload: Path | None = None,
+        upload: Path | bytes | None = None,
         known: Callable[[Tx], Job | None] = lambda tx: None,
     ) -> Job:
         """Queue a job once, or answer with the one that is `known` by then: writers take turns.
 
         An upload is in the store, with a row that keeps it, before the job is acknowledged.
         """
-        size = upload.stat().st_size if upload else 0
-        if upload:
-            spec = {**spec, "upload": self._blobs.put_file(upload, move=True)}
+        size = 0
+        if isinstance(upload, bytes):
+            size, spec = len(upload), {**spec, "upload": self._blobs.put_bytes(upload)}
+        elif upload:
+            size, spec = upload.stat().st_size, {**spec, "upload": self._blobs.put_file(upload, move=True)}
         operation = _CREATES[kind]
 
         def make() -> Job:

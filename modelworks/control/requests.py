@@ -7,13 +7,16 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 import modelworks
 from modelworks.control import backbones
 from modelworks.control.references import resolve_dataset, resolve_model
 from modelworks.core.errors import InvalidInput
-from modelworks.core.specs import ALIAS_PATTERN, NAME_PATTERN, EvaluationSpec, Method, TrainingSpec
+from modelworks.core.specs import ALIAS_PATTERN, NAME_PATTERN, EvaluationSpec, Method, Ref, TrainingSpec
 from modelworks.core.types import Dataset, Job, ModelVersion, Report
-from modelworks.ml.evaluate.catalogue import check_metrics
+from modelworks.ml.evaluate.asked import check_other, columns_of, settled
+from modelworks.ml.evaluate.catalogue import check_metrics, offered
 from modelworks.ml.evaluate.slices import parse_slice
 from modelworks.ml.search.space import check_search
 from modelworks.ml.train.algorithms import AUTO
@@ -59,15 +62,15 @@ def has_parts(spec: dict[str, Any]) -> bool:
 
 def evaluation(tx: Tx, project_id: str, spec: EvaluationSpec) -> dict[str, Any]:
     """The job's spec: each model and dataset by its version, beside their ids."""
-    model = resolve_model(tx, project_id, spec.model)
-    if spec.method.test:  # then the test set is all the data there is
-        dataset = resolve_dataset(tx, project_id, spec.method.test, "method.test")
+    model, method = resolve_model(tx, project_id, str(spec.model)), spec.how
+    if method.test:  # then the test set is all the data there is
+        dataset = resolve_dataset(tx, project_id, method.test, "method.test")
     elif spec.dataset:
         dataset = resolve_dataset(tx, project_id, spec.dataset)
     else:
         dataset = _trained_on(tx, project_id, model)
     check_metrics(model.task, spec.metrics, spec.gates)
-    _check_split(spec.method, model, dataset)
+    _check_split(method, model, dataset)
     for one in spec.slices:
         parse_slice(one, dataset.columns)
     resolved = spec.model_dump(mode="json") | {
@@ -76,7 +79,7 @@ def evaluation(tx: Tx, project_id: str, spec: EvaluationSpec) -> dict[str, Any]:
         "dataset": dataset.ref,
         "dataset_id": dataset.id,
     }
-    if spec.method.test:
+    if method.test:
         resolved["method"]["test"] = dataset.ref
     if spec.compare:
         other = resolve_model(tx, project_id, spec.compare)
@@ -88,6 +91,54 @@ def evaluation(tx: Tx, project_id: str, spec: EvaluationSpec) -> dict[str, Any]:
         resolved["compare"] = other.ref
         resolved["compare_version_id"] = other.id
     return resolved
+
+
+def predictions(tx: Tx, project_id: str, spec: EvaluationSpec) -> tuple[dict[str, Any], bytes | None]:
+    """(the job's spec, the rows that the request itself brings, as JSON Lines)."""
+    given = spec.predictions
+    assert given is not None
+    resolved = spec.model_dump(mode="json") | {"model": _name_of(tx, project_id, spec, "model") or "predictions"}
+    lines = None
+    if given.rows is not None:
+        columns = columns_of(given.rows)
+        lines = _lines(given.rows)
+        resolved |= {"filename": "rows.jsonl", "texts": [one.name for one in columns if one.type == "text"]}
+    else:
+        dataset = resolve_dataset(tx, project_id, str(spec.dataset))
+        columns = dataset.columns
+        resolved |= {"dataset": dataset.ref, "dataset_id": dataset.id}
+    given = settled(given, columns)
+    check_metrics(given.task, spec.metrics, spec.gates, among=offered(given))
+    for one in spec.slices:
+        parse_slice(one, columns)
+    if given.compare is not None and given.compare.dataset:
+        other = resolve_dataset(tx, project_id, given.compare.dataset, "predictions.compare.dataset")
+        check_other(given, other.columns)
+        given = given.model_copy(update={"compare": given.compare.model_copy(update={"dataset": other.ref})})
+        resolved["compare_dataset_id"] = other.id
+    else:
+        check_other(given, columns)
+    if version := resolved["model"] if ":" in resolved["model"] else None:
+        resolved["model_version_id"] = resolve_model(tx, project_id, version).id
+    return resolved | {"predictions": given.model_copy(update={"rows": None}).model_dump(mode="json")}, lines
+
+
+def _name_of(tx: Tx, project_id: str, spec: EvaluationSpec, what: str) -> str | None:
+    """Whose predictions they are: any name; with a version or alias, one that is here."""
+    if spec.model is None:
+        return None
+    ref = Ref.parse(spec.model, what)
+    return resolve_model(tx, project_id, spec.model).ref if ref.version or ref.alias else ref.name
+
+
+def _lines(rows: list[dict[str, Any]]) -> bytes:
+    """What is inside of a value, such as boxes, is a text of JSON."""
+    encode = msgspec.json.encode
+    flat = [
+        {name: encode(value).decode() if isinstance(value, list | dict) else value for name, value in row.items()}
+        for row in rows
+    ]
+    return b"\n".join(encode(row) for row in flat) + b"\n"
 
 
 def rendered(tx: Tx, report: Report) -> Job | None:

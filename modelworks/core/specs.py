@@ -379,10 +379,71 @@ class TrainingSpec(Spec):
     )
 
 
+ColumnName = Annotated[str, StringConstraints(min_length=1, max_length=1000)]
+Scores = dict[Annotated[str, StringConstraints(max_length=1000)], ColumnName] | ColumnName
+
+
+class OtherPredictions(Spec):
+    """Predictions for the same rows, to compare with: other columns beside the first, or columns of another dataset."""
+
+    name: str = Field("other", min_length=1, max_length=200, description="whose they are, for the report")
+    prediction: ColumnName | None = None
+    scores: Scores | None = None
+    dataset: RefText | None = Field(
+        None, description="where they are; rows are matched by `key`, without it by their order"
+    )
+    key: ColumnName | None = Field(None, description="the column that names a row, in both datasets")
+
+
+class GivenPredictions(Spec):
+    """Predictions that are there already, of any model, with the truth beside them: in a dataset's columns, or in `rows`."""
+
+    task: str = Field(
+        max_length=100, examples=["classification"],
+        description="classification, regression, forecast, speech-to-text, translation, summarization, text-generation, "
+        "object-detection or clustering",
+    )  # fmt: skip
+    rows: list[dict[str, Any]] | None = Field(
+        None, min_length=1, description="the rows themselves, a few thousand at most; more come as a dataset"
+    )
+    reference: ColumnName | list[ColumnName] | None = Field(
+        None, examples=["label"],
+        description="the column of the truth; several where a text has more than one reference. By default `reference`",
+    )  # fmt: skip
+    prediction: ColumnName | None = Field(
+        None, description="the column of labels, values, texts, boxes or clusters. By default `prediction`"
+    )
+    scores: Scores | None = Field(
+        None, examples=[{"cat": "p_cat", "dog": "p_dog"}, "p_*"],
+        description="of classification, the columns of probabilities: by class, or a name in which * stands for the class. "
+        "One of two classes is enough. Without `prediction` the label is the most probable class",
+    )  # fmt: skip
+    features: list[ColumnName] | None = Field(
+        None, min_length=1, max_length=10_000, description="of clustering, the columns that were clustered, for silhouette"
+    )
+    time: ColumnName | None = Field(None, description="of a forecast, the column to sort by; by default the rows' order")
+    series: ColumnName | None = Field(None, description="of a forecast, the column that tells series apart")
+    season: int = Field(1, ge=1, le=10_000, description="of a forecast, the steps of a season, for mase")
+    low: ColumnName | None = Field(None, description="of a forecast, the column of its interval's lower end")
+    high: ColumnName | None = Field(None, description="of a forecast, the column of its interval's upper end")
+    boxes: Literal["xyxy", "xywh"] = Field("xyxy", description="two corners, or a corner with width and height (COCO)")
+    normalise: bool = Field(False, description="of texts: compare without case and punctuation")
+    tokenize: Literal["13a", "intl", "zh", "char", "none"] = Field("13a", description="of texts, sacrebleu's, for bleu")
+    compare: OtherPredictions | None = None
+
+
 class EvaluationSpec(Spec):
-    model: RefText
-    dataset: RefText | None = Field(None, description="by default the dataset the model was trained on")
-    method: Method
+    """Of a model by a `method`, or of given `predictions`, of which `model` is then only the name they go by."""
+
+    model: RefText | None = Field(None, description="required, but with `predictions`")
+    dataset: RefText | None = Field(
+        None, description="by default the dataset the model was trained on; of predictions, the one that holds them"
+    )
+    method: Method | None = Field(None, description="required, but with `predictions`")
+    predictions: GivenPredictions | None = Field(None, description="score these instead of a model's own")
+    text: ColumnName | None = Field(
+        None, description="of a language model, the column of texts to measure perplexity on; by default the only one"
+    )
     metrics: list[str] | None = None
     compare: RefText | None = Field(None, description="another model version, evaluated on the same rows")
     slices: list[Annotated[str, StringConstraints(min_length=1, max_length=500)] | SliceSpec] = Field(
@@ -392,6 +453,26 @@ class EvaluationSpec(Spec):
     gates: list[Gate] = []
     resources: JobResources = JobResources()
     seed: int = Field(0, ge=0, lt=2**32)
+
+    @model_validator(mode="after")
+    def _one(self) -> EvaluationSpec:
+        given = self.predictions
+        if given is None:
+            if self.model is None or self.method is None:
+                raise ValueError(f"give {'a model' if self.model is None else 'a method'}, or predictions")
+            return self
+        if self.method or self.compare or self.text:
+            name = "method" if self.method else "compare" if self.compare else "text"
+            raise ValueError(f"with predictions leave {name} out" + ("; other ones go in predictions.compare" if self.compare else ""))
+        if (self.dataset is None) == (given.rows is None):
+            raise ValueError("give the predictions in a dataset or in predictions.rows, one of them")
+        return self
+
+    @property
+    def how(self) -> Method:
+        """The method of a model's evaluation."""
+        assert self.method is not None
+        return self.method
 
 
 class Replicas(Spec):

@@ -9,7 +9,16 @@ ANOMALY, FORECAST, RECOMMENDATION = "anomaly-detection", "forecast", "recommenda
 GENERATION = "text-generation"
 TAGGING = "token-classification"
 ADAPTER = "lora-adapter"  # serves no calls by itself: a deployment of its base model carries it
+SPEECH, TRANSLATION, SUMMARY = "speech-to-text", "translation", "summarization"
+DETECTION, CLUSTERING = "object-detection", "clustering"
+TEXTS = (TRANSLATION, SUMMARY, GENERATION)  # what answers in texts that are held against others
 KINDS = ("tabular", "image", "text", "audio", "multimodal")
+# the metric that stands for all of a task
+PRIMARY = {
+    CLASSIFICATION: "accuracy", REGRESSION: "r2", FORECAST: "mase", ANOMALY: "reconstruction_error",
+    RECOMMENDATION: "ndcg", SPEECH: "wer", TRANSLATION: "bleu", SUMMARY: "rougeL", GENERATION: "perplexity",
+    DETECTION: "map", CLUSTERING: "silhouette", TAGGING: "f1",
+}  # fmt: skip
 _GOALS = ("classification", "regression")
 
 
@@ -30,3 +39,10 @@ def kind_of(types: Iterable[str]) -> str:
 def named(base: str, kind: str) -> str:
     """The task `base` of features of `kind`: `tabular-classification` of images is `image-classification`."""
     return f"{kind}-{base.partition('-')[2]}" if base in (CLASSIFICATION, REGRESSION) else base
+
+
+def primary(task: str | None, metrics: Iterable[str]) -> str | None:
+    """The metric that stands for all: the task's own where it is there, else the first there is."""
+    there = list(metrics)
+    first = PRIMARY.get(base_of(task)) if task else None
+    return first if first in there else next(iter(there), None)

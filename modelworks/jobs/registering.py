@@ -85,20 +85,20 @@ def report(
     found: dict[str, Any],
     *,
     model: str,
-    dataset: Dataset,
+    dataset: Dataset | None,
     seed: int,
     model_version: str | None = None,
     details: dict[str, Any] | None = None,
 ) -> Report:
-    """`found` has metrics, details and method, and where its predictions are."""
+    """`found` has metrics, details and method, and where its predictions are; without a dataset, the `digest` of its rows."""
     made = tx.add(
         Report(
             project_id=job.project_id,
             job_id=job.id,
             model=model,
             model_version=model_version,
-            dataset=dataset.ref,
-            dataset_digest=dataset.digest,
+            dataset=dataset.ref if dataset else "rows of the request",
+            dataset_digest=dataset.digest if dataset else found["digest"],
             method=found["method"],
             metrics=found["metrics"],
             details={**found["details"], **(details or {})},

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import modelworks
 from modelworks.core.errors import InvalidInput
 from modelworks.core.specs import DatasetEdit, EvaluationSpec, TableSchema, TrainingSpec
-from modelworks.core.types import Artifact, Dataset, Job, JobEvent, ModelVersion, Report
+from modelworks.core.types import Artifact, Column, Dataset, Job, JobEvent, ModelVersion, Report
 from modelworks.jobs import registering
 from modelworks.jobs.context import Context
 from modelworks.jobs.parts import Delivered
@@ -30,7 +30,12 @@ if TYPE_CHECKING:
     from modelworks.ml.data.ingest import Ingested
 
 # what the library resolved, beside the spec that was asked for
-_RESOLVED = frozenset({"dataset_id", "test_dataset_id", "model_version_id", "model_version_ids", "compare_version_id"})
+_RESOLVED = frozenset(
+    {
+        "dataset_id", "test_dataset_id", "model_version_id", "model_version_ids", "compare_version_id", "compare_dataset_id",
+        "upload", "filename", "texts",
+    }
+)  # fmt: skip
 _OF_PARTS = frozenset({"part", "of", "trial", "scope", "params", "history"})
 
 
@@ -263,13 +268,16 @@ def evaluate(step: Step) -> None:
     """A model version, or the way it was trained, measured on a dataset; and against another one on the same rows."""
     from modelworks.ml.evaluate.evaluate import evaluate as measure
 
+    if step.job.spec.get("predictions"):
+        _evaluate_given(step)
+        return
     dataset, model = step.dataset("dataset_id"), step.model("model_version_id")
     spec = EvaluationSpec.model_validate(step.spec())
     other = step.package(step.model("compare_version_id")) if "compare_version_id" in step.job.spec else None
     result = measure(spec, step.package(model), step.table(dataset), dataset.columns, step.context, other=other)
     found = {"metrics": result.metrics, "details": result.details, "method": result.method}
     found |= registering.keep_predictions(step.blobs, {"predictions": result.predictions})
-    if spec.method.test:
+    if spec.how.test:
         _note_known_rows(result.details, dataset, [step.package(model), *([other] if other else [])])
 
     def write(tx: Tx, job: Job) -> None:
@@ -279,6 +287,45 @@ def evaluate(step: Step) -> None:
         step.queue.finish(tx, job, metrics=report.metrics, model_version=model.ref, result={"report_id": report.id})
 
     step.commit(write)
+
+
+def _evaluate_given(step: Step) -> None:
+    """Predictions that came with the request or lie in a dataset, scored against the truth beside them."""
+    from modelworks.ml.evaluate.given import evaluate_given
+
+    asked = step.job.spec
+    dataset = step.dataset("dataset_id") if "dataset_id" in asked else None
+    if dataset is not None:
+        table, columns, digest = step.table(dataset), dataset.columns, dataset.digest
+    else:
+        table, columns, digest = _rows_of_request(step)
+    other = step.dataset("compare_dataset_id") if "compare_dataset_id" in asked else None
+    # without a dataset the rows are the upload; the spec says so as it did when it was asked for
+    spec = EvaluationSpec.model_validate(step.spec() | ({} if dataset else {"dataset": "rows"}))
+    result = evaluate_given(spec, table, columns, step.context, other=(step.table(other), other.columns) if other else None)
+    found = {"metrics": result.metrics, "details": result.details, "method": result.method, "digest": digest}
+    found |= registering.keep_predictions(step.blobs, {"predictions": result.predictions})
+    version = step.model("model_version_id") if "model_version_id" in asked else None
+    name = version.name if version else str(asked["model"])
+
+    def write(tx: Tx, job: Job) -> None:
+        ref = version.ref if version else None
+        report = registering.report(tx, job, found, model=name, dataset=dataset, seed=spec.seed, model_version=ref)
+        step.queue.finish(tx, job, metrics=report.metrics, model_version=ref, result={"report_id": report.id})
+
+    step.commit(write)
+
+
+def _rows_of_request(step: Step) -> tuple[pa.Table, list[Column], str]:
+    from pyarrow import parquet
+
+    from modelworks.ml.data.ingest import ingest as read_table
+
+    path, filename = _input(step)
+    out = step.context.workdir / "canonical.parquet"
+    schema = TableSchema(columns=dict.fromkeys(step.job.spec["texts"], "text"))
+    found = read_table(path, filename=filename, schema=schema, out=out)
+    return parquet.read_table(out), found.columns, found.digest
 
 
 def _note_known_rows(details: dict[str, Any], dataset: Dataset, packages: list[Package]) -> None:

@@ -264,7 +264,12 @@ def _classes(text: str | None) -> list[Any] | None:
     creates=True,
 )
 def create_evaluation(services: Use, caller: Who, spec: EvaluationSpec) -> Response:
-    """Queue an evaluation. Its `metrics`, when done, have mean, deviation, a 95 % interval and the folds."""
+    """Queue an evaluation. Its `metrics`, when done, have mean, deviation, a 95 % interval and the folds.
+
+    With `predictions` in place of a method, what any model said, in a dataset's columns or in `predictions.rows`, is
+    scored against the truth beside it: `{"model": "theirs", "dataset": "answers", "predictions": {"task":
+    "classification", "reference": "label", "prediction": "said"}}`.
+    """
     job = services.library.evaluate(caller, spec)
     return accepted(job.public(), f"/api/v1/evaluations/{job.id}")
 

@@ -8,19 +8,25 @@ from dataclasses import dataclass
 from typing import Any
 
 from modelworks.core.errors import InvalidInput
-from modelworks.core.specs import Gate
+from modelworks.core.specs import Gate, GivenPredictions
 from modelworks.core.tasks import (
     ANOMALY,
     CLASSIFICATION,
+    CLUSTERING,
+    DETECTION,
     FORECAST,
+    GENERATION,
     KINDS,
     RECOMMENDATION,
     REGRESSION,
+    SPEECH,
     TAGGING,
+    TEXTS,
     base_of,
     named,
 )
 
+TOP = (3, 5, 10)  # the k of top-k accuracy
 _CLASSES = (CLASSIFICATION,)
 _TAGS = (TAGGING,)
 _NAMED = (CLASSIFICATION, TAGGING)
@@ -29,6 +35,10 @@ _ANOMALIES = (ANOMALY,)
 _NUMBERS = (REGRESSION, FORECAST)
 _SERIES = (FORECAST,)
 _TASTES = (RECOMMENDATION,)
+_SPOKEN = (SPEECH,)
+_BOXES = (DETECTION,)
+_GROUPS = (CLUSTERING,)
+_LANGUAGE = (GENERATION,)
 
 
 @dataclass(frozen=True)
@@ -78,6 +88,10 @@ METRICS: dict[str, Metric] = {
             2,
             "Brier score: mean squared error of the probabilities (summed over classes if more than two)",
         ),
+        *(
+            Metric(f"top_{k}_accuracy", _CLASSES, True, 0, 1, f"share of rows whose class is among the {k} most probable")
+            for k in TOP
+        ),
         Metric(
             "mase",
             _SERIES,
@@ -102,12 +116,30 @@ METRICS: dict[str, Metric] = {
         Metric("mae", (*_NUMBERS, *_TASTES), False, 0, math.inf, "mean absolute error"),
         Metric("mape", _NUMBERS, False, 0, math.inf, "mean absolute error as a share of the true value"),
         Metric("r2", _NUMBERS, True, -math.inf, 1, "share of the variance that is explained"),
+        Metric("wer", _SPOKEN, False, 0, math.inf, "word error rate: words to change, leave out and put in, per word of truth"),
+        Metric("cer", _SPOKEN, False, 0, math.inf, "character error rate, as wer"),
+        Metric("bleu", TEXTS, True, 0, 100, "BLEU of all texts together, 0 to 100, as sacrebleu has it"),
+        Metric("chrf", TEXTS, True, 0, 100, "chrF2 of all texts together, 0 to 100, as sacrebleu has it"),
+        Metric("rouge1", TEXTS, True, 0, 1, "ROUGE-1: F1 of the words, mean over rows"),
+        Metric("rouge2", TEXTS, True, 0, 1, "ROUGE-2: F1 of the pairs of words, mean over rows"),
+        Metric("rougeL", TEXTS, True, 0, 1, "ROUGE-L: F1 of the longest common subsequence of words, mean over rows"),
+        Metric("exact_match", (*TEXTS, SPEECH), True, 0, 1, "share of rows whose text is the reference"),
+        Metric("perplexity", _LANGUAGE, False, 1, math.inf, "exp of the mean negative log probability of a token"),
+        Metric("bits_per_byte", _LANGUAGE, False, 0, math.inf, "negative log2 probability per byte of text: of any tokens"),
+        Metric("map", _BOXES, True, 0, 1, "COCO's mean average precision, over IoU 0.5 to 0.95 and the classes"),
+        Metric("map_50", _BOXES, True, 0, 1, "mean average precision at IoU 0.5"),
+        Metric("map_75", _BOXES, True, 0, 1, "mean average precision at IoU 0.75"),
+        Metric("mar_100", _BOXES, True, 0, 1, "mean recall with at most 100 boxes an image and class, over IoU 0.5 to 0.95"),
+        Metric("iou", _BOXES, True, 0, 1, "IoU of each true box with the best predicted one of its class, mean"),
+        Metric("silhouette", _GROUPS, True, -1, 1, "how much nearer a row is to its own cluster than to the next, mean"),
+        Metric("adjusted_rand", _GROUPS, True, -0.5, 1, "agreement of clusters and labels over pairs of rows, 0 by chance"),
+        Metric("normalized_mutual_info", _GROUPS, True, 0, 1, "mutual information of clusters and labels (V-measure)"),
+        Metric("homogeneity", _GROUPS, True, 0, 1, "how far each cluster holds one label alone"),
+        Metric("completeness", _GROUPS, True, 0, 1, "how far the rows of a label are in one cluster"),
     )
 }
-PRIMARY = {
-    CLASSIFICATION: "accuracy", REGRESSION: "r2", FORECAST: "mase", ANOMALY: "reconstruction_error", RECOMMENDATION: "ndcg",
-    TAGGING: "f1",
-}  # fmt: skip
+OF_LANGUAGE = ("perplexity", "bits_per_byte")
+_OF_SCORES = ("roc_auc", "log_loss", "brier", *(f"top_{k}_accuracy" for k in TOP))
 
 
 def describe() -> list[dict[str, Any]]:
@@ -131,25 +163,49 @@ def metrics_of(task: str) -> list[str]:
     return [metric.id for metric in METRICS.values() if base_of(task) in metric.tasks]
 
 
-def check_metrics(task: str, names: Sequence[str] | None, gates: Sequence[Gate] = ()) -> list[str]:
-    """The metrics to compute: `names` (all of the task when None) and those the gates need, in order, each once.
+def offered(given: GivenPredictions) -> list[str]:
+    """The metrics that given predictions of this form can have."""
+    out: tuple[str, ...] = OF_LANGUAGE
+    if given.scores is None:
+        out += _OF_SCORES
+    if base_of(given.task) == CLUSTERING:
+        out += () if given.features else ("silhouette",)
+        out += () if given.reference else ("adjusted_rand", "normalized_mutual_info", "homogeneity", "completeness")
+    return [name for name in metrics_of(given.task) if name not in out]
 
+
+def check_metrics(
+    task: str,
+    names: Sequence[str] | None,
+    gates: Sequence[Gate] = (),
+    *,
+    classes: int | None = None,
+    among: Sequence[str] | None = None,
+) -> list[str]:
+    """The metrics to compute: `names` and those the gates need, in order, each once.
+
+    Without names all of the task, or those `among` them; of so many `classes`, no top-k that is always 1.
     InvalidInput for an unknown metric or one of another task, naming those there are.
     """
-    allowed = metrics_of(task)
+    allowed = metrics_of(task) if among is None else list(among)
     if names is not None and not names:
         raise InvalidInput(
             f"give at least one metric, or leave metrics out for all of: {', '.join(allowed)}", param="metrics"
         )
-    wanted = [*(names if names is not None else allowed), *(gate.metric for gate in gates)]
+    usual = [name for name in allowed if classes is None or not name.startswith("top_") or int(name.split("_")[1]) < classes]
+    wanted = [*(names if names is not None else usual), *(gate.metric for gate in gates)]
     for name in wanted:
         if name not in allowed:
             raise InvalidInput(
-                f"there is no metric {str(name)[:80]!r} for {task}; choose from: {', '.join(allowed)}",
+                f"there is no metric {str(name)[:80]!r} for {task}{_why(name, task)}; choose from: {', '.join(allowed)}",
                 code="unknown_metric",
                 param="metrics" if names and name in names else "gates",
             )
     return list(dict.fromkeys(wanted))
+
+
+def _why(name: str, task: str) -> str:
+    return " without what it is computed of (scores, features or a reference)" if name in metrics_of(task) else ""
 
 
 def passes(gate: Gate, value: float | None) -> bool:

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from modelworks.core.errors import InvalidInput
-from modelworks.core.tasks import CLASSIFICATION
-from modelworks.ml.evaluate.catalogue import METRICS, PRIMARY
+from modelworks.core.tasks import CLASSIFICATION, primary
+from modelworks.ml.evaluate.catalogue import METRICS
 from modelworks.ml.evaluate.intervals import LEVEL, bootstrap, percentiles
 from modelworks.ml.evaluate.metrics import Predictions, WeightedScorer, score
 
@@ -41,7 +41,7 @@ def compare(
         method, metrics = _over_parts(task, pairs, wanted, trained_on)
     else:
         method, metrics = _over_rows(task, a, b, wanted, seed)
-    deciding = PRIMARY[task] if PRIMARY[task] in metrics else wanted[0]
+    deciding = primary(task, wanted) or wanted[0]
     found: dict[str, Any] = {
         "rows": len(np.unique(a.rows)),
         "method": method,
@@ -58,7 +58,7 @@ def _over_rows(
     task: str, a: Predictions, b: Predictions, wanted: Sequence[str], seed: int
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     first, second = WeightedScorer(task, a, wanted), WeightedScorer(task, b, wanted)
-    samples = bootstrap(a.rows, lambda weights: [first(weights), second(weights)], seed)
+    samples = bootstrap([a.rows, b.rows], lambda mine, theirs: [first(mine), second(theirs)], seed)
     values, others = score(task, a, wanted), score(task, b, wanted)
     metrics = {
         name: _judge(name, values[name], others[name], samples[:, 0, index] - samples[:, 1, index])
@@ -119,8 +119,10 @@ def mcnemar(model: Predictions, other: Predictions) -> dict[str, Any]:
 
 
 def _common(a: Predictions, b: Predictions) -> tuple[Predictions, Predictions]:
-    _, left, right = np.intersect1d(a.rows, b.rows, assume_unique=True, return_indices=True)
-    return a.take(left), b.take(right)
+    """Of the rows that both have, in the rows' order; a row may have several entries."""
+    sides = [one.take(np.isin(one.rows, other.rows)) for one, other in ((a, b), (b, a))]
+    first, second = (one.take(np.argsort(one.rows, kind="stable")) for one in sides)
+    return first, second
 
 
 def _judge(name: str, value: float | None, other: float | None, drawn: np.ndarray) -> dict[str, Any]:

@@ -69,11 +69,11 @@ def evaluate(
         )
     if other is not None:
         _check_pair(package.manifest, other.manifest)
-    wanted = check_metrics(task, spec.metrics, spec.gates)
+    wanted = check_metrics(task, spec.metrics, spec.gates, classes=len(package.manifest.classes or ()) or None)
     ends = (1.0,) if other is None else (0.5, 1.0)
     problem = None
-    if spec.method.test:
-        made = Plan([], {"name": "test", "dataset": spec.method.test})
+    if spec.how.test:
+        made = Plan([], {"name": "test", "dataset": spec.how.test})
         sides = [
             [_answer(spec, side, table, columns, ctx, end)] for side, end in zip((package, other), ends, strict=False) if side
         ]
@@ -95,7 +95,7 @@ def evaluate(
         details["slices"] = measure(task, spec.slices, whole, table, columns, wanted, spec.seed)
     if spec.gates:
         details["gates"] = gate_results(spec.gates, metrics)
-    return Evaluated(metrics, details, describe_method(spec.method), kept(sides[0], spec.seed))
+    return Evaluated(metrics, details, describe_method(spec.how), kept(sides[0], spec.seed))
 
 
 def _as_served(part: Predictions, package: Package) -> Predictions:
@@ -185,7 +185,7 @@ def _retrain(
     """
     problems = [_pose(spec, side, table, columns) for side in sides]
     first = problems[0]
-    made = divide(first, spec.method, table, columns, spec.seed)
+    made = divide(first, spec.how, table, columns, spec.seed)
     for note in made.notes:
         ctx.event("warning", note)
     starts = (0.0, *ends)

@@ -125,6 +125,7 @@ def summarise(
     ]
     whole = Predictions.join(parts)
     details: dict[str, Any] = {
+        "task": task,
         "interval": interval,
         "notes": undefined,
         "test_rows": [len(part.rows) for part in parts],

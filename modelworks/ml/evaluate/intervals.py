@@ -15,7 +15,7 @@ LEVEL = 0.95
 RESAMPLES = 1000
 _BUDGET = 200_000_000  # draws of rows at most, so that a large test set costs seconds and not hours
 
-Draw = Callable[[np.ndarray], list[list[float]]]
+Draw = Callable[..., list[list[float]]]
 
 
 def over_folds(metric: str, folds: Sequence[float | None]) -> dict[str, Any]:
@@ -41,7 +41,7 @@ def over_rows(
 ) -> tuple[dict[str, Any], int]:
     """For a single split: each metric's value with its bootstrap percentile interval, and the number of resamples."""
     scorer = WeightedScorer(task, predictions, list(point))
-    samples = bootstrap(predictions.rows, lambda weights: [scorer(weights)], seed)[:, 0, :]
+    samples = bootstrap([predictions.rows], lambda weights: [scorer(weights)], seed)[:, 0, :]
     found = {}
     for index, (name, value) in enumerate(point.items()):
         drawn = samples[:, index]
@@ -54,16 +54,20 @@ def over_rows(
     return found, len(samples)
 
 
-def bootstrap(rows: np.ndarray, draw: Draw, seed: int) -> np.ndarray:
-    """`draw(weights)` for each resample, as one array. Rows that were predicted more than once are drawn together."""
-    unique, places = np.unique(rows, return_inverse=True)
+def bootstrap(sides: Sequence[np.ndarray], draw: Draw, seed: int) -> np.ndarray:
+    """`draw(weights, ...)` for each resample, as one array; `sides`: the rows of each side's entries, one `weights` each.
+
+    A row is drawn with all its entries (predicted more than once, or several boxes), on all sides alike.
+    """
+    unique = np.unique(np.concatenate(sides))
+    places = [np.searchsorted(unique, rows) for rows in sides]
     count = len(unique)
-    resamples = int(min(RESAMPLES, max(100, _BUDGET // max(1, len(rows)))))
+    resamples = int(min(RESAMPLES, max(100, _BUDGET // max(1, *map(len, sides)))))
     random = np.random.default_rng(seed)
     samples = []
     for _ in range(resamples):
         weights = np.bincount(random.integers(0, count, count), minlength=count).astype(np.float64)
-        samples.append(draw(weights[places]))
+        samples.append(draw(*(weights[mine] for mine in places)))
     return np.array(samples, dtype=np.float64)
 
 

@@ -11,8 +11,18 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from modelworks.core.tasks import ANOMALY, RECOMMENDATION, TAGGING
-from modelworks.ml.evaluate import tagging
+from modelworks.core.tasks import (
+    ANOMALY,
+    CLUSTERING,
+    DETECTION,
+    GENERATION,
+    RECOMMENDATION,
+    SPEECH,
+    SUMMARY,
+    TAGGING,
+    TRANSLATION,
+)
+from modelworks.ml.evaluate import boxes, clusters, tagging, texts
 from modelworks.ml.evaluate.ranking import Ranking
 
 if TYPE_CHECKING:
@@ -104,11 +114,38 @@ def _by_user(which: str) -> Measure:
     return measure
 
 
+_WRITTEN: dict[str, Measure] = {
+    "bleu": texts.bleu_measure,
+    "chrf": texts.chrf_measure,
+    "rouge1": texts.rouge_measure(0),
+    "rouge2": texts.rouge_measure(1),
+    "rougeL": texts.rouge_measure(2),
+    "exact_match": texts.exact_measure,
+}
+
 MEASURES: dict[str, dict[str, Measure]] = {
     TAGGING: {
         "accuracy": tagging.right,
         **{name: tagging.by_tag(name) for name in ("precision", "recall", "f1")},
         **{f"span_{name}": tagging.of_spans(name) for name in ("precision", "recall", "f1")},
+    },
+    SPEECH: {"wer": texts.WER, "cer": texts.CER, "exact_match": texts.same_spoken},
+    TRANSLATION: _WRITTEN,
+    SUMMARY: _WRITTEN,
+    GENERATION: {**_WRITTEN, "perplexity": texts.perplexity, "bits_per_byte": texts.bits_per_byte},
+    DETECTION: {
+        "map": boxes.precision_measure(slice(None)),
+        "map_50": boxes.precision_measure(slice(0, 1)),
+        "map_75": boxes.precision_measure(slice(5, 6)),
+        "mar_100": boxes.recall_measure,
+        "iou": boxes.iou_measure,
+    },
+    CLUSTERING: {
+        "silhouette": clusters.silhouette,
+        "adjusted_rand": clusters.agreement("rand"),
+        "normalized_mutual_info": clusters.agreement("mutual"),
+        "homogeneity": clusters.agreement("homogeneity"),
+        "completeness": clusters.agreement("completeness"),
     },
     RECOMMENDATION: {
         "rmse": _away(2),

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from modelworks.core.tasks import CLASSIFICATION
+from modelworks.ml.evaluate.catalogue import TOP
 from modelworks.ml.evaluate.measures import MEASURES
 from modelworks.ml.evaluate.ranking import Ranking
 
@@ -22,7 +23,8 @@ class Predictions:
     `rows` [n]: the rows' numbers in the table, from 0. `true` [n]: class indices int64, or values float64.
     `output`: probabilities [n, classes] or values [n], float64.
     `beside`: by name [n] float64: of forecasts `scale` (the naive error in training), `low` and `high`; `threshold`: from
-    which probability of the second class on the label says it.
+    which probability of the second class on the label says it; `label`: the class index, where it was given.
+    What `output` holds for other tasks, and how many entries a row has there, is said where its measures are.
     """
 
     rows: np.ndarray
@@ -32,7 +34,14 @@ class Predictions:
 
     @property
     def labels(self) -> np.ndarray:
+        if "label" in self.beside:
+            return self.beside["label"].astype(np.int64)
         return labels(self.output, self.beside.get("threshold"))
+
+    @property
+    def counted(self) -> int:
+        """How many different rows there are."""
+        return len(np.unique(self.rows))
 
     def judged(self, threshold: float) -> Predictions:
         """The same, where the label is the second class from `threshold` on."""
@@ -60,6 +69,14 @@ def labels(probabilities: np.ndarray, threshold: np.ndarray | float | None = Non
     if threshold is not None:
         return (narrow[:, 1] >= np.float32(threshold)).astype(np.int64)
     return narrow.argmax(axis=1)
+
+
+def places(p: Predictions) -> np.ndarray:
+    """[n]: how many classes come before the true one, the most probable first; of equal ones the first, as for labels."""
+    narrow = p.output.astype(np.float32)
+    own = np.take_along_axis(narrow, p.true[:, None], axis=1)
+    earlier = np.arange(narrow.shape[1]) < p.true[:, None]
+    return ((narrow > own) | ((narrow == own) & earlier)).sum(axis=1)
 
 
 def score(task: str, predictions: Predictions, wanted: Sequence[str]) -> dict[str, float | None]:
@@ -143,6 +160,10 @@ def _brier(p: Predictions) -> float:
     return float(brier_score_loss(p.true, p.output, labels=np.arange(classes)))
 
 
+def _top(k: int) -> Any:
+    return lambda p: float(np.mean(places(p) < k))
+
+
 _CLASSIFICATION = {
     "accuracy": _of_labels("accuracy_score"),
     "balanced_accuracy": _of_labels("balanced_accuracy_score"),
@@ -155,6 +176,7 @@ _CLASSIFICATION = {
     "roc_auc": _roc_auc,
     "log_loss": _log_loss,
     "brier": _brier,
+    **{f"top_{k}_accuracy": _top(k) for k in TOP},
 }
 _NUMBERS = {
     "mase": _mase,
@@ -196,6 +218,7 @@ class WeightedScorer:
         squares = ((p.output - truth) ** 2).sum(axis=1)
         self._squares = squares / 2 if self._count == 2 else squares
         ranked = [] if "roc_auc" not in self._wanted else [1] if self._count == 2 else range(self._count)
+        self._places = places(p)
         self._ranks = [Ranking.of(p.output[:, k], p.true == k) for k in ranked]
 
     def _classes(self, w: np.ndarray) -> dict[str, float]:
@@ -217,6 +240,7 @@ class WeightedScorer:
             "roc_auc": float(np.mean([rank.auc(w) for rank in self._ranks])) if self._ranks else math.nan,
             "log_loss": w @ self._losses / total,
             "brier": w @ self._squares / total,
+            **{f"top_{k}_accuracy": w @ (self._places < k) / total for k in TOP},
         }
 
     def _prepare_values(self, p: Predictions) -> None:

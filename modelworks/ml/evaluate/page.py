@@ -131,8 +131,9 @@ def _figures(drawn: Sequence[tuple[str, str, bytes]]) -> str:
 def _classes(found: dict[str, Any]) -> str:
     if not found:
         return ""
-    rows = [(name, *(_n(one[key]) for key in ("precision", "recall", "f1", "rows"))) for name, one in found.items()]
-    return "<h2>Classes</h2>" + _table(("class", "precision", "recall", "F1", "rows"), rows)
+    keys = list(next(iter(found.values())))
+    rows = [(name, *(_n(one[key]) for key in keys)) for name, one in found.items()]
+    return "<h2>Classes</h2>" + _table(("class", *(key.replace("_", " ") for key in keys)), rows)
 
 
 def _threshold(details: dict[str, Any]) -> str:
@@ -157,6 +158,9 @@ def _found(details: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
         ("Labels", details.get("labelled") or {}),
         ("Forecast", details.get("forecast") or {}),
         ("Recommendations", counted),
+        *((f"Of the {what}", errors) for what, errors in (details.get("errors") or {}).items()),
+        ("Clusters, by their rows", clusters if isinstance(clusters := details.get("clusters"), dict) else {}),
+        ("How it was computed", details.get("signatures") or {}),
     ]
 
 

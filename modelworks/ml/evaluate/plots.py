@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from modelworks.core.errors import MissingExtra
+from modelworks.core.tasks import primary
 from modelworks.ml.evaluate.metrics import Predictions
 
 if TYPE_CHECKING:
@@ -60,6 +61,10 @@ def plots(report: dict[str, Any], found: Predictions | None, points: Sequence[Po
         made.append(("precision-recall", "Precision and recall", lambda a: _precision_recall(a, ones)))
     if details.get("calibration"):
         made.append(("calibration", "Calibration", lambda a: _calibration(a, details["calibration"])))
+    if details.get("curves"):
+        made.append(("precision-recall", "Precision and recall at IoU 0.5", lambda a: _box_curves(a, details)))
+    if found is not None and details.get("clusters") and np.isfinite(found.output[:, 1]).any():
+        made.append(("silhouette", "Silhouettes", lambda a: _silhouettes(a, found)))
     if found is not None and "low" in found.beside:
         made.append(("forecast", "Truth and forecast", lambda a: _forecast(a, found)))
     numbers = _numbers(details, found) if found is not None else None
@@ -69,13 +74,13 @@ def plots(report: dict[str, Any], found: Predictions | None, points: Sequence[Po
     curves = learning_curves(points)
     if curves:
         made.append(("learning-curve", "Learning curve", lambda a: _learning(a, curves)))
+    task = details.get("task")
     several = {name: one for name, one in metrics.items() if len([f for f in one.get("folds") or [] if f is not None]) > 1}
-    if several:
-        first, folds = next(iter(several.items()))
-        made.append(("folds", f"{first} of each fold", lambda a: _folds(a, folds)))
+    if (first := primary(task, several)) is not None:
+        made.append(("folds", f"{first} of each fold", lambda a: _folds(a, several[first])))
     slices = [one for one in details.get("slices") or [] if one["metrics"]]
     if slices:
-        name = next(iter(slices[0]["metrics"]))
+        name = str(primary(task, slices[0]["metrics"]))
         made.append(("slices", f"{name} by slice", lambda a: _slices(a, slices, name, metrics.get(name))))
     return made
 
@@ -110,7 +115,7 @@ def _ones(details: dict[str, Any], found: Predictions, classes: Sequence[Any] | 
     known = found.true >= 0
     if "score_quantiles" in details and len(np.unique(found.true[known])) > 1:
         return [("anomaly", found.true[known] == 1, found.output[known, 0])]
-    if not classes or len(np.unique(found.true)) < 2:
+    if not classes or not details.get("calibration") or len(np.unique(found.true)) < 2:
         return []
     if len(classes) == 2:
         return [(_text(classes[1]), found.true == 1, found.output[:, 1])]
@@ -168,6 +173,28 @@ def _precision_recall(axes: Axes, ones: Sequence[One]) -> None:
         axes.plot(*_thin(recall, precision), label=f"{name}: {average_precision_score(truth, score):.3f}", lw=1.5)
     axes.set(xlabel="recall", ylabel="precision", ylim=(0, 1.03))
     axes.legend(title="average precision", fontsize=8, title_fontsize=8, loc="lower left")
+
+
+def _box_curves(axes: Axes, details: dict[str, Any]) -> None:
+    for name, precision in details["curves"].items():
+        found = details["per_class"][name]["average_precision_50"]
+        axes.plot(np.linspace(0, 1, len(precision)), precision, label=f"{_text(name)}: {found:.3f}", lw=1.5)
+    axes.set(xlabel="recall", ylabel="precision", ylim=(0, 1.03))
+    axes.legend(title="average precision", fontsize=8, title_fontsize=8, loc="lower left")
+
+
+def _silhouettes(axes: Axes, found: Predictions) -> None:
+    """Each cluster's rows, the best first, cluster below cluster."""
+    known = np.isfinite(found.output[:, 1])
+    cluster, value = found.output[known, 0], found.output[known, 1]
+    order = np.lexsort((-value, cluster))
+    for place, number in enumerate(np.unique(cluster)):
+        rows = np.flatnonzero(cluster[order] == number)
+        axes.fill_betweenx(rows, 0, value[order][rows], color=f"C{place % 10}", lw=0, step="mid")
+    axes.axvline(float(value.mean()), color="black", lw=1, ls="--", label=f"mean {value.mean():.3f}")
+    axes.invert_yaxis()
+    axes.set(xlabel="silhouette", ylabel="rows, cluster by cluster")
+    axes.legend(fontsize=8)
 
 
 def _calibration(axes: Axes, found: dict[str, Any]) -> None:

@@ -143,10 +143,10 @@ def measure(
     found = []
     for given in slices:
         part = whole.take(mask(parse_slice(given, columns), table)[whole.rows])
-        line: dict[str, Any] = {"slice": name_of(given), "rows": len(part.rows), "metrics": {}, "note": None}
+        line: dict[str, Any] = {"slice": name_of(given), "rows": part.counted, "metrics": {}, "note": None}
         if len(part.rows):
             line["metrics"], _ = over_rows(task, part, score(task, part, wanted), seed)
-        if len(part.rows) < _FEW:
+        if line["rows"] < _FEW:
             line["note"] = "no row" if not len(part.rows) else f"fewer than {_FEW} rows: the figures say little"
         found.append(line)
     return found

@@ -16,7 +16,8 @@ from pydantic.fields import FieldInfo
 
 from modelworks.core.errors import InvalidInput
 from modelworks.core.specs import Choices, Range, SearchSpec, TrainingSpec
-from modelworks.ml.evaluate.catalogue import METRICS, PRIMARY, check_metrics
+from modelworks.core.tasks import PRIMARY
+from modelworks.ml.evaluate.catalogue import METRICS, check_metrics
 from modelworks.ml.train.algorithms import AUTO, TRAINERS, check_hyperparameters
 
 Space = dict[str, Range | Choices]

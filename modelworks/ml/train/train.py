@@ -66,7 +66,7 @@ def train(
     problem = pose(table, columns, spec)
     listening = _Listening(ctx, fits_of(problem))
     spec = problem.spec
-    wanted = check_metrics(problem.task, spec.metrics, spec.gates)
+    wanted = check_metrics(problem.task, spec.metrics, spec.gates, classes=len(problem.classes or ()) or None)
     method = spec.validation or (problem.default if isinstance(problem, Course) else DEFAULT_METHOD)
     report = _validate(problem, method, wanted, table, columns, test_table, listening)
     if searched:
