@@ -41,6 +41,9 @@ def evaluate(
     group: Annotated[str | None, typer.Option(help="Rows that share this column's value stay together.")] = None,
     time: Annotated[str | None, typer.Option(help="Split along this column: past and future.")] = None,
     metric: Annotated[list[str] | None, typer.Option(help="A metric to compute; by default all. Repeatable.")] = None,
+    text: Annotated[
+        str | None, typer.Option(help="Of a language model with --test: the column of texts to measure perplexity on.")
+    ] = None,
     compare: Annotated[
         str | None,
         typer.Option(
@@ -87,7 +90,7 @@ def evaluate(
     from modelworks.cli import values
 
     method = values.method(kfold=kfold, holdout=holdout, test=test, repeats=repeats, group=group, time=time, split=split)
-    of_predictions = {"task": task, "reference": reference, "prediction": prediction, "scores": scores, "set": set_}
+    of_predictions: dict[str, Any] = {"task": task, "reference": reference, "prediction": prediction, "scores": scores, "set": set_}
     if predictions is not None:
         if method or dataset:
             raise InvalidInput("with --predictions there is no method and no other dataset; leave them out", param="predictions")
@@ -98,7 +101,7 @@ def evaluate(
             raise InvalidInput("name a model, or give --predictions", param="model")
         if extra := next((name for name, value in of_predictions.items() if value), None):
             raise InvalidInput(f"--{extra} goes with --predictions", param=extra)
-        subject = {"dataset": dataset, "method": method or {"kfold": 5}, "compare": compare}
+        subject = {"dataset": dataset, "method": method or {"kfold": 5}, "compare": compare, "text": text}
     given: dict[str, Any] = {
         "model": model,
         **subject,

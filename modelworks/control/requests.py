@@ -14,8 +14,9 @@ from modelworks.control import backbones
 from modelworks.control.references import resolve_dataset, resolve_model
 from modelworks.core.errors import InvalidInput
 from modelworks.core.specs import ALIAS_PATTERN, NAME_PATTERN, EvaluationSpec, Method, Ref, TrainingSpec
+from modelworks.core.tasks import GENERATION
 from modelworks.core.types import Dataset, Job, ModelVersion, Report
-from modelworks.ml.evaluate.asked import check_other, columns_of, settled
+from modelworks.ml.evaluate.asked import check_language, check_other, columns_of, settled
 from modelworks.ml.evaluate.catalogue import check_metrics, offered
 from modelworks.ml.evaluate.slices import parse_slice
 from modelworks.ml.search.space import check_search
@@ -69,8 +70,13 @@ def evaluation(tx: Tx, project_id: str, spec: EvaluationSpec) -> dict[str, Any]:
         dataset = resolve_dataset(tx, project_id, spec.dataset)
     else:
         dataset = _trained_on(tx, project_id, model)
-    check_metrics(model.task, spec.metrics, spec.gates)
-    _check_split(method, model, dataset)
+    if model.task == GENERATION:
+        check_language(spec, dataset.columns)
+    elif spec.text:
+        raise InvalidInput(f"text is for language models, and {model.ref} does {model.task}; leave it out", param="text")
+    else:
+        check_metrics(model.task, spec.metrics, spec.gates)
+        _check_split(method, model, dataset)
     for one in spec.slices:
         parse_slice(one, dataset.columns)
     resolved = spec.model_dump(mode="json") | {

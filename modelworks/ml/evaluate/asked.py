@@ -6,9 +6,20 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from modelworks.core.errors import InvalidInput
-from modelworks.core.specs import GivenPredictions
-from modelworks.core.tasks import CLASSIFICATION, CLUSTERING, DETECTION, FORECAST, REGRESSION, SPEECH, TEXTS, base_of
+from modelworks.core.specs import EvaluationSpec, GivenPredictions
+from modelworks.core.tasks import (
+    CLASSIFICATION,
+    CLUSTERING,
+    DETECTION,
+    FORECAST,
+    GENERATION,
+    REGRESSION,
+    SPEECH,
+    TEXTS,
+    base_of,
+)
 from modelworks.core.types import Column, ColumnType
+from modelworks.ml.evaluate.catalogue import OF_LANGUAGE, check_metrics
 
 _TASKS = (CLASSIFICATION, REGRESSION, FORECAST, SPEECH, *TEXTS, DETECTION, CLUSTERING)
 _SHORT = {"classification": CLASSIFICATION, "regression": REGRESSION, "automatic-speech-recognition": SPEECH}
@@ -85,6 +96,29 @@ def check_other(given: GivenPredictions, columns: Sequence[Column]) -> None:
         _check(other.prediction, types, _answers(given.task), "compare.prediction")
     for name in score_columns(other.scores, types):
         _check(name, types, _NUMBERS, "compare.scores")
+
+
+def text_column(spec: EvaluationSpec, columns: Sequence[Column]) -> str:
+    """The column that a language model is measured on."""
+    written = [column.name for column in columns if column.type in _WRITTEN]
+    if spec.text is not None:
+        if spec.text not in written:
+            raise InvalidInput(
+                f"there is no column of texts {spec.text[:80]!r}; there are: {_list(written)}", code="unknown_column", param="text"
+            )
+        return spec.text
+    texts = [column.name for column in columns if column.type == "text"] or written
+    if len(texts) != 1:
+        raise InvalidInput(f"name the column of texts in text; there are: {_list(texts) or 'none'}", param="text")
+    return texts[0]
+
+
+def check_language(spec: EvaluationSpec, columns: Sequence[Column]) -> None:
+    """What is asked of a language model."""
+    if not spec.how.test:
+        raise InvalidInput('a language model is measured on texts; give method {"test": DATASET}', param="method")
+    text_column(spec, columns)
+    check_metrics(GENERATION, spec.metrics, spec.gates, among=OF_LANGUAGE)
 
 
 def score_columns(scores: dict[str, str] | str | None, there: Iterable[str]) -> list[str]:

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from modelworks.core.errors import InvalidInput
 from modelworks.core.specs import EvaluationSpec, TrainingSpec
-from modelworks.core.tasks import CLASSIFICATION, REGRESSION, base_of
+from modelworks.core.tasks import CLASSIFICATION, GENERATION, REGRESSION, base_of
 from modelworks.core.types import Column
 from modelworks.ml.base import JobContext
 from modelworks.ml.evaluate.catalogue import check_metrics, gate_results
@@ -63,6 +63,10 @@ def evaluate(
     enforced. InvalidInput when the model cannot be evaluated this way.
     """
     task = base_of(package.manifest.task)
+    if task == GENERATION:
+        from modelworks.ml.evaluate.language import evaluate_language
+
+        return evaluate_language(spec, package, table, columns, ctx, other=other)
     if task not in (CLASSIFICATION, REGRESSION) and task not in COURSES:
         raise InvalidInput(
             f"a model of task {package.manifest.task!r} cannot be evaluated on a table yet; tabular ones can", param="model"

@@ -160,6 +160,7 @@ def _found(details: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
         ("Recommendations", counted),
         *((f"Of the {what}", errors) for what, errors in (details.get("errors") or {}).items()),
         ("Clusters, by their rows", clusters if isinstance(clusters := details.get("clusters"), dict) else {}),
+        ("Read", details.get("language") or {}),
         ("How it was computed", details.get("signatures") or {}),
     ]
 
