@@ -17,7 +17,6 @@ _UNSAFE_IN_LINES = re.compile(_UNSAFE.pattern.replace("\x00-\x1f", "\x00-\x08\x0
 _BARS = " ▁▂▃▄▅▆▇█"
 
 
-
 def plain(value: object) -> str:
     """One line: control characters are shown as their escapes (`\\x1b`), so that a terminal does not obey them."""
     return _UNSAFE.sub(_escaped, str(value))
