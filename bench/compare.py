@@ -1,6 +1,7 @@
 """W1 over HTTP beside other servers: one row of iris a request, the same ONNX graph, client and machine; ratios and goals.
+Then W2 (embeddings.py) and W3 (large_tensors.py).
 
-    python -m bench.compare [--seconds 2] [--rounds 3] [--only litserve,prototype]
+    python -m bench.compare [--seconds 2] [--rounds 3] [--only litserve,prototype] [--work w1,w2,w3]
 
 Ours runs as it is installed: keys, rate limits, counters, request ids, the model in a process of its own. The peers run
 from environments of their own (venvs.py). Each round measures all in turn, those not measured stand still; medians are
@@ -10,6 +11,7 @@ printed. The client is wrk where there is one, else bench/load.py: `client` says
 from __future__ import annotations
 
 import argparse
+import asyncio
 import json
 import os
 import re
@@ -26,10 +28,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
+import uvloop
 from rich.console import Console
 from rich.table import Table
 
-from bench import load, venvs
+from bench import embeddings, large_tensors, load, venvs
 from bench.graphs import IRIS, iris
 from bench.stage import cpu, family, free_port, stage, wait_port
 
@@ -71,7 +74,20 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--only", default=",".join(OTHERS), help="peers, by comma")
     parser.add_argument("--connections", default=",".join(map(str, CONNECTIONS)))
+    parser.add_argument("--work", default="w1,w2,w3", help="which, by comma")
     options = parser.parse_args()
+    work = options.work.split(",")
+    console = Console(width=110)
+    if "w1" in work:
+        console.print(first(options))
+    if "w2" in work:
+        console.print(asyncio.run(embeddings.run(2 * options.seconds, options.rounds)))
+    if "w3" in work:
+        console.print(uvloop.run(large_tensors.measure(options.seconds, options.rounds)))
+
+
+def first(options: argparse.Namespace) -> Table:
+    """W1."""
     connections = [int(one) for one in options.connections.split(",")]
     with tempfile.TemporaryDirectory(prefix="mw-bench-") as folder:
         graph = iris(Path(folder) / "iris.onnx")
@@ -85,7 +101,7 @@ def main() -> None:
                     if target is not None:
                         targets[name] = target
                 found = measure(targets, connections, options.seconds, options.rounds)
-                Console(width=110).print(table(found, connections))
+                return table(found, connections)
         finally:
             for peer in peers.values():
                 os.killpg(peer.pid, signal.SIGKILL)
