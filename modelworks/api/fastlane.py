@@ -124,6 +124,7 @@ class Exchange:
     span: RequestSpan | None = None  # when traces are on
     refusal: ModelworksError | None = None  # told once the body is there, which keeps the connection
     response_complete = disconnected = False
+    shared = False  # it counts in its key's share
     keep_alive = True
     _allowance: Allowance | None = None
     _pending: Pending | Errand | None = None
@@ -213,6 +214,19 @@ class Exchange:
         else:
             self._write(200, reply.headers, reply.body, item.model_version)
 
+    def _leave(self) -> None:
+        self.shared = False
+        self._protocol.services.shares.leave(self.principal.key_id)
+
+    def resume(self) -> bool:
+        """Its key has room for it: begin, in a turn of its own."""
+        if self.response_complete:
+            return False
+        self.shared = True
+        protocol = self._protocol
+        protocol.loop.call_soon(protocol.run, self)
+        return True
+
     def answer_by(self, reply: Callable[[Answer], Reply]) -> None:
         """What encodes the answer of a call that was not made by `start`."""
         self._reply = reply
@@ -241,6 +255,8 @@ class Exchange:
             self.response_complete = True
             if self._pending is not None:
                 self._protocol.services.gateway.abort(self._pending)
+            if self.shared:
+                self._leave()
             self._observe(CANCELLED, 0, "")
 
     def _write(self, status: int, headers: Any, body: bytes, version: str = "") -> None:
@@ -251,6 +267,8 @@ class Exchange:
     def _send(self, status: int, headers: Any, body: bytes) -> None:
         self.response_complete = True
         self._pending = None
+        if self.shared:
+            self._leave()
         protocol = self._protocol
         transport = protocol.transport
         if not transport.is_closing():
@@ -460,7 +478,18 @@ class FastLane(BoundedProtocol):
         self._go(exchange)
 
     def _go(self, exchange: Exchange) -> None:
-        """The body is there: answer it with others of this turn, or where there is anything unusual about it, by itself."""
+        """The body is there."""
+        shares, key = self.services.shares, exchange.principal.key_id
+        if shares.crowded(key, exchange.began):
+            if not shares.enter(key, exchange.resume):
+                return
+            exchange.shared = True
+        self.run(exchange)
+
+    def run(self, exchange: Exchange) -> None:
+        """Answer it with others of this turn, or where there is anything unusual about it, by itself."""
+        if exchange.response_complete:
+            return  # its client left meanwhile
         if exchange.binary is None and exchange.span is None and exchange.refusal is None and exchange.intake is None:
             self.express.add(exchange)
         else:

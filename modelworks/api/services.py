@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from modelworks.api.intake import Intake, Room
+from modelworks.api.shares import Shares
 
 if TYPE_CHECKING:
     from modelworks.control.access import Access
@@ -32,6 +33,7 @@ class Services:
     limiter: RateLimiter | LeasingLimiter
     gateway: Gateway
     room: Room = field(default_factory=Room)
+    shares: Shares = field(default_factory=Shares)
 
     def intake(self, now: float) -> Intake:
         """For a body that comes from now on. `now`: seconds of the clock that goes on with it."""

@@ -131,6 +131,17 @@ def _no_parameters(request: Any) -> None:
 
 async def infer(rpc: Rpc, data: bytes) -> bytes:
     """Named tensors in, named tensors out. A cancelled call is aborted in the replica too."""
+    shares, key = rpc.services.shares, rpc.principal.key_id
+    if not shares.crowded(key, rpc.began):
+        return await _infer(rpc, data)
+    await shares.turn(key)
+    try:
+        return await _infer(rpc, data)
+    finally:
+        shares.leave(key)
+
+
+async def _infer(rpc: Rpc, data: bytes) -> bytes:
     plain = quick.read(data)
     if plain is None:
         request = parse(_Request, data)
