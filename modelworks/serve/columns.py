@@ -31,7 +31,8 @@ MAX_KINDS = 1024  # that a connection remembers, of calls and of answers each; o
 _MOST = 2**31  # bytes a row
 _COUNT = struct.Struct("<I")
 _BATCH = struct.Struct("<III")
-_SINGLE = struct.Struct("<IIIIII")
+_SINGLE = struct.Struct("<IIIIII")  # PARTS of one call without texts
+_LONE = struct.Struct("<IIIf")  # CALLS of one call without texts
 _encode = msgspec.msgpack.Encoder().encode
 _kind = msgspec.msgpack.Decoder(Kind).decode
 _form = msgspec.msgpack.Decoder(tuple[str, Kind]).decode
@@ -141,7 +142,10 @@ class Calls:
         """The message; this is empty afterwards."""
         n = len(self.numbers)
         sizes = self.sizes
-        head = struct.pack(f"<{2 * n + 1}I{n}f{len(sizes)}I", n, *self.numbers, *self.rows, *self.remaining, *sizes)
+        if n == 1 and not sizes:
+            head = _LONE.pack(1, self.numbers[0], self.rows[0], self.remaining[0])
+        else:
+            head = struct.pack(f"<{2 * n + 1}I{n}f{len(sizes)}I", n, *self.numbers, *self.rows, *self.remaining, *sizes)
         data = b"".join(self.data)
         message = wire.message(CALLS, self.kind, len(head) + len(data)) + head + data
         self.clear()
@@ -250,9 +254,14 @@ def read_calls(layout: Layout, frame: bytes, start: int, stop: int) -> Arrived:
     """The calls of a CALLS message. WireError unless it is exactly as long as it says."""
     n = _count(frame, start, stop, 12 + 4 * layout.texts)
     count = n * layout.texts
-    values = struct.unpack_from(f"<{2 * n}I{n}f{count}I", frame, start + 4)
-    found = Arrived(layout, values[:n], values[n : 2 * n], values[2 * n : 3 * n], values[3 * n :])
-    found.at = start + 4 + 4 * len(values)
+    if n == 1 and not count:
+        _, number, rows, remaining = _LONE.unpack_from(frame, start)
+        found = Arrived(layout, (number,), (rows,), (remaining,), ())
+        found.at = start + _LONE.size
+    else:
+        values = struct.unpack_from(f"<{2 * n}I{n}f{count}I", frame, start + 4)
+        found = Arrived(layout, values[:n], values[n : 2 * n], values[2 * n : 3 * n], values[3 * n :])
+        found.at = start + 4 + 4 * len(values)
     _check_size(found, stop)
     return found
 
@@ -260,10 +269,15 @@ def read_calls(layout: Layout, frame: bytes, start: int, stop: int) -> Arrived:
 def read_answers(version: str, layout: Layout, frame: bytes, start: int, stop: int) -> Answers:
     """The answers of a PARTS message. WireError as in `read_calls`."""
     n = _count(frame, start, stop, 12 + 4 * layout.texts, 12)
-    _, run_us, batch = _BATCH.unpack_from(frame, start)
-    values = struct.unpack_from(f"<{3 * n + n * layout.texts}I", frame, start + 12)
-    found = Answers(layout, values[:n], values[n : 2 * n], values[2 * n : 3 * n], values[3 * n :])
-    found.at = start + 12 + 4 * len(values)
+    if n == 1 and not layout.texts:
+        _, run_us, batch, number, rows, queue_us = _SINGLE.unpack_from(frame, start)
+        found = Answers(layout, (number,), (rows,), (queue_us,), ())
+        found.at = start + _SINGLE.size
+    else:
+        _, run_us, batch = _BATCH.unpack_from(frame, start)
+        values = struct.unpack_from(f"<{3 * n + n * layout.texts}I", frame, start + 12)
+        found = Answers(layout, values[:n], values[n : 2 * n], values[2 * n : 3 * n], values[3 * n :])
+        found.at = start + 12 + 4 * len(values)
     _check_size(found, stop)
     found.version, found.frame, found.run_us, found.batch = version, frame, run_us, batch
     return found

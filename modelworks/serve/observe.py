@@ -133,8 +133,12 @@ class Observer:
         now = monotonic()
         count = len(begun)
         tally.answered += count
-        _add(tally.duration, SECONDS, [now - one for one in begun])
-        _add(tally.queue, MICROSECONDS, answers.times)
+        if count == 1:
+            tally.duration[bisect_left(SECONDS, now - begun[0])] += 1
+            tally.queue[bisect_left(MICROSECONDS, answers.times[0])] += 1
+        else:
+            _add(tally.duration, SECONDS, [now - one for one in begun])
+            _add(tally.queue, MICROSECONDS, answers.times)
         tally.model[bisect_left(MICROSECONDS, answers.run_us)] += count
         tally.batch[bisect_left(SIZES, answers.batch)] += count
         sums = tally.sums
