@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import grpc
@@ -317,8 +318,15 @@ def test_metadata_configuration_and_readiness(rpc: GrpcHouse) -> None:
     ask = message("inference.ModelMetadataRequest")(name="iris")
     found = rpc.call(OIP + "ModelMetadata", ask, answer="inference.ModelMetadataResponse")
     assert next((item.name, item.datatype, list(item.shape)) for item in found.inputs) == ("length", "FP32", [-1, 1])
+    assert found.platform == "onnxruntime_onnx"
     config = rpc.call(OIP + "ModelConfig", ask, answer="inference.ModelConfigResponse").config
     assert [item.data_type for item in config.output] == [13, 11]
+    known = rpc.house.router.known
+    rpc.house.router.known = replace(known, platform="llama.cpp_gguf")
+    assert rpc.call(OIP + "ModelMetadata", ask, answer="inference.ModelMetadataResponse").platform == "llama.cpp_gguf"
+    config = rpc.call(OIP + "ModelConfig", ask, answer="inference.ModelConfigResponse").config
+    assert (config.platform, config.backend) == ("llama.cpp_gguf", "llama.cpp")
+    rpc.house.router.known = known
     for ready in (True, False):
         rpc.house.router.is_ready = ready
         assert rpc.call(OIP + "ModelReady", ask, answer="inference.ModelReadyResponse").ready is ready

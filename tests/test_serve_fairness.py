@@ -4,11 +4,11 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from modelworks.control.routing import limits_of
+from modelworks.control.routing import limits_of, platform_of
 from modelworks.core.errors import InvalidInput
 from modelworks.core.specs import DeploymentSpec
 from modelworks.core.tensors import Tensor
-from modelworks.core.types import Call, Deployment, Principal, Signature
+from modelworks.core.types import Call, Deployment, ModelVersion, Principal, Signature
 from modelworks.serve.breaker import THRESHOLD, Breaker
 from modelworks.serve.fairness import FairQueue
 from modelworks.serve.hints import hint
@@ -160,3 +160,27 @@ def test_a_deployments_spec_sets_its_limits(spec, limits):
         signature=Signature(inputs=[], outputs=[]),
     )  # fmt: skip
     assert limits_of(deployment, Limits(queue=99)) == limits
+
+
+@pytest.mark.parametrize(
+    ("task", "form", "engine", "platform"),
+    [
+        ("tabular-classification", None, "auto", "onnxruntime_onnx"),
+        ("embedding", "safetensors", "auto", "onnxruntime_onnx"),  # exported at import
+        ("text-generation", "gguf", "llama", "llama.cpp_gguf"),
+        ("text-generation", "gguf", "transformers", "llama.cpp_gguf"),  # which no replica of it can run by
+        ("text-generation", "safetensors", "transformers", "transformers_safetensors"),
+    ],
+)
+def test_the_platform_is_what_runs_the_model(task, form, engine, platform):
+    nothing = Signature(inputs=[], outputs=[])
+    lineage = {"format": form} if form else {}
+    model = ModelVersion(
+        project_id="p", name="m", version=1, digest="d", task=task, signature=nothing, size=1, lineage=lineage
+    )
+    spec = DeploymentSpec(model="m", engine=engine).model_dump(mode="json")
+    deployment = Deployment(
+        project_id="p", name="m", spec=spec, model_version="m:1", model_version_id=model.id, digest="d", task=task,
+        signature=nothing,
+    )  # fmt: skip
+    assert platform_of(deployment, model) == platform

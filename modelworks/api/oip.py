@@ -209,7 +209,7 @@ def _metadata(route: Route) -> dict[str, Any]:
     return {
         "name": route.name,
         "versions": [route.model_version.rpartition(":")[2]],
-        "platform": "onnxruntime_onnx",
+        "platform": route.platform,
         "inputs": described(route.signature.inputs),
         "outputs": described(route.signature.outputs),
     }

@@ -177,8 +177,8 @@ def configuration(route: Route) -> dict[str, Any]:
 
     return {
         "name": route.name,
-        "platform": "onnxruntime_onnx",
-        "backend": "onnxruntime",
+        "platform": route.platform,
+        "backend": route.platform.rpartition("_")[0],
         "max_batch_size": 0,  # dims have the batch's axis
         "version_policy": {"specific": {"versions": [int(_version(route))]}},
         "input": described(route.signature.inputs),

@@ -19,7 +19,7 @@ from modelworks.ml.runtimes.choice import LLAMA, TRANSFORMERS, VLLM, check_adapt
 from modelworks.security import audit
 from modelworks.store.catalog import Catalog, Tx
 
-_FORMATS = {"gguf": LLAMA, "safetensors": TRANSFORMERS}  # of a language model's package: the runtime
+FORMATS = {"gguf": LLAMA, "safetensors": TRANSFORMERS}  # of a language model's package: the runtime
 
 
 class Deployments:
@@ -192,7 +192,7 @@ def _adapters(tx: Tx, caller: Caller, spec: DeploymentSpec, model: ModelVersion)
         if one.task != ADAPTER or model.task != GENERATION:
             said = f"{one.ref} does {one.task}" if one.task != ADAPTER else f"{model.ref} does {model.task}"
             raise InvalidInput(f"adapters are LoRA adapters of a language model, and {said}", param=param)
-        runtime = _FORMATS.get(str(model.lineage.get("format")), LLAMA)
+        runtime = FORMATS.get(str(model.lineage.get("format")), LLAMA)
         check_adapter(spec.engine, runtime, model.algorithm, one.lineage, param)
     return found
 
@@ -208,7 +208,7 @@ def _check_engine(spec: DeploymentSpec, model: ModelVersion, more: int) -> None:
             param = given[-1]
             raise InvalidInput(f"{param} is for language models, and {model.ref} does {model.task}", param=param)
         return
-    runtime = _FORMATS.get(str(model.lineage.get("format")))
+    runtime = FORMATS.get(str(model.lineage.get("format")))
     chosen = spec.engine if runtime is None else choose(spec.engine, runtime, model.algorithm, model.lineage)
     if spec.tensor_parallel_size is not None and chosen != VLLM:
         raise InvalidInput(

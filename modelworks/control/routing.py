@@ -5,19 +5,31 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections import defaultdict
+from contextlib import suppress
 from dataclasses import replace
 
 from modelworks.control import scaling
+from modelworks.control.deployments import FORMATS
 from modelworks.core import telemetry
-from modelworks.core.errors import CatalogUnavailable
+from modelworks.core.errors import CatalogUnavailable, InvalidInput
 from modelworks.core.specs import DeploymentSpec
+from modelworks.core.tasks import GENERATION
 from modelworks.core.types import Deployment, DeploymentRevision, ModelVersion, Replica
+from modelworks.ml.runtimes.choice import BOTH, LLAMA, OPENVINO, TRANSFORMERS, VLLM, choose
 from modelworks.security.identity import Authenticator
 from modelworks.serve.router import Router
 from modelworks.serve.routes import Detour, Key, Limits, Route, Snapshot, Target
 from modelworks.store.catalog import Catalog, Tx, Watch
 
 _SOON = 0.03  # seconds between two looks while a replica is awaited
+
+_PLATFORMS = {
+    LLAMA: "llama.cpp_gguf",
+    OPENVINO: "openvino_gguf",
+    BOTH: "openvino_gguf",
+    TRANSFORMERS: "transformers_safetensors",
+    VLLM: "vllm_safetensors",
+}
 
 log = telemetry.logger("follower")
 
@@ -48,6 +60,7 @@ def snapshot(tx: Tx, number: int, limits: Limits) -> Snapshot:
             limits=limits_of(deployment, limits),
             detours=detours_of(deployment),
             cache=_cache_of(deployment),
+            platform=platform_of(deployment, model),
             adapters=_adapters(tx, deployment, chosen),
             failed="" if chosen else _failure(deployment),
         )
@@ -90,6 +103,17 @@ def detours_of(deployment: Deployment) -> tuple[Detour, ...]:
 def _cache_of(deployment: Deployment) -> tuple[float, int] | None:
     cache = DeploymentSpec.model_validate(deployment.spec).cache
     return None if cache is None else (cache.seconds, cache.megabytes * 1024 * 1024)
+
+
+def platform_of(deployment: Deployment, model: ModelVersion) -> str:
+    """What runs the model, and the form of its weights."""
+    if model.task != GENERATION:
+        return Route.platform
+    runtime = FORMATS.get(str(model.lineage.get("format")), LLAMA)
+    engine = DeploymentSpec.model_validate(deployment.spec).engine
+    with suppress(InvalidInput):  # its replicas say so when they start
+        runtime = choose(engine, runtime, model.algorithm, model.lineage)
+    return _PLATFORMS[runtime]
 
 
 class Follower:

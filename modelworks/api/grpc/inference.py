@@ -82,7 +82,7 @@ async def model_metadata(rpc: Rpc, request: Any) -> Any:
     }
     versions = [route.model_version.rpartition(":")[2]]
     kind = message("inference.ModelMetadataResponse")
-    return kind(name=route.name, versions=versions, platform="onnxruntime_onnx", **described)
+    return kind(name=route.name, versions=versions, platform=route.platform, **described)
 
 
 async def model_config(rpc: Rpc, request: Any) -> Any:
