@@ -27,7 +27,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 import setproctitle
 
-from modelworks.core import telemetry
+from modelworks.core import stores, telemetry
 from modelworks.core.errors import CatalogUnavailable, Conflict, InvalidInput, ModelworksError
 from modelworks.core.settings import Settings
 from modelworks.engines.process import Child, spawn
@@ -103,6 +103,7 @@ def serve(settings: Settings, *, announce: Callable[[str], None] = print) -> int
     home.prepare()
     lock = home.lock()
     check_binding(settings)
+    stores.load(settings.stores)
     if settings.otlp_endpoint:
         from modelworks.serve.tracing import check
 

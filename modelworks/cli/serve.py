@@ -33,6 +33,7 @@ def up(
         bool | None, Optional("--insecure", help="Allow listening beyond loopback without TLS.")
     ] = None,
     offline: Annotated[bool | None, Optional("--offline", help="Never make an outgoing connection.")] = None,
+    stores: Annotated[Path | None, Optional(help="TOML file of the stores that a table may point into.")] = None,
     gateways: Annotated[int | None, Optional(help="Processes that answer requests.  [default: 1]")] = None,
     workers: Annotated[int | None, Optional(help="Jobs that run at the same time.  [default: 2]")] = None,
     log_level: Annotated[str | None, Optional(help="debug, info, warning or error.  [default: info]")] = None,

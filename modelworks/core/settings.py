@@ -30,6 +30,7 @@ class Settings(BaseSettings):
     workers: int = Field(2, ge=1, le=256, description="jobs that run at the same time on this machine")
     log_level: str = Field("info", description="debug, info, warning or error")
     request_log: bool = Field(True, description="one line a request in logs/requests.log, without its content")
+    stores: Path | None = Field(None, description="TOML file of the stores that a table may point into; see docs/data.md")
     otlp_endpoint: str | None = Field(
         None,
         validation_alias=AliasChoices("MODELWORKS_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT"),

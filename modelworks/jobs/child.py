@@ -63,7 +63,16 @@ def run(job: Job, queue: Queue, catalog: Catalog, blobs: Blobs, context: Context
     """Do the work, and write how it ended: the one place where any exception of a job is met."""
     from modelworks.jobs.steps import STEPS, Step
 
-    step = Step(job, queue, catalog, blobs, context, offline=bool(config.get("offline")), memory_mb=limited_to())
+    step = Step(
+        job,
+        queue,
+        catalog,
+        blobs,
+        context,
+        offline=bool(config.get("offline")),
+        memory_mb=limited_to(),
+        stores=config.get("stores", ()),
+    )
     try:
         context.event("log", f"{job.kind} started (attempt {job.attempt})")
         STEPS[job.kind](step)

@@ -6,7 +6,7 @@ Compute (`modelworks.ml`) is imported inside the steps. What a step made is seen
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import modelworks
 from modelworks.core.errors import InvalidInput
 from modelworks.core.specs import DatasetEdit, EvaluationSpec, TableSchema, TrainingSpec
+from modelworks.core.stores import Store
 from modelworks.core.types import Artifact, Column, Dataset, Job, JobEvent, ModelVersion, Report
 from modelworks.jobs import registering
 from modelworks.jobs.context import Context
@@ -50,6 +51,7 @@ class Step:
     context: Context
     offline: bool = False
     memory_mb: int | None = None
+    stores: Sequence[dict[str, Any]] = ()
 
     def dataset(self, key: str) -> Dataset:
         return self._kept(Dataset, key)
@@ -94,6 +96,7 @@ class Step:
 def ingest(step: Step) -> None:
     """A file or source becomes the next version of a dataset, or the version that has its content already."""
     from modelworks.ml.data.ingest import ingest as read_table
+    from modelworks.ml.data.pointed import Stores
 
     spec, context = step.job.spec, step.context
     path, filename = _input(step)
@@ -103,7 +106,8 @@ def ingest(step: Step) -> None:
     def reading(part: float, stage: str) -> None:
         context.progress(0.1 + 0.6 * part, stage)
 
-    found = read_table(path, filename=filename, schema=schema, out=out, progress=reading)
+    stores = Stores([Store.model_validate(one) for one in step.stores], offline=step.offline)
+    found = read_table(path, filename=filename, schema=schema, out=out, progress=reading, stores=stores)
     _keep_dataset(step, out, found, spec["source"] or spec["filename"])
 
 

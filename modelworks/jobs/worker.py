@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from modelworks.core import telemetry
-from modelworks.core.errors import CatalogUnavailable, LeaseLost
+from modelworks.core import stores, telemetry
+from modelworks.core.errors import CatalogUnavailable, InvalidInput, LeaseLost
 from modelworks.core.settings import Settings
 from modelworks.core.types import Job, new_id
 from modelworks.engines.memory import Gauge, last_words, tells_of_starving
@@ -141,15 +141,18 @@ class Worker:
                     "offline": self._settings.offline,
                     "max_file": self._settings.max_upload,
                     "slots": self._settings.workers,
+                    # their keys are told to those alone who read what tables point at
+                    "stores": [one.model_dump() for one in stores.load(self._settings.stores)] if job.kind == "ingest" else [],
                 },
                 title=f"modelworks job {job.id} --home {self._home}",
                 log=log_file,
                 threads=int(wanted.get("threads", 1)),
                 memory_mb=_memory_mb(job),
             )
-        except OSError as error:
+        except (OSError, InvalidInput) as error:
             log.error("a job's process could not be started", job=job.id, reason=str(error))
-            self._queue.ended(job.id, job.token, f"it could not be started ({error.strerror})")
+            reason = error.strerror if isinstance(error, OSError) else "the file of --stores cannot be read"
+            self._queue.ended(job.id, job.token, f"it could not be started ({reason})")
             return
         log.info("a job started", job=job.id, kind=job.kind, attempt=job.attempt, pid=child.pid)
         memory_mb = _memory_mb(job)

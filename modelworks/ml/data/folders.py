@@ -204,10 +204,10 @@ class Manifest:
     ) -> None:
         self._table, self._archive, self._known, self._folder = table, archive, known, folder
         self.lexical = table.lexical
-        renamed = {name: _renamed(name, kind, table.names) for name, kind in columns.items()}
-        self._of = {renamed[name]: name for name in columns}
-        self.media = {renamed[name]: kind for name, kind in columns.items()}
-        self.names = [renamed.get(name, name) for name in table.names]
+        called = {name: renamed(name, kind, table.names) for name, kind in columns.items()}
+        self._of = {called[name]: name for name in columns}
+        self.media = {called[name]: kind for name, kind in columns.items()}
+        self.names = [called.get(name, name) for name in table.names]
         self._given: dict[int, str] = {}
 
     def types(self) -> dict[str, pa.DataType]:
@@ -270,7 +270,7 @@ class Manifest:
         return found
 
 
-def _renamed(name: str, kind: str, taken: list[str]) -> str:
+def renamed(name: str, kind: str, taken: list[str]) -> str:
     """`file_name` -> `image`: what the column holds now."""
     return kind if name.lower() in _NAMES_OF_FILES and kind not in taken else name
 

@@ -18,6 +18,7 @@ from modelworks.ml.data import cast, media
 from modelworks.ml.data.canonical import CanonicalFile, Digest, arrow_schema
 from modelworks.ml.data.faults import fault, shown
 from modelworks.ml.data.infer import Inferred, files_of, infer
+from modelworks.ml.data.pointed import Stores, follow
 from modelworks.ml.data.readers import Table, open_table
 from modelworks.ml.data.types import parse_time
 
@@ -52,8 +53,17 @@ class Ingested:
     notes: list[str] = field(default_factory=list)
 
 
-def ingest(path: Path, *, filename: str, schema: TableSchema, out: Path, progress: Progress | None = None) -> Ingested:
-    """Read the table at `path`, uploaded as `filename`, and write it as canonical Parquet at `out`.
+def ingest(
+    path: Path,
+    *,
+    filename: str,
+    schema: TableSchema,
+    out: Path,
+    progress: Progress | None = None,
+    stores: Stores | None = None,
+) -> Ingested:
+    """Read the table at `path`, uploaded as `filename`, and write it as canonical Parquet at `out`. What its columns point
+    at in `stores` is read in their place.
 
     Memory is bounded whatever the file's size. InvalidInput names row and column of what is wrong; UnsupportedMedia:
     not a table. On an error there is no file at `out`.
@@ -61,7 +71,7 @@ def ingest(path: Path, *, filename: str, schema: TableSchema, out: Path, progres
     report = progress or (lambda fraction, stage: None)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix="ingest-") as folder:
         report(0.0, "reading")
-        table = open_table(path, filename, schema, Path(folder))
+        table = follow(open_table(path, filename, schema, Path(folder)), schema, stores or Stores(()))
         meter = _Meter(report, path.stat().st_size)
         given = schema.missing if schema.missing is not None else cast.MISSING if table.lexical else None
         missing = cast.Missing(given)
@@ -206,8 +216,8 @@ def _files(table: Table, column: Inferred, values: pa.Array, before: int) -> pa.
     for row, text in enumerate(values.to_pylist(), start=before + 1):
         if text and _URI.match(text):
             raise fault(
-                f"{shown(text)} is kept elsewhere, and this server has no object store to read it from; pack the files "
-                "into an archive beside the table",
+                f"{shown(text)} is kept elsewhere, and this server was given no object store to read it from; its "
+                "administrator names them by --stores, or pack the files into an archive beside the table",
                 row=row,
                 line=table.line(row),
                 column=column.name,
