@@ -2,11 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import resource
 import threading
 import time
 
 from modelworks.core.telemetry import resident
+
+_M_MMAP_THRESHOLD, _LARGE = -3, 512 << 10
+
+
+def give_back() -> None:
+    """From here on large arrays return to the system as soon as they are freed. Else glibc keeps them once it has seen a
+    few, and a process that streams looks as large as all that it ever held.
+    """
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        libc = ctypes.CDLL(None)
+        libc.mallopt(_M_MMAP_THRESHOLD, _LARGE)
+        libc.malloc_trim(0)
 
 
 def available() -> int:

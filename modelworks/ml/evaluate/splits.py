@@ -41,11 +41,13 @@ def plan(
     seed: int,
     *,
     ahead: int | None = None,
+    frugal: bool = False,
 ) -> Plan:
     """Split `rows` by `method` (holdout or kfold).
 
     rows [m]: the rows that count. target [n], along [n] (group or time of each row): for all rows of the table.
     ahead: with kfold along time, how many rows each fold tests; by default all folds have about as many.
+    frugal: in little memory, where there are millions of rows; others are drawn than without it.
     InvalidInput when there are too few rows, groups or rows of a class.
     """
     if method.last:
@@ -55,7 +57,7 @@ def plan(
     elif method.kfold:
         made = _folds(method, task, rows, target, along, seed, ahead)
     else:
-        made = _holdout(method, task, rows, target, along, seed)
+        made = _holdout(method, task, rows, target, along, seed, frugal)
     if task == CLASSIFICATION:
         for number, (train, _) in enumerate(made.parts, start=1):
             if len(np.unique(target[train])) < 2:
@@ -127,7 +129,7 @@ def _folds(
 
 
 def _holdout(
-    method: Method, task: str, rows: np.ndarray, target: np.ndarray, along: np.ndarray | None, seed: int
+    method: Method, task: str, rows: np.ndarray, target: np.ndarray, along: np.ndarray | None, seed: int, frugal: bool
 ) -> Plan:
     from sklearn import model_selection as ms
 
@@ -152,10 +154,26 @@ def _holdout(
     if not method.shuffle:
         return Plan([(rows[:-test], rows[-test:])], {"name": "tail", "holdout": share})
     stratify = _stratify_holdout(method, task, y, test, notes)
+    if frugal:
+        train, held = _drawn(rows, y if stratify else None, test, seed)
+        return Plan([(train, held)], {"name": "drawn", "holdout": share, "stratified": stratify, "seed": seed}, notes)
     train, held = ms.train_test_split(rows, test_size=share, random_state=seed, stratify=y if stratify else None)
     return Plan(
         [(train, held)], {"name": "train_test_split", "holdout": share, "stratified": stratify, "seed": seed}, notes
     )
+
+
+def _drawn(rows: np.ndarray, classes: np.ndarray | None, test: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """(the rest, about `test` rows), both in the rows' order; of each class its share."""
+    keys = np.random.default_rng(seed).random(len(rows), dtype=np.float32)
+    held = np.zeros(len(rows), dtype=bool)
+    for one in [None] if classes is None else np.flatnonzero(np.bincount(classes)):
+        mine = np.ones(len(rows), dtype=bool) if one is None else classes == one
+        own = keys[mine]
+        count = min(len(own) - 1, max(1, round(test * len(own) / len(rows))))
+        own.partition(count)
+        held |= mine & (keys < own[count])
+    return rows[~held], rows[held]
 
 
 def _plan(

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from modelworks.core.errors import InvalidInput
 from modelworks.core.specs import TrainingSpec
 from modelworks.core.types import Column
+from modelworks.ml.machine import give_back
 from modelworks.ml.train.algorithms import TRAINERS
 from modelworks.ml.train.checks import feature_columns
 
@@ -58,6 +59,7 @@ def open_table(
     if need <= room:
         return parquet.read_table(path)
     if streams(spec.algorithm):
+        give_back()
         return stored
     ready = ", ".join(name for name in TRAINERS if streams(name)) or "none"
     raise InvalidInput(

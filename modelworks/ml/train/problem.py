@@ -57,7 +57,7 @@ class Problem:
 
     def split(self, method: Method, rows: np.ndarray, along: np.ndarray | None, seed: int) -> Plan:
         """Which of `rows` train and which test. `along`: what the method's column says of each (`split_values`)."""
-        return plan(method, self.task, rows, self.target, along, seed)
+        return plan(method, self.task, rows, self.target, along, seed, frugal=self.stored is not None)
 
     def portions(self, rows: np.ndarray, size: int) -> Iterator[tuple[np.ndarray, Batch]]:
         """(some of `rows`, their features) until all were there; of stored data in the order in which they lie."""
@@ -134,11 +134,16 @@ def _pose_stored(table: StoredTable, columns: Sequence[Column], spec: TrainingSp
     features = feature_columns(spec, columns)
     leading, rest = split_leading(spec.transforms)
     column = table.column(target.name)
+    codes: np.ndarray | None = None
     if pa.types.is_string(column.type):  # each class once: a million texts take a hundred megabytes
-        coded = column.fill_null("").combine_chunks().dictionary_encode()
-        values = np.array(coded.dictionary.to_pylist(), dtype=object)[coded.indices.to_numpy()]
+        coded = column.dictionary_encode().combine_chunks()
+        names = np.array(["", *coded.dictionary.to_pylist()], dtype=object)  # 0 for what is missing
+        codes = coded.indices.fill_null(-1).to_numpy() + np.int32(1)
+        del coded
+        values = names[codes] if leading else codes
     else:
         values = target_values(pa.table({target.name: column}), target)
+    del column
     keep = np.ones(table.num_rows, dtype=bool)
     if any(op.op != "drop-missing" for op in leading):
         raise InvalidInput(
@@ -150,15 +155,26 @@ def _pose_stored(table: StoredTable, columns: Sequence[Column], spec: TrainingSp
     if leading:
         for numbers, batch in table.chunks(features):
             keep[numbers] = kept_rows(leading, batch | {target.name: values[numbers]}, features, target)
-    rows = np.flatnonzero(keep)
+    rows = np.flatnonzero(keep).astype(np.int32 if table.num_rows < 2**31 else np.int64)
     if not len(rows):
         raise InvalidInput(
             "no row is left after the row ops; fill missing values instead of dropping rows", param="transforms"
         )
+    task = task_of(spec, target)
+    if codes is not None and task == CLASSIFICATION:
+        counts = np.bincount(codes if keep.all() else codes[rows], minlength=len(names))
+        if counts[0] or "" in names[1:]:
+            _check_target(names[codes], rows, target.name)
+        classes, places = encode(names, np.flatnonzero(counts), target)
+        return Problem(spec, task, features, {}, rows, places.astype(np.int32)[codes], classes, rest, table)
+    if codes is not None:
+        values = names[codes]
     _check_target(values, rows, target.name)
-    task = task_of(spec, target) or _task_of_integers(values[rows])
-    classes, encoded = encode(values, rows, target) if task == CLASSIFICATION else (None, values.astype(np.float64))
-    return Problem(spec, task, features, {}, rows, encoded, classes, rest, table)
+    task = task or _task_of_integers(values[rows])
+    if task != CLASSIFICATION:
+        return Problem(spec, task, features, {}, rows, values.astype(np.float64), None, rest, table)
+    classes, encoded = encode(values, rows, target)
+    return Problem(spec, task, features, {}, rows, encoded.astype(np.int32), classes, rest, table)
 
 
 def target_values(table: pa.Table, target: Column) -> np.ndarray:

@@ -34,14 +34,16 @@ def fit_stored(problem: Problem, rows: np.ndarray, ctx: JobContext) -> Any:
     preparation = _prepare(problem, rows, trainer, transforms_of(problem, trainer, params, ctx), ctx)
     classes, seen, target = None, np.empty(0, dtype=np.int64), problem.target
     if problem.classes is not None:
-        seen = np.unique(target[rows])
+        seen = np.flatnonzero(np.bincount(target[rows], minlength=len(problem.classes)))
         if len(seen) < 2:
             raise InvalidInput(
                 "the rows to train on have one class only; give more data", code="too_few_rows", param="transforms"
             )
-        places = np.zeros(len(problem.classes), dtype=np.int64)
+        places = np.zeros(len(problem.classes), dtype=target.dtype)
         places[seen] = np.arange(len(seen))
-        classes, target = len(seen), places[target]
+        classes = len(seen)
+        if classes < len(problem.classes):
+            target = places[target]
     chosen = np.zeros(stored.num_rows, dtype=bool)
     chosen[rows] = True
     used = [column for column in problem.columns if column.name in set(preparation.inputs)]
@@ -52,7 +54,11 @@ def fit_stored(problem: Problem, rows: np.ndarray, ctx: JobContext) -> Any:
         for numbers, batch in mixed.chunks():
             mask = chosen[numbers]
             if mask.any():
-                yield preparation.features({name: values[mask] for name, values in batch.items()}), target[numbers[mask]]
+                wanted = target[numbers[mask]]
+                yield (
+                    preparation.features({name: values[mask] for name, values in batch.items()}),
+                    wanted if classes is None else wanted.astype(np.int64),
+                )
 
     width = max(1, len(preparation.feature_names))
     examples = StreamedExamples(
