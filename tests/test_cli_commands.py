@@ -371,6 +371,12 @@ def test_predict_takes_json_and_sends_many_rows_in_parts(cli: Any, fake: FakeSer
     file.write_text('{"petal": 1}\n' * 1001)
     assert cli("predict", "iris", "--file", str(file)).exit_code == 0
     assert [len(one.json["inputs"]) for one in fake.asked[1:]] == [500, 500, 1]
+    rows = [{"prompt": "a"}, {"prompt": "b"}]
+    given = ["--parameter", "max_tokens=3", "--parameter", "stop=x", "--parameter", 'tools=[]']
+    assert cli("predict", "iris", "--input", json.dumps(rows), *given).exit_code == 0
+    params = {"max_tokens": 3, "stop": "x", "tools": []}
+    assert [one.json for one in fake.asked[4:]] == [{"inputs": [row], "parameters": params} for row in rows]
+    assert cli("predict", "iris", "--input", "{}", "--parameter", "x").exit_code == 2
 
 
 def test_deploy_waits_and_says_where(cli: Any, fake: FakeServer) -> None:

@@ -88,6 +88,10 @@ def test_adapters_are_models_of_their_own(chat: RunningServer, openai: Any) -> N
     other, plain = create(openai, model=name, max_tokens=8), create(openai, max_tokens=8)
     assert other.model == name
     assert other.choices[0].message.content != plain.choices[0].message.content
+    for adapter, answer in (("noise", other), ("", plain)):
+        parameters = {"max_tokens": 8, "temperature": 0, "adapter": adapter}
+        (row,) = chat.client.deployments.predict(MODEL, {"messages": PARIS}, parameters=parameters).outputs
+        assert row.model_dump()["text"] == answer.choices[0].message.content
     with pytest.raises(NotFoundError) as lost:
         create(openai, model=f"{MODEL}:cook")
     assert lost.value.code == "model_not_found"

@@ -14,6 +14,7 @@ from modelworks.api.calls import respond
 from modelworks.api.docs import release
 from modelworks.api.oip_codec import HEADER_LENGTH, prepare
 from modelworks.api.routes import NamePath, Routes, Use, Who, answer
+from modelworks.api.texts import PARAMETERS
 from modelworks.core.errors import Unavailable
 from modelworks.core.types import Caller, TensorSpec
 from modelworks.serve.routes import Route
@@ -43,7 +44,7 @@ REQUEST = {
             "required": ["inputs"],
             "properties": {
                 "id": {"type": "string"},
-                "parameters": {"type": "object"},
+                "parameters": PARAMETERS,
                 "inputs": {"type": "array", "items": _TENSOR},
                 "outputs": {
                     "type": "array",

@@ -15,6 +15,7 @@ import msgspec
 from modelworks.api.body import decode_json
 from modelworks.api.calls import JSON_HEADERS, Prepared, Reply
 from modelworks.api.errors import NotImplementedHere
+from modelworks.api.texts import parameters
 from modelworks.core.errors import InvalidInput
 from modelworks.core.tensors import (
     BOOL_MISSING,
@@ -103,7 +104,10 @@ def prepare(
     body: InferBody = decode_json(data if size == len(data) else data[:size], InferBody)
     tensors = decode_inputs(route, body, data, size)
     wanted = _wanted(route, body)
-    call = Call(model, tensors, gateway.deadline(), request_id, version=version)
+    params = parameters(route, body.parameters, strict=False)
+    if "logprobs" in params and not body.outputs:
+        wanted.append(Wanted("logprobs"))
+    call = Call(model, tensors, gateway.deadline(), request_id, params, version=version)
     return Prepared(call, lambda found: encode_answer(model, body.id, found, wanted))
 
 

@@ -105,6 +105,9 @@ def predict(
     file: Annotated[
         Path | None, typer.Option(help="Rows in a .csv, .tsv, .jsonl or .json file; or one image or sound.")
     ] = None,
+    parameter: Annotated[
+        list[str] | None, typer.Option(help="Of a language model, as NAME=VALUE: --parameter max_tokens=16. Repeatable.")
+    ] = None,
 ) -> None:
     """Predict rows of named raw features. In --input, "@PATH" stands for the file of an image or a sound."""
     from modelworks.cli import values
@@ -117,10 +120,11 @@ def predict(
         inputs = session.client.deployments.get(name).signature.inputs
         columns: dict[str, str | None] = {one.name: one.column for one in inputs}
         rows = (values.typed(row, columns) for row in rows)
+    params = dict(map(_parameter, parameter or ()))
     outputs: list[Output] = []
     model = request = ""
-    for batch in _batches(rows):
-        answer = session.client.deployments.predict(name, batch)
+    for batch in _batches(rows, 1 if params else _BATCH):  # a language model takes one at a time
+        answer = session.client.deployments.predict(name, batch, parameters=params)
         outputs += answer.outputs
         model, request = answer.model, answer.request_id
     if not outputs:
@@ -131,6 +135,19 @@ def predict(
         )
         return
     _table(session, outputs)
+
+
+def _parameter(text: str) -> tuple[str, Any]:
+    """The value as JSON, or as the text that it is."""
+    import json
+
+    name, equals, value = text.partition("=")
+    if not (name and equals):
+        raise InvalidInput(f"{text[:100]!r} must be NAME=VALUE, such as max_tokens=16", param="--parameter")
+    try:
+        return name, json.loads(value)
+    except ValueError:
+        return name, value
 
 
 def _only_file(session: Session, name: str) -> str:
@@ -146,9 +163,9 @@ def _only_file(session: Session, name: str) -> str:
     return found[0]
 
 
-def _batches(rows: Iterable[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
+def _batches(rows: Iterable[dict[str, Any]], size: int) -> Iterator[list[dict[str, Any]]]:
     source = iter(rows)
-    while batch := list(islice(source, _BATCH)):
+    while batch := list(islice(source, size)):
         yield batch
 
 

@@ -108,16 +108,23 @@ class Deployments(Resource[Mode]):
             await self._http.carrier.sleep(min(max(_POLL[0], elapsed / 20), _POLL[1], timeout - elapsed))
 
     @call
-    async def predict(self, name: str, inputs: Row | Sequence[Row], *, timeout: float | None = None) -> Prediction:
+    async def predict(
+        self,
+        name: str,
+        inputs: Row | Sequence[Row],
+        *,
+        parameters: Mapping[str, Any] | None = None,
+        timeout: float | None = None,
+    ) -> Prediction:
         """Predict rows of named raw features; one mapping or many. `outputs` come in the order of the inputs.
 
-        An image or a sound is its file: bytes, or a pathlib.Path to read.
+        An image or a sound is its file: bytes, or a pathlib.Path to read. `parameters` are a language model's (max_tokens,
+        temperature, seed, stop, adapter...).
         """
         given = [inputs] if isinstance(inputs, Mapping) else inputs
         rows = [{name: _value(value) for name, value in row.items()} for row in given]
-        return await self._http.model(
-            Request("POST", _path(name, "/predict"), json={"inputs": rows}, timeout=timeout), Prediction
-        )
+        body = {"inputs": rows, **({"parameters": dict(parameters)} if parameters else {})}
+        return await self._http.model(Request("POST", _path(name, "/predict"), json=body, timeout=timeout), Prediction)
 
     async def _get(self, name: str) -> Deployment:
         return await self._http.model(Request("GET", _path(name)), Deployment)

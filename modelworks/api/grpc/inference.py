@@ -17,6 +17,7 @@ from modelworks.api.grpc.door import Door, Rpc
 from modelworks.api.grpc.messages import fill, message, parse
 from modelworks.api.grpc.tensors import check, decode, encode, encode_raw, wanted
 from modelworks.api.intake import SMALL
+from modelworks.api.texts import parameters
 from modelworks.core.errors import InvalidInput, ModelworksError
 from modelworks.core.types import Answer, Call
 from modelworks.serve.routes import Route
@@ -162,7 +163,9 @@ def _call(rpc: Rpc, request: Any) -> tuple[Call, list[str] | None]:
     if request.parameters and "sequence_id" in request.parameters and _is_sequence(request.parameters["sequence_id"]):
         raise NotImplementedHere("sequences are not supported; send each request by itself")
     tensors = decode(route, request)
-    return Call(name, tensors, rpc.deadline(), rpc.request_id, version=version), wanted(route, request)
+    given = {key: getattr(one, one.WhichOneof("parameter_choice") or "bool_param") for key, one in request.parameters.items()}
+    params = parameters(route, given, strict=False)
+    return Call(name, tensors, rpc.deadline(), rpc.request_id, params, version=version), wanted(route, request)
 
 
 def _is_sequence(parameter: Any) -> bool:

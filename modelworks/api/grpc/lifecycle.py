@@ -13,8 +13,10 @@ from modelworks.api.grpc.door import Door, Rpc
 from modelworks.api.grpc.messages import fill, message, plain
 from modelworks.api.grpc.uploads import upload
 from modelworks.api.native.jobs import find_job
+from modelworks.api.texts import parameters, text_input, text_output
 from modelworks.core.errors import InvalidInput
 from modelworks.core.specs import NAME_PATTERN, DeploymentSpec, EvaluationSpec, TrainingSpec
+from modelworks.core.tasks import GENERATION
 from modelworks.core.types import FINAL_JOB_STATES, Call
 from modelworks.serve.features import MAX_ROWS, decode_outputs, encode_rows
 
@@ -252,12 +254,16 @@ async def predict(rpc: Rpc, request: Any) -> Any:
     """The native predict: named raw features in, one object a row out."""
     name = _name(request.name)
     route = rpc.services.gateway.route(rpc.principal, name)
-    rows = plain(request).get("inputs", [])
+    given = plain(request)
+    rows = given.get("inputs", [])
     if not 0 < len(rows) <= MAX_ROWS:
         raise InvalidInput(f"`inputs` has 1 to {MAX_ROWS} rows, not {len(rows)}", code="bad_inputs", param="inputs")
-    call = Call(name, encode_rows(route, rows), rpc.deadline(), rpc.request_id)
+    texts = route.task == GENERATION
+    params = parameters(route, given.get("parameters"), strict=True)
+    call = Call(name, text_input(rows) if texts else encode_rows(route, rows), rpc.deadline(), rpc.request_id, params)
     found = await rpc.infer(call)
-    body = {"outputs": decode_outputs(route, found), "model": found.model_version, "request_id": rpc.request_id}
+    outputs = text_output(found) if texts else decode_outputs(route, found)
+    body = {"outputs": outputs, "model": found.model_version, "request_id": rpc.request_id}
     return fill(message("modelworks.v1.PredictResponse"), body)
 
 

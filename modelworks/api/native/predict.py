@@ -14,7 +14,9 @@ from modelworks.api.body import decode_json
 from modelworks.api.calls import JSON_HEADERS, Prepared, Reply, respond
 from modelworks.api.parts import parts
 from modelworks.api.routes import NamePath, Routes, Use, Who
+from modelworks.api.texts import PARAMETERS, parameters, text_input, text_output
 from modelworks.core.errors import InvalidInput
+from modelworks.core.tasks import GENERATION
 from modelworks.core.types import Answer, Call, Principal
 from modelworks.serve.columns import Answers, Kind, kind_of
 from modelworks.serve.features import MAX_ROWS, decode_outputs, encode_rows
@@ -38,7 +40,8 @@ REQUEST: dict[str, Any] = {
                     "description": "one object a row: every raw feature by its name; null is a missing value. An image "
                     "or a sound is its file in base64",
                     "items": {"type": "object"},
-                }
+                },
+                "parameters": PARAMETERS,
             },
         },
         "example": {
@@ -88,6 +91,7 @@ class PredictBody(msgspec.Struct, forbid_unknown_fields=True):
     """What a prediction's body holds. The rows are checked against the model's signature afterwards."""
 
     inputs: list[Any]
+    parameters: dict[str, Any] | None = None
 
 
 @routes.post(
@@ -105,32 +109,33 @@ async def predict(request: Request, services: Use, caller: Who, name: NamePath) 
 
     A forecaster takes `{"history": [...]}` with the newest value last, or `{}` to go on from the end of its training, and
     answers `forecast`, `low` and `high`. A model of images or sounds also takes one row as a form: each file in a part
-    that is named as its feature.
+    that is named as its feature. A language model takes one row with `messages`, `prompt` or `tokens`, and `parameters`; it
+    answers `text`, `finish_reason` and `usage`.
     """
     media = request.headers.get("content-type", "")
     data = await request.body()
-    if media.lower().startswith("multipart/form-data"):
-        rows: list[Any] = [form_row(media, data)]
-    else:
-        rows = decode_predict(data).inputs
-    prepared = prepare_rows(services.gateway, caller.principal, name, rows, caller.request_id)
+    form = media.lower().startswith("multipart/form-data")
+    body = PredictBody([form_row(media, data)]) if form else decode_predict(data)
+    prepared = prepare_body(services.gateway, caller.principal, name, body, caller.request_id)
     return await respond(request, services, caller, prepared)
 
 
 def prepare(gateway: Gateway, principal: Principal, name: str, data: bytes, request_id: str) -> Prepared:
     """The call that the JSON body `data` asks for."""
-    return prepare_rows(gateway, principal, name, decode_predict(data).inputs, request_id)
+    return prepare_body(gateway, principal, name, decode_predict(data), request_id)
 
 
-def prepare_rows(gateway: Gateway, principal: Principal, name: str, inputs: list[Any], request_id: str) -> Prepared:
-    """The call for rows of features; both lanes go through this. InvalidInput names the feature."""
+def prepare_body(gateway: Gateway, principal: Principal, name: str, body: PredictBody, request_id: str) -> Prepared:
+    """The call for rows of features; both lanes go through this. InvalidInput names the feature or parameter."""
     route = gateway.route(principal, name)
-    call = Call(name, encode_rows(route, inputs), gateway.deadline(), request_id)
+    params = parameters(route, body.parameters, strict=True)
+    tensors = text_input(body.inputs) if route.task == GENERATION else encode_rows(route, body.inputs)
+    call = Call(name, tensors, gateway.deadline(), request_id, params)
     return Prepared(call, lambda found: _reply(route, found, request_id))
 
 
 def _reply(route: Route, found: Answer, request_id: str) -> Reply:
-    rows = decode_outputs(route, found)
+    rows = text_output(found) if route.task == GENERATION else decode_outputs(route, found)
     return Reply(JSON_HEADERS, _encode({"outputs": rows, "model": found.model_version, "request_id": request_id}))
 
 
@@ -146,7 +151,10 @@ class Numbers:
         if self.route.numbers is None:
             return None
         try:
-            tensors = encode_rows(self.route, decode_predict(data).inputs)
+            body = decode_predict(data)
+            if body.parameters:
+                return None
+            tensors = encode_rows(self.route, body.inputs)
         except InvalidInput:
             return None
         kind = self._kind
@@ -159,7 +167,7 @@ class Numbers:
         return _reply(self.route, answer, request_id)
 
     def write(self, answers: Answers, request_ids: Sequence[str]) -> list[bytes]:
-        """The body of each answer, as `prepare_rows` makes it."""
+        """The body of each answer, as `prepare_body` makes it."""
         rows = decode_outputs(self.route, Answer(answers.whole(), answers.version))
         bodies = []
         at = 0
