@@ -17,7 +17,7 @@ from modelworks.ml.runtimes.llm_llama import LlamaRuntime
 from modelworks.ml.runtimes.llm_openvino import OpenVinoRuntime
 from modelworks.ml.runtimes.llm_standby import StandbyRuntime
 from modelworks.ml.runtimes.llm_transformers import TransformersRuntime
-from tests.tiny_gguf import make_qwen2
+from tests.tiny_gguf import make_gguf, make_qwen2
 from tests.tiny_llama import make_llama, packaged, prompt, run, tokens
 from tests.tiny_lora import RANK, draw, merge, save_gguf, save_peft
 
@@ -179,14 +179,41 @@ def test_llama_takes_gguf_adapters_a_call_and_openvino_hands_them_over(tmp_path:
         LlamaRuntime().load(package, 1, slots=1, adapters={"other": other})
 
 
+@pytest.mark.parametrize("architecture", ["qwen2", "llama"])
+@pytest.mark.parametrize("kind", ["float32", "bfloat16"])
+def test_pefts_adapters_are_written_for_gguf_models(tmp_path: Path, architecture: str, kind: str) -> None:
+    import torch
+
+    model = make_gguf(tmp_path / "tiny.gguf", architecture)
+    dtype = getattr(torch, kind)
+    pairs = {name: tuple(one.to(dtype) for one in pair) for name, pair in draw(model, 3).items()}
+    saved = save_peft(tmp_path / "pirate", pairs, ALPHA, use_rslora=True)
+    for work in ("base", "in"):
+        (tmp_path / work).mkdir()
+    adapter = packaged(import_folder(saved, tmp_path / "in"))
+    package = packaged(import_gguf(tmp_path / "tiny.gguf", tmp_path / "base"))
+    matrices = {name: tuple(one.float() for one in pair) for name, pair in pairs.items()}
+    said = {"": greedy(model, IDS, 8), "pirate": greedy(merge(model, matrices, ALPHA / RANK**0.5), IDS, 8)}
+    assert said[""] != said["pirate"]
+    runtime = LlamaRuntime()
+    runtime.load(package, 1, slots=2, context=256, adapters={"pirate": adapter})
+    try:
+        params = {"max_tokens": 8, "logprobs": 0, "ignore_eos": True}
+        made = run(runtime, *((tokens(*IDS), {**params, "adapter": name}) for name in said))
+    finally:
+        runtime.close()
+    assert [one.ids for one in made] == list(said.values())
+
+
 def test_what_fits_no_engine_is_refused_before_it_is_loaded() -> None:
     peft, gguf = {"format": "peft"}, {"format": "gguf-lora", "architecture": "llama"}
     for engine, runtime, adapter, said in (
         ("auto", "llama", peft, "convert_lora_to_gguf"),
         ("auto", "transformers", gguf, "PEFT"),
-        ("openvino", "llama", gguf, "llama.cpp"),
-        ("auto", "llama", {**gguf, "architecture": "qwen2"}, "qwen2"),
+        ("openvino", "llama", {**gguf, "architecture": "gpt2"}, "llama.cpp"),
+        ("auto", "llama", gguf, "trained on"),
     ):
         with pytest.raises(InvalidInput, match=said):
-            check_adapter(engine, runtime, "llama", adapter, "adapters.it")
+            check_adapter(engine, runtime, "gpt2", adapter, "adapters.it")
     check_adapter("auto", "llama", "llama", gguf, "adapters.it")
+    check_adapter("auto", "llama", "llama", peft, "adapters.it")

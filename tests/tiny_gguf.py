@@ -14,21 +14,27 @@ OUTSIDE = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_
 
 
 def make_qwen2(path: Path, *, seed: int = 1) -> Any:
-    """Write a Qwen2 of two layers to `path`; returns the same model in transformers."""
+    return make_gguf(path, "qwen2", seed=seed)
+
+
+def make_gguf(path: Path, architecture: str, *, seed: int = 1) -> Any:
+    """Write a model of two layers to `path`, of "qwen2" or "llama"; returns the same model in transformers."""
     import torch
     from gguf import GGUFWriter
-    from transformers import Qwen2Config, Qwen2ForCausalLM
+    from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
-    config = Qwen2Config(
+    kinds = {"qwen2": (Qwen2Config, Qwen2ForCausalLM, {"use_sliding_window": False}), "llama": (LlamaConfig, LlamaForCausalLM, {})}
+    describe, build, more = kinds[architecture]
+    config = describe(
         vocab_size=258, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
         max_position_embeddings=256, rope_theta=10000.0, rms_norm_eps=1e-6, tie_word_embeddings=False, initializer_range=0.25,
-        use_sliding_window=False,
+        **more,
     )  # fmt: skip
     torch.manual_seed(seed)
-    model = Qwen2ForCausalLM(config).eval().half().float()  # weights that 16 bits hold
+    model = build(config).eval().half().float()  # weights that 16 bits hold
     with torch.no_grad():
         model.lm_head.weight[128:257] = 0  # it says plain characters only: bytes of others come out in pieces
-    writer = GGUFWriter(path, "qwen2")
+    writer = GGUFWriter(path, architecture)
     writer.add_name("tiny")
     writer.add_context_length(256)
     writer.add_embedding_length(64)
@@ -53,6 +59,9 @@ def make_qwen2(path: Path, *, seed: int = 1) -> Any:
             stem = f"blk.{layer}.{NAMES['.'.join(inner)]}"
         else:
             stem = OUTSIDE[stem]
+        if architecture == "llama" and stem.endswith(("attn_q", "attn_k")):  # as the converter orders rotated rows
+            heads = config.num_attention_heads if stem.endswith("q") else config.num_key_value_heads
+            value = value.reshape(heads, 2, -1, value.shape[1]).transpose(1, 2).reshape(value.shape)
         writer.add_tensor(f"{stem}.{kind}", (value.half() if value.ndim == 2 else value).numpy())
     writer.write_header_to_file()
     writer.write_kv_data_to_file()

@@ -9,7 +9,7 @@ from typing import Any
 
 from tests.tiny_gguf import NAMES
 
-LAYERS = ("self_attn.q_proj", "self_attn.v_proj", "mlp.down_proj")
+LAYERS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.down_proj")
 RANK = 4
 
 

@@ -78,15 +78,18 @@ def _gpus() -> bool:
 
 def check_adapter(engine: str, runtime: str, architecture: str, adapter: dict[str, Any], param: str) -> None:
     """InvalidInput for an adapter that no engine can put on a package made for `runtime`. `adapter`: its lineage."""
-    form, made_for = adapter.get("format"), LORA_PEFT if runtime == TRANSFORMERS else LORA_GGUF
-    if form != made_for:
-        said = (
-            "this model is a GGUF file, and the adapter PEFT's safetensors; convert it (llama.cpp's convert_lora_to_gguf.py), "
-            "or deploy the model's safetensors"
-            if form == LORA_PEFT
-            else "this model is safetensors, and the adapter a GGUF file; give PEFT's folder, or deploy a GGUF of the model"
+    form = adapter.get("format")
+    if runtime == TRANSFORMERS and form == LORA_GGUF:
+        raise InvalidInput(
+            "this model is safetensors, and the adapter a GGUF file; give PEFT's folder, or deploy a GGUF of the model",
+            param=param,
         )
-        raise InvalidInput(said, param=param)
+    if runtime != TRANSFORMERS and form == LORA_PEFT and architecture not in _READ:
+        raise InvalidInput(
+            f"PEFT's adapters are written anew for GGUF files of {', '.join(_READ)}, and this model is {architecture[:80]}; "
+            "convert it by llama.cpp's convert_lora_to_gguf.py, or deploy the model's safetensors",
+            param=param,
+        )
     if engine == OPENVINO:
         raise InvalidInput(
             "OpenVINO takes no adapter a call; leave engine out (llama.cpp then answers calls with an adapter), or name llama",

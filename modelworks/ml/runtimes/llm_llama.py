@@ -34,6 +34,7 @@ from modelworks.core.generation import (
 from modelworks.core.telemetry import logger
 from modelworks.core.tensors import Tensor
 from modelworks.core.types import Signature
+from modelworks.ml.adapter_gguf import write_gguf
 from modelworks.ml.adapter_import import GGUF_FILE
 from modelworks.ml.gguf import TOKENS, read_gguf
 from modelworks.ml.package import Package
@@ -119,9 +120,10 @@ class LlamaRuntime:
             self._key = secrets.token_hex(32)
             params.api_keys = [self._key]
             self._adapters = {name: index for index, name in enumerate(adapters or {})}
+            model = package.path(MODEL_FILE)
             params.lora_adapters = [
-                xllamacpp.CommonAdapterLoraInfo(str(one.path(GGUF_FILE)), 0.0)  # 0: in calls that ask for it only
-                for one in (adapters or {}).values()
+                xllamacpp.CommonAdapterLoraInfo(str(_adapter(one, model, folder / f"{index}.gguf")), 0.0)
+                for index, one in enumerate((adapters or {}).values())  # 0: in calls that ask for it only
             ]
             self._server = xllamacpp.Server(params)
             self._door = os.open(folder / "engine.sock", os.O_PATH)  # stays a way to it once the name is gone
@@ -356,6 +358,10 @@ class LlamaRuntime:
             return InvalidInput(f"the engine refuses this call: {str(error.get('message'))[:300]}", param=where)
         log.error("engine_error", reason=str(error)[:500])
         return ModelworksError("the model failed on this input; the deployment's log has the cause", code="model_error")
+
+
+def _adapter(package: Package, model: Path, aside: Path) -> Path:
+    return package.path(GGUF_FILE) if GGUF_FILE in package.manifest.files else write_gguf(package, model, aside)
 
 
 def _engine_params(xllamacpp: Any, model: Path, folder: Path, threads: int) -> Any:
