@@ -145,6 +145,10 @@ class AsyncLLM:
             self.aborted.append(request_id)
             raise
 
+    @property
+    def errored(self) -> bool:
+        return self.dead
+
     def shutdown(self) -> None:
         self.stopped = True
 

@@ -101,6 +101,20 @@ def test_long_prompts_go_to_the_large_model(api: House, model: TextRouter) -> No
     assert ask(api, "word " * 200).status_code == 503
 
 
+def test_a_call_with_an_adapter_goes_only_where_there_is_one(api: House, model: TextRouter) -> None:
+    model.says = lambda call: [f"{call.deployment} {call.params.get('adapter')}"]
+    rules(model, Detour("big", longer_than=10))
+    model.texts["chat"] = replace(model.texts["chat"], adapters={"pirate": "pirate-lora:1"})
+    try:
+        for adapters, said in (({}, "chat pirate"), ({"pirate": "other-lora:1"}, "big pirate")):
+            model.texts["big"] = replace(model.texts["big"], adapters=adapters)
+            answer = ask(api, "word " * 200, model="chat:pirate").json()
+            assert (answer["choices"][0]["message"]["content"], answer["model"]) == (said, "chat:pirate")
+        assert ask(api, model="chat:cook").status_code == 404
+    finally:
+        model.texts["chat"] = replace(model.texts["chat"], adapters={})
+
+
 def test_the_same_call_again_is_answered_from_the_cache(api: House, model: TextRouter) -> None:
     model.says = ["a", "b"]
     rules(model, cache=(60.0, 2**20))

@@ -69,7 +69,7 @@ def _plain(name: str, value: Any) -> Any:
         except (msgspec.DecodeError, RecursionError):
             read = None
         if name == "stop":
-            return read if isinstance(read, list) else value
+            return read if isinstance(read, list) and all(isinstance(one, str) for one in read) else value
         if read is None:
             raise InvalidInput(f"{name} as a text must be JSON", param=name)
         return read

@@ -78,6 +78,7 @@ def child_environment(threads: int = 1) -> dict[str, str]:
         name: value for name, value in os.environ.items() if name in _PASSED_ON or name.startswith(("LC_", "OPENBLAS_"))
     }
     # a waiting thread sleeps: spinning ones starve the other processes of a small machine
-    silent = {"VLLM_NO_USAGE_STATS": "1"}  # nothing here calls home
+    # nothing here calls home; and what has threads is not forked
+    silent = {"VLLM_NO_USAGE_STATS": "1", "VLLM_WORKER_MULTIPROC_METHOD": "spawn"}
     numeric = {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE"}
     return {"OPENBLAS_NUM_THREADS": str(threads)} | passed | silent | numeric

@@ -10,9 +10,10 @@ import asyncio
 import contextlib
 import json
 import shutil
+import signal
 import tempfile
 import threading
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Any
@@ -45,7 +46,6 @@ MAX_SLOTS = 1024
 CONTEXT = 8192  # tokens of one call, or fewer when the model was trained on fewer
 _RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM has kernels for
 _TOGETHER = 8  # adapters in one batch; more take turns
-_SECONDS = 120.0  # that loading an adapter may take
 _LEAST = -9999.0  # in place of minus infinity, which JSON does not have
 
 log = logger("vllm")
@@ -81,7 +81,7 @@ class VllmRuntime:
 
     def __init__(self) -> None:
         self.slots = 1
-        self._events: SimpleQueue[Step | None] = SimpleQueue()
+        self._events: SimpleQueue[Step] = SimpleQueue()
         self._aboard: dict[Hashable, Run] = {}
         self._number = 0
         self._engine: Any = None
@@ -140,27 +140,31 @@ class VllmRuntime:
         if adapters:
             lora = {"enable_lora": True, "max_loras": min(len(adapters), _TOGETHER), "max_cpu_loras": len(adapters)}
             lora["max_lora_rank"] = _rank(adapters)
-        try:
-            engine = AsyncLLM.from_engine_args(
-                AsyncEngineArgs(
-                    model=str(model),
-                    load_format="safetensors",
-                    trust_remote_code=False,
-                    generation_config="vllm",  # our defaults, not the folder's
-                    max_model_len=self._context,
-                    max_num_seqs=self.slots,
-                    tensor_parallel_size=tensor_parallel_size,
-                    disable_log_stats=True,
-                    enable_log_requests=False,
-                    **lora,
-                )
-            )
+        settings = AsyncEngineArgs(
+            model=str(model),
+            load_format="safetensors",
+            trust_remote_code=False,
+            generation_config="vllm",  # our defaults, not the folder's
+            max_model_len=self._context,
+            max_num_seqs=self.slots,
+            tensor_parallel_size=tensor_parallel_size,
+            disable_log_stats=True,
+            enable_log_requests=False,
+            **lora,
+        )
+
+        async def start() -> Any:
+            with _shielded():
+                self._engine = engine = AsyncLLM.from_engine_args(settings)
             for request in self._adapters.values():
-                asyncio.run_coroutine_threadsafe(engine.add_lora(request), self._loop).result(_SECONDS)
+                await engine.add_lora(request)
+            return engine
+
+        try:
+            return asyncio.run_coroutine_threadsafe(start(), self._loop).result()
         except Exception as error:  # whatever its many parts raise on what they cannot do
             said = " ".join(f"{error}".split())[:300]
             raise InvalidInput(f"vLLM cannot load this model: {said}", code="bad_model") from None
-        return engine
 
     def admit(self, call_id: Hashable, inputs: list[Tensor], params: dict[str, Any], stream: bool) -> None:
         """Begin a call. InvalidInput when its prompt or parameters are not sound; then it was not admitted."""
@@ -174,12 +178,12 @@ class VllmRuntime:
 
     def step(self, timeout: float) -> list[Step]:
         """What has come since the last step, waiting up to `timeout` seconds for the first; Unavailable without engine."""
+        if self._engine.errored:
+            raise _ended()
         steps: list[Step] = []
         with contextlib.suppress(Empty):
             found = self._events.get(timeout=timeout)
             while True:
-                if found is None:
-                    raise Unavailable("the model's engine has ended; the deployment's log has the cause")
                 steps.append(found)
                 if found[2]:
                     self._aboard.pop(found[0], None)
@@ -210,9 +214,9 @@ class VllmRuntime:
 
     def _begin(self, call: Run, name: str) -> None:
         call.task = self._loop.create_task(self._answer(call, name))
-        call.task.add_done_callback(lambda task: self._ended(call, task))
+        call.task.add_done_callback(lambda task: self._finish(call, task))
 
-    def _ended(self, call: Run, task: asyncio.Task[None]) -> None:
+    def _finish(self, call: Run, task: asyncio.Task[None]) -> None:
         """Also of a call that was cancelled before its task ran."""
         if task.cancelled():
             self._events.put((call.id, None, True))
@@ -220,8 +224,6 @@ class VllmRuntime:
         if error := task.exception():
             call.end = _failure(error)
         self._events.put((call.id, call.end or _failure(RuntimeError("an answer without an end")), True))
-        if error is not None and type(error).__name__ == "EngineDeadError":
-            self._events.put(None)
 
     async def _answer(self, call: Run, name: str) -> None:
         call.ids, prefix = await asyncio.to_thread(self._prompt, call.ask)
@@ -332,10 +334,26 @@ class VllmRuntime:
         return found
 
 
+@contextlib.contextmanager
+def _shielded() -> Iterator[None]:
+    """The processes that are started meanwhile get no SIGTERM, which goes to the group: streams are to finish first."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _ended() -> Unavailable:
+    return Unavailable("the model's engine has ended; the deployment's log has the cause")
+
+
 def _failure(error: BaseException) -> ModelworksError:
     """What a call's end tells; the log has what is none of ours, nor the caller's."""
     if isinstance(error, ModelworksError):
         return error
+    if type(error).__name__ == "EngineDeadError":
+        return _ended()
     # vLLM's refusals of a request are ValueErrors in some releases, VLLMClientErrors in others
     if isinstance(error, ValueError) or any(kind.__name__ == "VLLMClientError" for kind in type(error).__mro__):
         return InvalidInput(f"the engine refuses this call: {' '.join(str(error).split())[:300]}")
