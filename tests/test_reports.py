@@ -15,7 +15,7 @@ from modelworks.core.specs import TrainingSpec
 from modelworks.core.types import Job
 from modelworks.ml.evaluate.folds import read_kept
 from modelworks.ml.evaluate.page import page
-from modelworks.ml.evaluate.plots import draw, learning_curves
+from modelworks.ml.evaluate.plots import draw, learning_curves, plots
 from modelworks.ml.train.train import Trained
 from tests.jobhome import Home, caller, iris_csv
 from tests.learning import Context, Table, bundled, run
@@ -125,3 +125,13 @@ def test_a_second_fit_of_a_part_begins_a_line_of_its_own() -> None:
     points = [{"step": step, "unit": "epoch", "part": "final fit", "values": {"loss": loss}} for step, loss in told]
     (line,) = learning_curves(points).values()
     assert [math.isnan(loss) for _, loss in line] == [False, False, True, False, False]
+
+
+def test_figures_of_folds_and_slices_show_what_stands_for_the_task() -> None:
+    figures = {"mean": 0.5, "std": 0.1, "low": 0.4, "high": 0.6, "folds": [0.4, 0.6]}
+    metrics = {name: figures for name in ("mse", "mae", "r2")}
+    slices = [{"slice": "age > 60", "rows": 40, "metrics": metrics}]
+    for task, name in (("tabular-regression", "r2"), ("forecast", "mse")):  # mase was not asked for
+        details = {"task": task, "slices": slices}
+        titles = {name: title for name, title, _ in plots({"details": details, "metrics": metrics}, None, [])}
+        assert titles == {"folds": f"{name} of each fold", "slices": f"{name} by slice"}
