@@ -72,6 +72,21 @@ def test_a_prompts_log_probabilities_are_those_of_the_weights(made: tuple[Packag
     assert max(spread) - min(spread) > 1  # the weights tell tokens apart: a wrong place would be seen
 
 
+def test_characters_of_several_tokens_are_told_token_by_token(made: tuple[Package, Any]) -> None:
+    ids = [*"a ▶─é".encode(), 257, *"学!".encode()]  # each byte is a token; 257 is `th`
+    runtime = LlamaRuntime()
+    runtime.load(made[0], 1, slots=1, context=256)
+    try:
+        found = ask(runtime, ids, echo=True, logprobs=1, max_tokens=0, temperature=0)
+    finally:
+        runtime.close()
+    assert [one["id"] for one in found] == ids
+    assert [one["bytes"] for one in found] == [[116, 104] if id == 257 else [id] for id in ids]
+    right = expected(made[1], ids)
+    said = [one["logprob"] for one in found[1:]]
+    assert said == pytest.approx([float(right[at, id]) for at, id in enumerate(ids[1:])], abs=0.02)
+
+
 def test_a_prompt_that_cannot_be_measured_is_refused_with_its_reason(
     made: tuple[Package, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -270,7 +270,8 @@ class LlamaRuntime:
     def _forced(self, call: Generation, before: list[int], ids: list[int], count: int) -> list[Logprob]:
         """What the model thinks of `ids` after `before`; nothing more once the call has ended or is gone.
 
-        A grammar holds no token that ends an answer: it breaks there, and that token is forced by a bias.
+        A grammar holds no token that ends an answer: it breaks there, and that token is forced by a bias. One whose bytes
+        begin a character that its successor ends is held back by the engine, in both: it is looked up among all tokens.
         """
         found: list[Logprob] = []
         while len(found) < len(ids) and not call.gone and call.end is None:
@@ -278,10 +279,23 @@ class LlamaRuntime:
             more = self._generate_exactly(call, prompt or left[:1], left, count)
             if not more and call.end is None and not call.gone:
                 more = self._generate_exactly(call, prompt or left[:1], left[:1], count, biased=True)
+                if not more and call.end is None and not call.gone:
+                    more = self._looked_up(call, prompt or left[:1], left[0], count)
                 if not more and call.end is None:
                     raise ModelworksError("the engine does not tell what it thinks of this prompt", code="model_error")
             found += more
         return found
+
+    def _looked_up(self, call: Generation, prompt: list[int], id: int, count: int) -> list[Logprob]:
+        """Of one token, found in what the engine thinks of all of them when it is made to say a plain one."""
+        plain = next((at for at, text in enumerate(self._vocabulary) if text.isascii() and text.isalpha()), id)
+        said = self._generate_exactly(call, prompt, [plain], len(self._vocabulary), biased=True)
+        return [
+            Logprob(own.token, own.logprob, own.bytes, one.top_logprobs[:count], own.id)
+            for one in said
+            for own in one.top_logprobs
+            if own.id == id
+        ]
 
     def _generate_exactly(
         self, call: Generation, prompt: list[int], ids: list[int], count: int, *, biased: bool = False
@@ -293,7 +307,10 @@ class LlamaRuntime:
                 if "grammar stack" not in str(chunk["error"].get("message")):
                     call.end = self._refusal(chunk["error"], call)
                 return True
-            found.extend(self._named(one) for one in _logprobs(chunk["choices"][0]))
+            for one in _logprobs(chunk["choices"][0]):
+                if len(found) == len(ids) or one.id != ids[len(found)]:  # one was held back: this is a later one
+                    return True
+                found.append(self._named(one))
             return call.gone
 
         sampling = Sampling(max_tokens=len(ids), temperature=0.0, logprobs=count)
@@ -301,7 +318,7 @@ class LlamaRuntime:
             sampling.logit_bias = {str(ids[0]): _FORCED}
         request = _request(prompt, sampling, None if biased else _exactly(ids)) | self._lora(call)
         self._server.handle_completions(request, take)
-        return found[: len(ids)]
+        return found
 
     def _lora(self, call: Generation) -> dict[str, Any]:
         """The scale of every adapter: a call that names none would get a cache that was read with another's."""
