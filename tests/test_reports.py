@@ -129,7 +129,7 @@ def test_a_second_fit_of_a_part_begins_a_line_of_its_own() -> None:
 
 def test_figures_of_folds_and_slices_show_what_stands_for_the_task() -> None:
     figures = {"mean": 0.5, "std": 0.1, "low": 0.4, "high": 0.6, "folds": [0.4, 0.6]}
-    metrics = {name: figures for name in ("mse", "mae", "r2")}
+    metrics = dict.fromkeys(("mse", "mae", "r2"), figures)
     slices = [{"slice": "age > 60", "rows": 40, "metrics": metrics}]
     for task, name in (("tabular-regression", "r2"), ("forecast", "mse")):  # mase was not asked for
         details = {"task": task, "slices": slices}
