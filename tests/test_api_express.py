@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from modelworks.api import oip_codec
+from modelworks.api.native import predict as predict_routes
 from modelworks.core.types import Signature, TensorSpec
 from modelworks.serve.batcher import Batcher
 from modelworks.serve.host import Host
@@ -33,12 +34,19 @@ SIGNATURE = Signature(
         TensorSpec(name="nothing", datatype="FP64", shape=[-1, 0]),
     ],
 )
+MIXED = Signature(
+    inputs=[
+        TensorSpec(name="a", datatype="INT64", shape=[-1, 1], column="integer", nullable=True),
+        TensorSpec(name="b", datatype="BOOL", shape=[-1, 1], column="boolean"),
+    ],
+    outputs=SIGNATURE.outputs,
+)
 
 
 class Replica:
     """In a thread and loop of its own. `kill` cuts its connections, as a death would."""
 
-    def __init__(self, endpoint: str, name: str) -> None:
+    def __init__(self, endpoint: str, name: str, signature: Signature = SIGNATURE) -> None:
         self.loop = asyncio.new_event_loop()
         self.batches: list[int] = []
         self.held = threading.Event()
@@ -48,7 +56,7 @@ class Replica:
         self._thread.start()
 
         async def listen() -> Host:
-            batcher = Batcher(self._predict, SIGNATURE, model_version="sums:1")
+            batcher = Batcher(self._predict, signature, model_version="sums:1")
             host = Host(batcher, secret=SECRET, replica_id=name, model_version="sums:1")
             await host.listen(endpoint)
             return host
@@ -57,7 +65,7 @@ class Replica:
 
     def _predict(self, inputs: dict[str, Any]) -> dict[str, Any]:
         self.held.wait(10)
-        a, b = inputs["a"][:, 0], inputs["b"][:, 0]
+        a, b = inputs["a"][:, 0].astype(np.float32), inputs["b"][:, 0].astype(np.float32)
         self.batches.append(len(a))
         if self.dies and (a == DEADLY).any():
             self.dies = False
@@ -85,8 +93,9 @@ class Place:
     def __init__(self, found: House, folder: Path) -> None:
         self.house = found
         self.loop: asyncio.AbstractEventLoop
-        self.replicas = [Replica(str(folder / f"r{i}"), f"r{i}") for i in range(2)]
-        self.endpoints = [str(folder / f"r{i}") for i in range(2)]
+        self.endpoints = [str(folder / f"r{i}") for i in range(3)]
+        signatures = (SIGNATURE, SIGNATURE, MIXED)
+        self.replicas = [Replica(self.endpoints[i], f"r{i}", one) for i, one in enumerate(signatures)]
         self._number = 0
 
     def call(self, function: Any) -> Any:
@@ -95,12 +104,12 @@ class Place:
 
         return asyncio.run_coroutine_threadsafe(run(), self.loop).result(5)
 
-    def use(self, *replicas: int, **limits: Any) -> None:
+    def use(self, *replicas: int, signature: Signature = SIGNATURE, **limits: Any) -> None:
         """Serve by these."""
         self._number += 1
         targets = tuple(Target(f"r{i}", self.endpoints[i]) for i in replicas)
         project = self.house.admin.project_id
-        route = Route(project, "sums", "sums:1", SIGNATURE, "custom", None, targets, Limits(**limits))
+        route = Route(project, "sums", "sums:1", signature, "custom", None, targets, Limits(**limits))
         snapshot = Snapshot(self._number, {route.key: route})
         router = self.house.services.gateway.router
         self.call(lambda: router.apply(snapshot))
@@ -161,6 +170,14 @@ def predict(a: float, rows: int = 1) -> dict[str, Any]:
     return {"inputs": [{"a": a + i, "b": a + i} for i in range(rows)]}
 
 
+def mixed(a: Any, b: Any = True, **more: Any) -> dict[str, Any]:
+    tensors = [
+        {"name": "a", "datatype": "INT64", "shape": [1, 1], "data": [a]},
+        {"name": "b", "datatype": "BOOL", "shape": [1, 1], "data": [b]},
+    ]
+    return {"inputs": tensors, **more}
+
+
 def without_ids(body: bytes) -> Any:
     found = json.loads(body)
     found.pop("request_id", None)
@@ -185,6 +202,33 @@ def test_many_at_once_are_answered_as_one_alone(place: Place, path: str, body: A
     assert place.outstanding == 0
 
 
+def test_ids_integers_and_booleans_go_together_too(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each answer as the other lane gives it; what is wrong with one is told to it alone."""
+    place.use(2, signature=MIXED)
+    written: list[int] = []
+    for bulk in (oip_codec.Usual, predict_routes.Numbers):
+        write = bulk.write
+        monkeypatch.setattr(bulk, "write", lambda *given, write=write: written.append(len(given[2])) or write(*given))
+    ids = ["", "7", '"%b"\\', "\u00e4", None]
+    good = [mixed(i, i % 2 == 0, **({} if ids[i % 5] is None else {"id": ids[i % 5]})) for i in range(15)]
+    odd = [mixed(1.0), mixed(1.5), mixed(2**63), mixed(True), mixed(1, 1), mixed(1, None), mixed(None), mixed("1"),
+           mixed(-(2**63)), mixed(1, id=7)]  # fmt: skip
+    rows: list[dict[str, Any]] = [{"inputs": [{"a": i, "b": i % 3 == 0}]} for i in range(8)]
+    rows += [{"inputs": [{"a": a, "b": b}]} for a, b in ((None, True), (1.0, True), (1.5, True), (1, 1), (2**70, False))]
+    usual = rows[:8]
+    for path, bodies in ((INFER, good), (INFER, good + odd), (PREDICT, usual), (PREDICT, rows)):
+        written.clear()
+        together = place.ask([place.post(path, one) for one in bodies], rounds=3)
+        if bodies is good or bodies is usual:  # one that goes by itself and shares their batch parts the others
+            assert max(written) > 1, "nothing was written together"
+        for one, answers in zip(bodies, together, strict=True):
+            status, expected = place.ask([place.post(path, one, SLOW)])[0][0]
+            for found in answers:
+                assert (found[0], without_ids(found[1])) == (status, without_ids(expected)), one
+                if status == 200 and path == INFER:
+                    assert found[1] == expected
+
+
 def test_what_is_wrong_with_one_is_told_to_that_one_only(place: Place) -> None:
     place.use(0)
     bad = [infer(1.0) | {"inputs": []}, infer(FAULTY), infer(1e39), infer(2.0) | {"id": "7"}, infer(3.0, 2)]
@@ -203,7 +247,7 @@ def test_an_answer_that_cannot_be_written_does_not_take_the_others_with_it(
     place.use(0)
     failed: list[int] = []
 
-    def write(self: Any, answers: Any, request_ids: Any) -> list[bytes]:
+    def write(self: Any, answers: Any, request_ids: Any, ids: Any) -> list[bytes]:
         failed.append(len(request_ids))
         raise RuntimeError("one of them")
 
@@ -232,7 +276,7 @@ def test_a_turn_is_spread_over_replicas_that_are_as_free(place: Place) -> None:
     for replica in place.replicas:
         replica.batches.clear()
     place.ask([place.post(INFER, infer(float(i))) for i in range(16)], rounds=10)
-    first, second = (sum(replica.batches) for replica in place.replicas)
+    first, second = (sum(replica.batches) for replica in place.replicas[:2])
     assert min(first, second) > 0.3 * (first + second)
 
 

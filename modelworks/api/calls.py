@@ -11,6 +11,7 @@ from starlette.responses import Response
 
 from modelworks.api.services import Services
 from modelworks.core.types import Answer, Call, Caller
+from modelworks.serve.columns import Kind
 from modelworks.serve.hints import PRIORITY_HEADER, STICKY_HEADER, hint
 
 JSON_HEADERS = ((b"content-type", b"application/json"),)
@@ -21,6 +22,9 @@ class Reply(NamedTuple):
 
     headers: tuple[tuple[bytes, bytes], ...]
     body: bytes
+
+
+Read = tuple[Kind, int, bytes, str | None]  # of a body: kind, rows, bytes of all inputs, the id that its answer repeats
 
 
 class Prepared(NamedTuple):

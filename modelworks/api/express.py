@@ -12,7 +12,7 @@ from functools import partial
 from time import monotonic
 from typing import TYPE_CHECKING, Any, Protocol
 
-from modelworks.api.calls import Reply
+from modelworks.api.calls import Read, Reply
 from modelworks.core.telemetry import logger
 from modelworks.core.tensors import Tensor
 from modelworks.core.types import Answer, Call, Principal
@@ -33,15 +33,15 @@ _LARGEST = 64 * 1024  # bytes of a body
 
 
 class Bulk(Protocol):
-    """What a dialect has for a route: it reads a body to (kind, rows, bytes of all inputs), and writes answers' bodies."""
+    """What a dialect has for a route: it reads bodies, and writes answers' bodies."""
 
     route: Route
 
-    def read(self, data: bytes) -> tuple[Kind, int, bytes] | None: ...
+    def read(self, data: bytes) -> Read | None: ...
 
-    def reply(self, answer: Answer, request_id: str) -> Reply: ...
+    def reply(self, answer: Answer, request_id: str, id: str | None) -> Reply: ...
 
-    def write(self, answers: Answers, request_ids: Sequence[str]) -> list[bytes]: ...
+    def write(self, answers: Answers, request_ids: Sequence[str], ids: Sequence[str | None]) -> list[bytes]: ...
 
 
 class Express:
@@ -78,7 +78,7 @@ class Express:
             if bulk is None or read is None:
                 exchange.start()
                 continue
-            kind, rows, data = read
+            kind, rows, data, exchange.id = read
             found = convoys.get((id(bulk), kind))
             if found is None:
                 found = convoys[id(bulk), kind] = _Convoy(self, bulk, kind, begun), []
@@ -120,7 +120,7 @@ class Express:
             return None
 
 
-def _read(bulk: Bulk, body: bytes) -> tuple[Kind, int, bytes] | None:
+def _read(bulk: Bulk, body: bytes) -> Read | None:
     if len(body) > _LARGEST:  # what is refused would be read twice, and large ones gain nothing
         return None
     try:
@@ -156,14 +156,16 @@ class _Convoy(Convoy):
 
     def reply(self, rider: Rider) -> Callable[[Answer], Reply]:
         """What encodes the answer of one rider that comes alone."""
-        return partial(self._bulk.reply, request_id=rider.caller.request_id)
+        exchange: Exchange = rider.caller
+        return partial(self._bulk.reply, request_id=exchange.request_id, id=exchange.id)
 
     def finish(self, riders: list[Rider], answers: Answers) -> None:
         exchanges: list[Exchange] = [rider.caller for rider in riders]
         observer = self._express.gateway.observer
         observer.answered(self.route, answers, [rider.convoy.begun for rider in riders])
         try:
-            bodies = self._bulk.write(answers, [exchange.request_id for exchange in exchanges])
+            request_ids = [exchange.request_id for exchange in exchanges]
+            bodies = self._bulk.write(answers, request_ids, [exchange.id for exchange in exchanges])
         except Exception:  # one of them cannot be written; the others need not share its fate
             for rider, part in zip(riders, answers.parts(), strict=True):
                 rider.caller.answer_by(self.reply(rider))

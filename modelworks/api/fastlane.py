@@ -124,6 +124,7 @@ class Exchange:
     span: RequestSpan | None = None  # when traces are on
     refusal: ModelworksError | None = None  # told once the body is there, which keeps the connection
     response_complete = disconnected = False
+    id: str | None = None  # that the body of its answer repeats, where express.py read it
     shared = False  # it counts in its key's share
     keep_alive = True
     _allowance: Allowance | None = None

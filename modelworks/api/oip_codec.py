@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import msgspec
 
 from modelworks.api.body import decode_json
-from modelworks.api.calls import JSON_HEADERS, Prepared, Reply
+from modelworks.api.calls import JSON_HEADERS, Prepared, Read, Reply
 from modelworks.api.errors import NotImplementedHere
 from modelworks.api.texts import parameters
 from modelworks.core.errors import InvalidInput
@@ -129,16 +129,28 @@ class FlatBody(msgspec.Struct):
     outputs: list[Any] | None = None
 
 
+class MixedTensor(FlatTensor):
+    data: list[int | float | bool]
+
+
+class MixedBody(FlatBody):
+    """For models that take integers and booleans too: the types of the values must be looked at."""
+
+    inputs: list[MixedTensor]  # type: ignore[assignment]
+
+
 _flat = msgspec.json.Decoder(FlatBody).decode
+_mixed = msgspec.json.Decoder(MixedBody).decode
 _MAX_FORMS = 256
 _MAX_FLAT = 64 * 1024  # bytes of such a body
 
 
 class Form(NamedTuple):
     """Inputs whose names, datatypes and shapes fit a route's signature: how many values each has, and what packs them,
-    each and all together. `rows`: that all of them have; 0 where they differ."""
+    each and all together. `types`: of each, what its values may be. `rows`: that all of them have; 0 where they differ."""
 
     counts: list[int]
+    types: list[frozenset[type]]
     packs: list[Callable[..., bytes]]
     kind: Kind
     pack: Callable[..., bytes]
@@ -146,7 +158,7 @@ class Form(NamedTuple):
 
 
 def _usual(route: Route, data: bytes) -> tuple[str | None, list[Tensor], Kind, list[Wanted]] | None:
-    """The id, tensors, kind and outputs of a usual request; None: read it with all care. Floats only: JSON's integers become such."""
+    """The id, tensors, kind and outputs of a usual request; None: read it with all care."""
     wanted = usual_outputs(route)
     read = _read_usual(route, data) if wanted is not None else None
     if read is None or wanted is None:
@@ -163,10 +175,11 @@ def _usual(route: Route, data: bytes) -> tuple[str | None, list[Tensor], Kind, l
 
 def _read_usual(route: Route, data: bytes) -> tuple[FlatBody, Form] | None:
     """The body, and the form that its inputs fit, with as many values as that asks for."""
-    if not route.floats or len(data) > _MAX_FLAT:
+    if not route.numeric or len(data) > _MAX_FLAT:
         return None
+    floats = route.floats  # JSON's integers become such
     try:
-        body = _flat(data)
+        body = _flat(data) if floats else _mixed(data)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
         return None
     if body.parameters or body.outputs:
@@ -184,6 +197,10 @@ def _read_usual(route: Route, data: bytes) -> tuple[FlatBody, Form] | None:
     for one, count in zip(inputs, form.counts, strict=True):
         if len(one.data) != count or one.parameters:
             return None
+    if not floats:
+        for one, types in zip(inputs, form.types, strict=True):
+            if not types.issuperset(map(type, one.data)):
+                return None
     return body, form
 
 
@@ -195,27 +212,41 @@ class Usual:
         self._outputs = usual_outputs(route)
         self._templates: dict[tuple[Any, str, int], bytes] = {}
 
-    def read(self, data: bytes) -> tuple[Kind, int, bytes] | None:
-        """The kind, rows and bytes of all inputs; None: it is not for this."""
+    def read(self, data: bytes) -> Read | None:
+        """None: it is not for this."""
         found = _read_usual(self.route, data) if self._outputs is not None else None
         if found is None:
             return None
         body, form = found
-        if body.id is not None or form.rows < 1:
+        if form.rows < 1:
             return None
         try:
             if len(body.inputs) == 1:
-                return form.kind, form.rows, form.pack(*body.inputs[0].data)
-            return form.kind, form.rows, form.pack(*[value for one in body.inputs for value in one.data])
+                return form.kind, form.rows, form.pack(*body.inputs[0].data), body.id
+            return form.kind, form.rows, form.pack(*[value for one in body.inputs for value in one.data]), body.id
         except (struct.error, OverflowError):
             return None
 
-    def reply(self, answer: Answer, request_id: str) -> Reply:
+    def reply(self, answer: Answer, request_id: str, id: str | None) -> Reply:
         """One answer that comes alone."""
-        return encode_answer(self.route.name, None, answer, self._outputs or ())
+        return encode_answer(self.route.name, id, answer, self._outputs or ())
 
-    def write(self, answers: Answers, request_ids: Sequence[str]) -> list[bytes]:
+    def write(self, answers: Answers, request_ids: Sequence[str], ids: Sequence[str | None]) -> list[bytes]:
         """The body of each answer, as `encode_answer` makes it."""
+        bodies = self._bodies(answers)
+        if ids.count(None) == len(ids):
+            return bodies
+        place = len(self._head(answers.version))
+        return [
+            body if id is None else b'%b,"id":%b%b' % (body[:place], _encode(id), body[place:])
+            for body, id in zip(bodies, ids, strict=True)
+        ]
+
+    def _head(self, version: str) -> bytes:
+        """What all answers begin with."""
+        return _encode({"model_name": self.route.name, "model_version": version.rpartition(":")[2]})[:-1]
+
+    def _bodies(self, answers: Answers) -> list[bytes]:
         columns = [_texts(tensor, answers.rows) for tensor in answers.whole()]
         rows = answers.rows
         values: Iterable[tuple[bytes, ...]] = zip(*columns, strict=True)
@@ -233,9 +264,8 @@ class Usual:
                 _encode({"name": name, "datatype": datatype, "shape": [rows, *(trailing or ())]})
                 for name, datatype, trailing in answers.layout.kind
             ]
-            head = _encode({"model_name": self.route.name, "model_version": answers.version.rpartition(":")[2]})
             parts = [one[:-1].replace(b"%", b"%%") + b',"data":[%b]}' for one in described]
-            found = head[:-1].replace(b"%", b"%%") + b',"outputs":[' + b",".join(parts) + b"]}"
+            found = self._head(answers.version).replace(b"%", b"%%") + b',"outputs":[' + b",".join(parts) + b"]}"
             if len(self._templates) < _MAX_FORMS:
                 self._templates[key] = found
         return found
@@ -264,7 +294,7 @@ def _form(route: Route, inputs: list[FlatTensor]) -> Form | None:
     counts = []
     packs = []
     for one in inputs:
-        if one.datatype not in _FLOATS or len(one.shape) > MAX_RANK or min(one.shape, default=1) < 1:
+        if one.datatype not in _PACKS or len(one.shape) > MAX_RANK or min(one.shape, default=1) < 1:
             return None
         count = math.prod(one.shape)
         if count > _MAX_FLAT:
@@ -280,7 +310,8 @@ def _form(route: Route, inputs: list[FlatTensor]) -> Form | None:
     rows = {one.shape[0] if one.shape else 0 for one in inputs}
     codes = [f"{count}{DATATYPES[one.datatype][1]}" for count, one in zip(counts, inputs, strict=True)]
     whole = struct.Struct("<" + "".join(codes)).pack
-    return Form(counts, packs, kind_of(tensors), whole, rows.pop() if len(rows) == 1 else 0)
+    types = [_PACKS[one.datatype][0] for one in inputs]
+    return Form(counts, types, packs, kind_of(tensors), whole, rows.pop() if len(rows) == 1 else 0)
 
 
 def usual_outputs(route: Route) -> list[Wanted] | None:

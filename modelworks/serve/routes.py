@@ -94,6 +94,16 @@ class Route:
         return all(spec.datatype in ("FP32", "FP64") for spec in self.signature.inputs)
 
     @cached_property
+    def numeric(self) -> bool:
+        """Whether all inputs are numbers or booleans that JSON can hold."""
+        return all(spec.datatype not in ("BYTES", "FP16", "BF16") for spec in self.signature.inputs)
+
+    @cached_property
+    def row_fixed(self) -> bool:
+        """Whether each row of a table has the same bytes: numbers and booleans, one a feature."""
+        return bool(self.fields) and all(field.plain and field.code for field in self.fields)
+
+    @cached_property
     def row_kind(self) -> Kind:
         """The kind of calls as `encode_rows` makes them of a table's rows."""
         return tuple((spec.name, spec.datatype, tuple(spec.shape[1:])) for spec in self.signature.inputs)

@@ -11,7 +11,7 @@ from starlette.responses import Response
 
 from modelworks.api import schemas
 from modelworks.api.body import decode_json
-from modelworks.api.calls import JSON_HEADERS, Prepared, Reply, respond
+from modelworks.api.calls import JSON_HEADERS, Prepared, Read, Reply, respond
 from modelworks.api.parts import parts
 from modelworks.api.routes import NamePath, Routes, Use, Who
 from modelworks.api.texts import PARAMETERS, parameters, text_input, text_output
@@ -140,15 +140,15 @@ def _reply(route: Route, found: Answer, request_id: str) -> Reply:
 
 
 class Numbers:
-    """Reads requests for models of numbers only and writes their answers, many at once (express.py)."""
+    """Reads requests for models of numbers and booleans and writes their answers, many at once (express.py)."""
 
     def __init__(self, route: Route) -> None:
         self.route = route
         self._kind: Kind | None = None
 
-    def read(self, data: bytes) -> tuple[Kind, int, bytes] | None:
-        """The kind, rows and bytes of all inputs; None: it is not for this."""
-        if self.route.numbers is None:
+    def read(self, data: bytes) -> Read | None:
+        """None: it is not for this."""
+        if not self.route.row_fixed:
             return None
         try:
             body = decode_predict(data)
@@ -160,13 +160,13 @@ class Numbers:
         kind = self._kind
         if kind is None:
             kind = self._kind = kind_of(tensors)
-        return kind, tensors[0].shape[0], b"".join([tensor.data for tensor in tensors])
+        return kind, tensors[0].shape[0], b"".join([tensor.data for tensor in tensors]), None
 
-    def reply(self, answer: Answer, request_id: str) -> Reply:
+    def reply(self, answer: Answer, request_id: str, id: str | None) -> Reply:
         """One answer that comes alone."""
         return _reply(self.route, answer, request_id)
 
-    def write(self, answers: Answers, request_ids: Sequence[str]) -> list[bytes]:
+    def write(self, answers: Answers, request_ids: Sequence[str], ids: Sequence[str | None]) -> list[bytes]:
         """The body of each answer, as `prepare_body` makes it."""
         rows = decode_outputs(self.route, Answer(answers.whole(), answers.version))
         bodies = []
