@@ -48,8 +48,8 @@ class GrpcServer:
             if self._stops():
                 return
             await asyncio.sleep(_LOOK)
-        build = await asyncio.to_thread(_import)
         try:
+            build = await asyncio.to_thread(_import)
             server, door, _ = build(self._services, self._address)
             await server.start()
             gc.freeze()  # what was loaded is never garbage: later collections skip it
