@@ -14,6 +14,7 @@ import pytest
 from modelworks.api import waiting
 from modelworks.core.types import Column, Dataset, Job, JobEvent, ModelVersion, Signature
 from tests.api_house import ROW, House, house, read_all
+from tests.server import until
 
 CSV = b"length,species\n5.1,setosa\n4.9,setosa\n"
 
@@ -398,8 +399,7 @@ def test_an_export_is_streamed_and_its_file_removed(api: House, monkeypatch: pyt
         answer = client.get("/api/v1/models/exported/versions/1/export")
         assert answer.content == b"package"
         assert 'filename="exported-1' in answer.headers["content-disposition"]
-    time.sleep(0.05)
-    assert not list((api.home / "tmp").iterdir())
+    assert until(lambda: not list((api.home / "tmp").iterdir()), 10.0)
 
 
 def test_an_imported_version_is_answered(api: House) -> None:
