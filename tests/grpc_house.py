@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import grpc
+from grpc._cython import cygrpc
 
 from modelworks.api.grpc.door import Door
 from modelworks.api.grpc.messages import message
@@ -63,6 +64,7 @@ def grpc_house(house: House) -> Iterator[GrpcHouse]:
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever, daemon=True)
     thread.start()
+    entry = cygrpc._Metadatum  # which the server replaces in its process, and that is the tests' here
 
     async def start() -> tuple[Any, Door, int]:
         server, door, port = build(house.services, "127.0.0.1:0")
@@ -79,3 +81,4 @@ def grpc_house(house: House) -> Iterator[GrpcHouse]:
         asyncio.run_coroutine_threadsafe(server.stop(1), loop).result(10)
         loop.call_soon_threadsafe(loop.stop)
         thread.join(10)
+        cygrpc._Metadatum = entry

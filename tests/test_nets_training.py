@@ -237,6 +237,35 @@ def test_it_says_beforehand_what_it_will_take_and_warns_when_it_will_not_fit(tmp
     assert any(kind == "warning" and "hardly fit" in message for kind, message, _ in ctx.events)
 
 
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_step_in_which_memory_runs_out_is_done_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str) -> None:
+    """Also when it runs out in the optimiser, or in what is told after a step: no step is left out, none is done twice."""
+    from modelworks.ml.nets.loop import Loop
+
+    unbroken = learned(blobs(), learning.Context(tmp_path / "a"), epochs=3, batch_size=64)
+    update, calls = Loop._update, []
+
+    def starved(loop: Any) -> None:
+        calls.append(loop)
+        if len(calls) == 2 and when == "before":
+            raise MemoryError
+        update(loop)
+
+    def tell(loop: Any, now: float, **more: Any) -> None:
+        calls.append(loop)
+        if len(calls) == 3 and when == "after":
+            raise MemoryError
+
+    monkeypatch.setattr(Loop, "_update", starved if when == "before" else update)
+    if when == "after":
+        monkeypatch.setattr(Loop, "_tell", tell)
+        monkeypatch.setattr("modelworks.ml.nets.loop._REPORT_EVERY", 0.0)
+    ctx = learning.Context(tmp_path / "b")
+    broken = learned(blobs(), ctx, epochs=3, batch_size=64)
+    assert [data["micro_batch"] for _, _, data in ctx.events if "micro_batch" in data] == [32]
+    assert [point["loss"] for point in broken.history] == pytest.approx([point["loss"] for point in unbroken.history])
+
+
 def test_when_memory_runs_out_the_batch_is_halved_and_training_goes_on(tmp_path: Path) -> None:
     """In a process of its own, with a real limit."""
     code = f"""

@@ -115,7 +115,7 @@ def test_a_process_that_was_prepared_becomes_the_next_replica_or_ends(platform):
     for handle in (first, second):
         command = Path(f"/proc/{handle.pid}/cmdline").read_text()
         assert f"modelworks replica toy --home {platform.folder / 'home'}" in command
-        assert "ready" in engine.logs(handle)
+        assert wait_for(lambda handle=handle: "ready" in engine.logs(handle), 5)  # written after it says so
     assert (platform.folder / "home" / "logs" / "spare.log").read_text() == ""
 
     async def story():

@@ -7,6 +7,7 @@ in headers that never ended, all that came is handed over: 100,000 entries and m
 from __future__ import annotations
 
 import asyncio
+import threading
 from typing import Any
 
 from grpc._cython import cygrpc
@@ -14,15 +15,20 @@ from grpc._cython import cygrpc
 MAX = 1024  # entries of one call; the 16 KiB that grpc allows an orderly client hold fewer
 
 _made = 0
+_loop = 0  # the thread of the server's loop; what clients in other threads of this process receive is not counted
 
 
 def bound() -> None:
-    """From now on, and in this process. grpcio has no setting for it; where it has no such name this changes nothing."""
+    """From now on, in the loop that calls it. grpcio has no setting for it; where it has no such name this changes nothing."""
+    global _loop
+    _loop = threading.get_ident()
     cygrpc._Metadatum = _pair
 
 
 def _pair(name: str, value: Any) -> tuple[str, Any]:
     global _made
+    if threading.get_ident() != _loop:
+        return name, value
     _made += 1
     if _made > MAX:
         _made = 0

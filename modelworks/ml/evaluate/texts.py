@@ -36,7 +36,10 @@ def plain(text: str) -> str:
 
 def spoken(said: Sequence[str], true: Sequence[str]) -> np.ndarray:
     """[n, 9] of transcripts against what was said."""
-    jiwer = _module("jiwer")
+    try:
+        import jiwer
+    except ImportError:
+        raise _missing("jiwer") from None
     columns = []
     for process in (jiwer.process_words, jiwer.process_characters):
         counts = np.zeros((len(said), 4))
@@ -142,7 +145,10 @@ def _f1(shared: float, said: int, true: int) -> float:
 
 
 def _scorers(tokenize: str) -> tuple[Any, Any]:
-    metrics = _module("sacrebleu").metrics
+    try:
+        from sacrebleu import metrics
+    except ImportError:
+        raise _missing("sacrebleu") from None
     return metrics.BLEU(tokenize=tokenize), metrics.CHRF()
 
 
@@ -170,10 +176,5 @@ def _mean(values: np.ndarray, w: np.ndarray) -> float:
     return float(w @ values / total) if total > 0 else math.nan
 
 
-def _module(name: str) -> Any:
-    from importlib import import_module
-
-    try:
-        return import_module(name)
-    except ImportError:
-        raise MissingExtra(f"metrics of texts need {name}; pip install 'modelworks[evaluate]'") from None
+def _missing(name: str) -> MissingExtra:
+    return MissingExtra(f"metrics of texts need {name}; pip install 'modelworks[evaluate]'")

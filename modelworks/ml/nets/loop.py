@@ -194,8 +194,7 @@ class Loop:
 
         self._optimiser.zero_grad(set_to_none=True)
         self.micro = max(1, self.micro // 2)
-        self._chunk -= self._chunk % self.per_step  # the step is done anew
-        self._sum, self._rows = self._safe
+        self._sum, self._rows, self._chunk = self._safe  # the step is done anew
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
         self.ctx.event(
@@ -208,7 +207,7 @@ class Loop:
     def _steps(self) -> None:
         """Batch after batch from where it is to the end of the epoch."""
         self._model.train()
-        self._safe = (self._sum, self._rows)
+        self._safe = (self._sum, self._rows, self._chunk)
         order = None if self.per_step == self.chunks and self.params.optimiser == "gradient-descent" else self.ctx.seed
         seed = None if order is None else (order, 0, self._epoch)
         for features, target in self.examples.batches(self.size, seed=seed, skip=self._chunk):
@@ -218,7 +217,7 @@ class Loop:
             self._chunk += 1
             if self._chunk % self.per_step == 0 or self._chunk == self.chunks:
                 self._update()
-                self._safe = (self._sum, self._rows)
+                self._safe = (self._sum, self._rows, self._chunk)
                 now = time.monotonic()
                 if now - self._told >= _REPORT_EVERY:
                     self._tell(now)
