@@ -9,7 +9,8 @@ import pytest
 
 from modelworks.core.errors import InvalidInput
 from modelworks.core.types import Column
-from modelworks.ml.data.profile import open_parquet, profile
+from modelworks.ml.data.parquet import open_parquet
+from modelworks.ml.data.profile import profile
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ from modelworks.ml.evaluate.catalogue import CLASSIFICATION, REGRESSION
 from modelworks.ml.evaluate.compare import compare
 from modelworks.ml.evaluate.evaluate import evaluate
 from modelworks.ml.evaluate.folds import read_kept
-from modelworks.ml.evaluate.metrics import Predictions, labels
+from modelworks.ml.evaluate.predictions import Predictions, labels
 from modelworks.ml.runtimes.onnx import OnnxRuntime
 from modelworks.ml.runtimes.parity import replay_parity
 from tests.learning import Context, Table, bundled, mixed, packaged, run

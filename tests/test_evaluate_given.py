@@ -234,7 +234,7 @@ def _entries(number: int, row: dict[str, Any]) -> list[list[float]]:
 
 
 def _predictions(entries: list[list[float]]) -> Any:
-    from modelworks.ml.evaluate.metrics import Predictions
+    from modelworks.ml.evaluate.predictions import Predictions
 
     table = np.array(entries)
     return Predictions(table[:, 0].astype(int), np.zeros(len(table), dtype=int), table[:, 1:])

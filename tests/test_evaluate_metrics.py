@@ -13,7 +13,8 @@ from modelworks.core.specs import Gate, Method
 from modelworks.ml.evaluate.catalogue import METRICS, check_metrics, describe, failed_gate, metrics_of
 from modelworks.ml.evaluate.compare import compare, mcnemar
 from modelworks.ml.evaluate.intervals import bootstrap, over_folds, over_rows
-from modelworks.ml.evaluate.metrics import Predictions, WeightedScorer, score
+from modelworks.ml.evaluate.metrics import WeightedScorer, score
+from modelworks.ml.evaluate.predictions import Predictions
 from modelworks.ml.evaluate.splits import plan
 
 CLASSIFICATION, REGRESSION, ANOMALY = "tabular-classification", "tabular-regression", "anomaly-detection"

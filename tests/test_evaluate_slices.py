@@ -10,7 +10,7 @@ from modelworks.core.errors import InvalidInput
 from modelworks.core.specs import SliceSpec
 from modelworks.core.types import Column
 from modelworks.ml.evaluate.calibration import calibration, thresholds
-from modelworks.ml.evaluate.metrics import Predictions
+from modelworks.ml.evaluate.predictions import Predictions
 from modelworks.ml.evaluate.slices import mask, measure, parse_slice
 
 TABLE = pa.table({"age": [20, 70, None, 65], "sex": ["F", "M", "F", "F"], "paid": [1.5, 2.5, 3.5, 4.5]})

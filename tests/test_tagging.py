@@ -17,7 +17,8 @@ from modelworks.core.specs import TableSchema
 from modelworks.core.types import Column
 from modelworks.ml.data.ingest import ingest
 from modelworks.ml.data.profile import profile
-from modelworks.ml.evaluate.metrics import Predictions, score
+from modelworks.ml.evaluate.metrics import score
+from modelworks.ml.evaluate.predictions import Predictions
 from modelworks.ml.evaluate.tagging import is_prefixed, laid_out, spans
 from modelworks.ml.runtimes.onnx import OnnxRuntime
 from modelworks.ml.runtimes.parity import replay_parity

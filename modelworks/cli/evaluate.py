@@ -16,8 +16,6 @@ if TYPE_CHECKING:
     from modelworks.core.types import Report
 
 reports = group("Reports of evaluations and trainings.")
-_CLASSES = 12  # of a confusion matrix that is shown
-_SHOWN = 30  # classes that are listed
 
 
 def register(app: typer.Typer) -> None:
@@ -143,7 +141,7 @@ def _write_page(session: Session, report: str, out: Path) -> None:
 
 def show_report(session: Session, report: Report) -> None:
     """A report for people: what was measured and how, the metrics, and what the errors look like."""
-    from modelworks.cli.train import metrics_table
+    from modelworks.cli.tables import baselines_table, details_tables, metrics_table, slices_table
 
     method = ", ".join(
         f"{name} {value}" for name, value in report.method.items() if value not in (None, 1, True, False)
@@ -166,59 +164,6 @@ def _gate(found: dict[str, Any]) -> str:
     bounds = [f"at {word} {found[f'at_{word}']:g}" for word in ("least", "most") if f"at_{word}" in found]
     value = "undefined" if found["value"] is None else f"{found['value']:.4g}"
     return f"{found['metric']} is {value} and must be {' and '.join(bounds)}"
-
-
-def details_tables(session: Session, details: dict[str, Any]) -> None:
-    """The confusion matrix, the classes, what was wrong in texts, or the quantiles of the residuals."""
-    confusion = details.get("confusion_matrix")
-    if isinstance(confusion, dict) and len(confusion["classes"]) <= _CLASSES:
-        classes = [plain(name) for name in confusion["classes"]]
-        rows = zip(classes, confusion["counts"], strict=True)
-        session.table(("true \\ predicted", *classes), ((name, *map(number, counts)) for name, counts in rows))
-    _per_class(session, details.get("per_class") or {})
-    for what, found in (details.get("errors") or {}).items():
-        session.table((what, *found), [("count", *map(number, found.values()))])
-    residuals = details.get("residual_quantiles")
-    if isinstance(residuals, dict):
-        session.table(
-            ("true - predicted", *(f"p{float(name) * 100:g}" for name in residuals)),
-            [("quantile", *map(number, residuals.values()))],
-        )
-
-
-def _per_class(session: Session, found: dict[str, Any]) -> None:
-    if found:
-        keys = list(next(iter(found.values())))
-        shown = list(found.items())[:_SHOWN]
-        session.table(("class", *keys), ((plain(name), *(number(one[key]) for key in keys)) for name, one in shown))
-        if len(found) > len(shown):
-            session.say(f"and {len(found) - len(shown)} classes more; --json shows all")
-
-
-def baselines_table(session: Session, report_metrics: dict[str, Any], baselines: dict[str, Any]) -> None:
-    """What a forecast would be without learning, on the same steps."""
-    if baselines:
-        names = [name for name in ("mase", "smape", "mae", "rmse") if name in report_metrics]
-        session.table(
-            ("forecast", *names),
-            (
-                (name, *(interval(found.get(metric) or {}) for metric in names))
-                for name, found in (("model", report_metrics), *baselines.items())
-            ),
-        )
-
-
-def slices_table(session: Session, slices: list[dict[str, Any]]) -> None:
-    """A line for each slice and metric."""
-    if slices:
-        session.table(
-            ("slice", "rows", "metric", "mean [95 % interval]"),
-            (
-                (plain(one["slice"]), one["rows"], name, interval(found))
-                for one in slices
-                for name, found in (one["metrics"] or {"-": {"mean": None}}).items()
-            ),
-        )
 
 
 def _comparison(session: Session, model: str, found: dict[str, Any]) -> None:

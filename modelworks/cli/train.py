@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from modelworks.cli.session import Session, command
-from modelworks.cli.text import counted, interval, number, plain, short, size
+from modelworks.cli.text import counted, number, plain, short, size
 
 if TYPE_CHECKING:
     from modelworks.core.types import ModelVersion
@@ -128,7 +128,7 @@ def train(
     show_version(session, version)
     leaderboard(session, job.result.get("leaderboard") or [])
     if version.report_id:
-        from modelworks.cli.evaluate import baselines_table, details_tables
+        from modelworks.cli.tables import baselines_table, details_tables
 
         report = session.client.reports.get(version.report_id)
         details_tables(session, report.details)
@@ -157,6 +157,8 @@ def show_advice(session: Session, found: Mapping[str, Any]) -> None:
 
 def show_version(session: Session, version: ModelVersion, aliases: Sequence[str] | None = None) -> None:
     """A model version with its metrics, for people."""
+    from modelworks.cli.tables import metrics_table
+
     session.facts(
         [
             ("model", version.ref),
@@ -189,24 +191,6 @@ def leaderboard(session: Session, lines: Sequence[dict[str, Any]], most: int = 2
 def _few(values: Sequence[Any]) -> str:
     more = f", … {len(values)} in all" if len(values) > _CLASSES else ""
     return ", ".join(str(value) for value in values[:_CLASSES]) + more
-
-
-def metrics_table(session: Session, metrics: dict[str, Any]) -> None:
-    if not metrics:
-        return
-    session.table(
-        ("metric", "mean [95 % interval]", "deviation", "folds"),
-        (
-            (
-                name,
-                interval(found),
-                number(found.get("std")),
-                " ".join(number(fold) for fold in found.get("folds") or []),
-            )
-            for name, found in metrics.items()
-            if isinstance(found, dict)
-        ),
-    )
 
 
 def algorithms(

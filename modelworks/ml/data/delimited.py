@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Iterator
-from functools import partial
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from modelworks.core.errors import InvalidInput
 from modelworks.core.specs import TableSchema
-from modelworks.ml.data.encodings import TextFile, Trouble, advice, is_troubled, numbered, open_text, to_utf8, trouble
+from modelworks.ml.data.encodings import TextFile, Trouble, advice, is_troubled, open_text, to_utf8, trouble
 from modelworks.ml.data.faults import MAX_COLUMNS, MAX_FIELD, MAX_ROW, check_names, fault, shown
-from modelworks.ml.data.folders import Lines
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -25,25 +22,6 @@ _HEADER_ADVICE = (
     "name it in the file's first row, or, if the file has no header row, give the names of the columns as schema.header "
     "(false numbers them)"
 )
-
-
-def prose(path: Path, schema: TableSchema) -> Lines | None:
-    """The file as lines of text, when it is prose and no table: several words a line, delimiters here and there."""
-    if schema.header is not None or schema.delimiter is not None:
-        return None
-    text = open_text(path, schema.encoding)
-    first = list(islice((line for line in text.lines(_SNIFFED_CHARS) if line.strip()), _SNIFFED_ROWS))
-    words = [len(line.split()) for line in first]
-    if not first or sum(words) < 3 * len(words):
-        return None
-    for delimiter in DELIMITERS:
-        counts = {line.count(delimiter) for line in first}
-        if len(counts) == 1 and counts != {0} and len(first) > 1:
-            return None
-    kind, _ = trouble(text)
-    if kind:
-        raise InvalidInput(f"the file has {advice(kind, text)}", code="bad_encoding", param="file")
-    return Lines(partial(numbered, text))
 
 
 class Delimited:

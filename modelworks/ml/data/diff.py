@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from modelworks.core.errors import InvalidInput
 from modelworks.core.types import Column
-from modelworks.ml.data.profile import quoted
+from modelworks.ml.data.parquet import quoted
 
 if TYPE_CHECKING:
     import duckdb

@@ -6,13 +6,11 @@ import re
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from modelworks.core.errors import InvalidInput
 from modelworks.core.types import Column
-
-if TYPE_CHECKING:
-    from modelworks.ml.data.profile import Data
+from modelworks.ml.data.parquet import Data, open_parquet, quoted
 
 _ID_NAME = re.compile(
     r"(^|[^a-z])(id|ids|uuid|guid|key|index|rowid|row|no|nr|number)$|^unnamed|^(id|uuid|guid)[^a-z]", re.I
@@ -119,8 +117,6 @@ def _name(value: object) -> str:
 
 def not_numbers(data: Data, column: Column) -> list[str]:
     """Warns of a column of texts of which most, but not all, are numbers, or numbers written with commas."""
-    from modelworks.ml.data.profile import quoted
-
     if column.type != "category":
         return []
     numbers, commas, thousands, codes, count, other = data.one(
@@ -159,8 +155,6 @@ def time_steps(data: Data, name: str) -> dict[str, Any] | None:
 
     `regular`; `usual`: the most frequent step, in words; `usual_count` of `count` steps have it.
     """
-    from modelworks.ml.data.profile import quoted
-
     found = data.all(
         f"""
         WITH moments AS (SELECT DISTINCT epoch_us({quoted(name)}) AS t FROM data WHERE {quoted(name)} IS NOT NULL),
@@ -196,26 +190,15 @@ def _duration(micros: int) -> str:
 # leakage
 
 
-def leakage(parquet: Path, columns: Sequence[Column], target: str) -> list[str]:
-    """Warnings of columns that all but determine `target`. InvalidInput when there is no such column."""
-    from modelworks.ml.data.profile import open_parquet, profile
-
-    result, _ = profile(parquet, list(columns))
-    with open_parquet(parquet) as data:
-        return leakage_warnings(data, columns, target, result)
-
-
 def of_target(parquet: Path, columns: Sequence[Column], target: str, profile: dict[str, Any]) -> list[str]:
     """What to know before training on `target`, with the dataset's profile at hand: leakage and imbalanced classes."""
-    from modelworks.ml.data.profile import open_parquet
-
     entry = next((entry for entry in profile["columns"] if entry["name"] == target), None)
     with open_parquet(parquet) as data:
         return leakage_warnings(data, columns, target, profile) + (_imbalance(entry) if entry else [])
 
 
 def leakage_warnings(data: Data, columns: Sequence[Column], target: str, profile: dict[str, Any]) -> list[str]:
-    """As `leakage`, with the profile at hand. At most the first 500 columns are looked at."""
+    """Warnings of columns that all but determine `target`, of the first 500. InvalidInput when there is no such column."""
     entries = {entry["name"]: entry for entry in profile["columns"]}
     if target not in entries:
         known = ", ".join(list(entries)[:20])
@@ -249,8 +232,6 @@ def _leaks(data: Data, column: dict[str, Any], target: dict[str, Any]) -> str | 
 
 
 def _pair(column: dict[str, Any], target: dict[str, Any]) -> str:
-    from modelworks.ml.data.profile import quoted
-
     x, y = quoted(column["name"]), quoted(target["name"])
     return f"(SELECT {x} AS x, {y} AS y FROM data WHERE {x} IS NOT NULL AND {y} IS NOT NULL)"
 

@@ -15,7 +15,7 @@ from modelworks.ml.data.faults import MAX_FIELD, fault, shown
 if TYPE_CHECKING:
     import pyarrow as pa
 
-    from modelworks.ml.data.readers import Table
+    from modelworks.ml.data.table import Opener, Table
 
 _TABLES = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet", ".arrow", ".feather")
 _BATCH_ROWS = 4096
@@ -25,8 +25,8 @@ _NAMES_OF_FILES = ("file", "file_name", "filename", "path", "file_path", "filepa
 SPLITS = frozenset({"train", "training", "test", "testing", "val", "valid", "validation", "dev"})
 
 
-def open_archive(path: Path, schema: TableSchema, workdir: Path) -> Table:
-    """The table that an archive holds. UnsupportedMedia when there is nothing to learn from in it."""
+def open_archive(path: Path, schema: TableSchema, workdir: Path, open_table: Opener) -> Table:
+    """The table that an archive holds; `open_table` opens a file of it. UnsupportedMedia when there is nothing to learn from in it."""
     archive = Archive(path, workdir)
     files: dict[str, list[str]] = {"image": [], "audio": [], "text": [], "table": []}
     for name in archive.names:
@@ -36,7 +36,7 @@ def open_archive(path: Path, schema: TableSchema, workdir: Path) -> Table:
             files[kind].append(name)
     tables = files.pop("table")
     if len(tables) == 1:
-        return _with_table(archive, tables[0], files, schema, workdir)
+        return _with_table(archive, tables[0], files, schema, workdir, open_table)
     kinds = [kind for kind, names in files.items() if names]
     if len(kinds) > 1 and "text" in kinds:  # a README beside images
         kinds.remove("text")
@@ -59,11 +59,9 @@ def _no_header(schema: TableSchema) -> None:
 
 
 def _with_table(
-    archive: Archive, name: str, files: dict[str, list[str]], schema: TableSchema, workdir: Path
+    archive: Archive, name: str, files: dict[str, list[str]], schema: TableSchema, workdir: Path, open_table: Opener
 ) -> Table:
     """The one table of an archive; columns that name files of the archive become those files."""
-    from modelworks.ml.data.readers import open_table
-
     inner = workdir / ("table" + Path(name).suffix.lower())
     inner.write_bytes(archive.read(name))
     table = open_table(inner, Path(name).name, schema, workdir)
@@ -275,35 +273,3 @@ def renamed(name: str, kind: str, taken: list[str]) -> str:
     return kind if name.lower() in _NAMES_OF_FILES and kind not in taken else name
 
 
-class Lines:
-    """A plain text file: the column `text`, a row for each line that is not blank."""
-
-    lexical = False
-    header_cells: list[str] | None = None
-
-    def __init__(self, lines: Any) -> None:
-        self.names = ["text"]
-        self.media = {"text": "text"}
-        self._lines = lines
-
-    def types(self) -> dict[str, pa.DataType]:
-        import pyarrow as pa
-
-        return {"text": pa.string()}
-
-    def line(self, row: int) -> int | None:
-        return next((number for number, (line, _) in enumerate(self._lines(), start=1) if number == row), None)
-
-    def batches(self, columns: list[str] | None = None) -> Iterator[pa.RecordBatch]:
-        import pyarrow as pa
-
-        waiting: list[str] = []
-        size = 0
-        for _, text in self._lines():
-            waiting.append(text.strip())
-            size += len(text)
-            if len(waiting) == 8 * _BATCH_ROWS or size > _BATCH_BYTES:
-                yield pa.RecordBatch.from_arrays([pa.array(waiting, pa.string())], names=["text"])
-                waiting, size = [], 0
-        if waiting:
-            yield pa.RecordBatch.from_arrays([pa.array(waiting, pa.string())], names=["text"])

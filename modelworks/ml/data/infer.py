@@ -16,7 +16,7 @@ from modelworks.ml.data.faults import fault, shown
 if TYPE_CHECKING:
     import pyarrow as pa
 
-    from modelworks.ml.data.readers import Table
+    from modelworks.ml.data.table import Table
 
 MOSTLY = (
     0.9  # a column with this share of numbers (or booleans, or times) has mixed types if the rest is something else

@@ -19,7 +19,8 @@ from modelworks.ml.data.canonical import CanonicalFile, Digest, arrow_schema
 from modelworks.ml.data.faults import fault, shown
 from modelworks.ml.data.infer import Inferred, files_of, infer
 from modelworks.ml.data.pointed import Stores, follow
-from modelworks.ml.data.readers import Table, open_table
+from modelworks.ml.data.readers import open_table
+from modelworks.ml.data.table import Table
 from modelworks.ml.data.types import parse_time
 
 if TYPE_CHECKING:

@@ -20,7 +20,7 @@ from modelworks.ml.data.faults import fault, shown
 if TYPE_CHECKING:
     import pyarrow as pa
 
-    from modelworks.ml.data.readers import Table
+    from modelworks.ml.data.table import Table
 
 _LOOKED_AT = 200  # names that tell whether a column points
 _ROWS = 64  # objects that are read and held at a time

@@ -5,26 +5,21 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from datetime import datetime, timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from modelworks.core import sequences
 from modelworks.core.types import Column
+from modelworks.ml.data.findings import leakage_warnings, not_numbers, time_steps, warnings
+from modelworks.ml.data.parquet import Data, open_parquet, quoted
 from modelworks.ml.data.types import format_time
-
-if TYPE_CHECKING:
-    import duckdb
-    import pyarrow as pa
 
 BINS = 20
 TOP = 10
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 _EXACT_ROWS = 2_000_000  # beyond, distinct values and quantiles are estimated
 _CELLS = 4_000_000  # values that exact aggregates of one query may hold
-_IN_MEMORY = 16 << 20  # bytes of a file that is loaded at once
-_IN_MEMORY_CELLS = 5_000_000
 _SHOWN = 200  # characters of a top value
 _LOOKED_THROUGH = 500  # columns in which numbers among texts are looked for
 _FEW = 20  # distinct integers that are counted one by one
@@ -43,8 +38,6 @@ def profile(parquet: Path, columns: list[Column], target: str | None = None) -> 
     duplicates, the files that are there already; sequence: length {min, mean, max}, elements, and what occurs most, top.
     `approximate` is true where distinct values and quantiles are estimates.
     """
-    from modelworks.ml.data.findings import leakage_warnings, not_numbers, time_steps, warnings
-
     with open_parquet(parquet) as data:
         rows = data.one("SELECT count(*) FROM data")[0]
         described = _basics(data, columns, rows)
@@ -71,68 +64,6 @@ def profile(parquet: Path, columns: list[Column], target: str | None = None) -> 
         if target is not None:
             found += leakage_warnings(data, columns, target, result)
     return result, found
-
-
-def quoted(name: str) -> str:
-    """A column's name as an SQL identifier."""
-    return '"' + name.replace('"', '""') + '"'
-
-
-class Data:
-    """A Parquet file as the view `data` of a duckdb that can reach nothing else."""
-
-    def __init__(self, connection: duckdb.DuckDBPyConnection) -> None:
-        self._connection = connection
-        described = connection.execute("SELECT column_name, column_type FROM (DESCRIBE data)").fetchall()
-        self.zoned = {name for name, kind in described if kind == "TIMESTAMP WITH TIME ZONE"}
-
-    def all(self, sql: str, parameters: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
-        return self._connection.execute(sql, list(parameters)).fetchall()
-
-    def stream(self, sql: str) -> Iterator[pa.RecordBatch]:
-        """The rows of a query, a batch at a time, in its order."""
-        found: Any = self._connection.sql(sql)
-        yield from found.to_arrow_reader(65_536)
-
-    def one(self, sql: str, parameters: Sequence[Any] = ()) -> tuple[Any, ...]:
-        return self.all(sql, parameters)[0]
-
-
-@contextmanager
-def open_parquet(path: Path, *, threads: int = 2, memory: str = "1GB") -> Iterator[Data]:
-    """Queries on the file; what does not fit into `memory` is spilled beside the file."""
-    import tempfile
-
-    import duckdb
-
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix="profile-") as spill:
-        connection = duckdb.connect(
-            ":memory:",
-            config={
-                "threads": threads,
-                "memory_limit": memory,
-                "temp_directory": spill,
-                "autoinstall_known_extensions": False,
-                "autoload_known_extensions": False,
-                "preserve_insertion_order": False,
-            },
-        )
-        try:
-            literal = "'" + str(path.absolute()).replace("'", "''") + "'"
-            connection.execute(f"SET allowed_paths = [{literal}]")
-            connection.execute("SET enable_external_access = false")
-            connection.execute("SET TimeZone = 'UTC'")
-            connection.execute("SET lock_configuration = true")
-            source = f"read_parquet({literal})"
-            rows, columns = connection.execute(
-                f"SELECT (SELECT count(*) FROM {source}), (SELECT count(*) FROM (DESCRIBE FROM {source}))"
-            ).fetchall()[0]
-            # each query on a Parquet file reads all of its footer anew, which is slow for a wide one
-            small = rows * columns < _IN_MEMORY_CELLS and path.stat().st_size < _IN_MEMORY
-            connection.execute(f"CREATE {'TABLE' if small else 'VIEW'} data AS FROM {source}")
-            yield Data(connection)
-        finally:
-            connection.close()
 
 
 def _groups(columns: Sequence[Column], rows: int) -> Iterator[Sequence[Column]]:

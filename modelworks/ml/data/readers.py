@@ -5,13 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from modelworks.core.errors import InvalidInput, UnsupportedMedia
 from modelworks.core.specs import TableSchema
 from modelworks.ml.data.archives import is_archive, unpack_table
 from modelworks.ml.data.faults import MAX_FIELD, check_names, fault
 from modelworks.ml.data.media import MAX_FILE
+from modelworks.ml.data.table import Table
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -60,26 +61,6 @@ _PICKLE = re.compile(
 )
 
 
-class Table(Protocol):
-    """An opened file. `lexical`: all values are texts whose types have to be told from them.
-
-    One that holds files also has `media` (column -> image, audio or text, whose type is known) and `origin(row)`, the name of a row's file.
-    """
-
-    names: list[str]
-    lexical: bool
-    header_cells: list[str] | None
-
-    def batches(self, columns: list[str] | None = None) -> Iterator[pa.RecordBatch]:
-        """The rows from the start, each time it is called; `columns` may leave out the others."""
-
-    def types(self) -> dict[str, pa.DataType]:
-        """The Arrow type of each column as `batches` gives it (its texts may come dictionary-encoded)."""
-
-    def line(self, row: int) -> int | None:
-        """The line of data row `row` (from 1) in a text file; may read the file up to there."""
-
-
 def open_table(path: Path, filename: str, schema: TableSchema, workdir: Path) -> Table:
     """The file at `path`, uploaded as `filename`; `workdir` takes a converted copy if one is needed.
 
@@ -88,7 +69,7 @@ def open_table(path: Path, filename: str, schema: TableSchema, workdir: Path) ->
     if is_archive(path) and Path(filename).suffix.lower().lstrip(".") not in _REFUSED_NAMES:
         from modelworks.ml.data.folders import open_archive
 
-        return open_archive(path, schema, workdir)
+        return open_archive(path, schema, workdir, open_table)
     stem, _, packing = filename.rpartition(".")
     if packing.lower() in ("gz", "bz2", "xz") and stem.lower().endswith(PACKABLE):
         path, filename = unpack_table(path, workdir), stem
@@ -98,7 +79,8 @@ def open_table(path: Path, filename: str, schema: TableSchema, workdir: Path) ->
 
         return JsonLines(path, schema, workdir)
     if kind in ("csv", "tsv"):
-        from modelworks.ml.data.delimited import Delimited, prose
+        from modelworks.ml.data.delimited import Delimited
+        from modelworks.ml.data.prose import prose
 
         if filename.lower().endswith(".txt") and (lines := prose(path, schema)) is not None:
             return lines

@@ -19,7 +19,7 @@ from modelworks.ml.data.faults import MAX_COLUMNS, check_names, shown
 from modelworks.ml.data.findings import CALENDAR, DAY
 from modelworks.ml.data.infer import Inferred
 from modelworks.ml.data.ingest import Ingested
-from modelworks.ml.data.profile import Data, open_parquet, quoted
+from modelworks.ml.data.parquet import Data, open_parquet, quoted
 
 if TYPE_CHECKING:
     import pyarrow as pa

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from modelworks.core.errors import InvalidInput
-from modelworks.ml.evaluate.metrics import Predictions
+from modelworks.ml.evaluate.predictions import Predictions
 
 BINS = 10
 

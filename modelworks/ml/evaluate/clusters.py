@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 if TYPE_CHECKING:
-    from modelworks.ml.evaluate.metrics import Predictions
+    from modelworks.ml.evaluate.predictions import Predictions
 
 Weighed = Callable[[np.ndarray], float]
 MOST = 10_000  # rows whose silhouettes are computed: each is held against all others

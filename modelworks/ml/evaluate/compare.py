@@ -13,7 +13,8 @@ from modelworks.core.errors import InvalidInput
 from modelworks.core.tasks import CLASSIFICATION, primary
 from modelworks.ml.evaluate.catalogue import METRICS
 from modelworks.ml.evaluate.intervals import LEVEL, bootstrap, percentiles
-from modelworks.ml.evaluate.metrics import Predictions, WeightedScorer, score
+from modelworks.ml.evaluate.metrics import WeightedScorer, score
+from modelworks.ml.evaluate.predictions import Predictions
 
 BETTER, WORSE, EVEN = "better", "worse", "no significant difference"
 

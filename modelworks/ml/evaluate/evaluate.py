@@ -18,7 +18,7 @@ from modelworks.ml.evaluate.catalogue import check_metrics, gate_results
 from modelworks.ml.evaluate.compare import compare
 from modelworks.ml.evaluate.folds import kept, predict_folds, summarise
 from modelworks.ml.evaluate.inputs import coerce
-from modelworks.ml.evaluate.metrics import Predictions
+from modelworks.ml.evaluate.predictions import Predictions
 from modelworks.ml.evaluate.slices import measure
 from modelworks.ml.evaluate.splits import Plan, describe_method
 from modelworks.ml.package import Manifest, Package

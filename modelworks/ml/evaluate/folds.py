@@ -19,7 +19,7 @@ from modelworks.ml.base import JobContext
 from modelworks.ml.evaluate import metrics as m
 from modelworks.ml.evaluate.calibration import calibration, thresholds
 from modelworks.ml.evaluate.intervals import LEVEL, over_folds, over_rows
-from modelworks.ml.evaluate.metrics import Predictions
+from modelworks.ml.evaluate.predictions import Predictions
 from modelworks.ml.evaluate.splits import Plan
 from modelworks.ml.train.course import Course
 from modelworks.ml.train.fit import Span, fit

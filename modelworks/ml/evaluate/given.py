@@ -19,7 +19,7 @@ from modelworks.ml.evaluate.catalogue import check_metrics, gate_results, offere
 from modelworks.ml.evaluate.compare import compare
 from modelworks.ml.evaluate.evaluate import Evaluated
 from modelworks.ml.evaluate.folds import kept, summarise
-from modelworks.ml.evaluate.metrics import Predictions
+from modelworks.ml.evaluate.predictions import Predictions
 from modelworks.ml.evaluate.slices import measure
 
 if TYPE_CHECKING:

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from modelworks.ml.evaluate.catalogue import METRICS
-from modelworks.ml.evaluate.metrics import Predictions, WeightedScorer
+from modelworks.ml.evaluate.metrics import WeightedScorer
+from modelworks.ml.evaluate.predictions import Predictions
 
 LEVEL = 0.95
 RESAMPLES = 1000

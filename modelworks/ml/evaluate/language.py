@@ -21,7 +21,7 @@ from modelworks.ml.evaluate.catalogue import OF_LANGUAGE, check_metrics, gate_re
 from modelworks.ml.evaluate.compare import compare
 from modelworks.ml.evaluate.evaluate import Evaluated
 from modelworks.ml.evaluate.folds import kept, summarise
-from modelworks.ml.evaluate.metrics import Predictions
+from modelworks.ml.evaluate.predictions import Predictions
 from modelworks.ml.evaluate.slices import measure
 from modelworks.ml.evaluate.splits import describe_method
 from modelworks.ml.package import Package

@@ -26,7 +26,7 @@ from modelworks.ml.evaluate import boxes, clusters, tagging, texts
 from modelworks.ml.evaluate.ranking import Ranking
 
 if TYPE_CHECKING:
-    from modelworks.ml.evaluate.metrics import Predictions
+    from modelworks.ml.evaluate.predictions import Predictions
 
 Weighed = Callable[[np.ndarray], float]
 Measure = Callable[["Predictions"], Weighed]

@@ -11,7 +11,7 @@ import numpy as np
 
 from modelworks.core.errors import MissingExtra
 from modelworks.core.tasks import primary
-from modelworks.ml.evaluate.metrics import Predictions
+from modelworks.ml.evaluate.predictions import Predictions
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

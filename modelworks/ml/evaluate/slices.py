@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import numpy as np
     import pyarrow as pa
 
-    from modelworks.ml.evaluate.metrics import Predictions
+    from modelworks.ml.evaluate.predictions import Predictions
 
 _CONDITION = re.compile(r"\s*(?:`([^`]+)`|([^<>=!`]+?))\s*(<=|>=|==|!=|<|>|=)\s*(\"[^\"]*\"|'[^']*'|[^<>=!\"'`]+?)\s*")
 _FUNCTIONS = {

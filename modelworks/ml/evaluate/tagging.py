@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 if TYPE_CHECKING:
-    from modelworks.ml.evaluate.metrics import Predictions
+    from modelworks.ml.evaluate.predictions import Predictions
 
 _PREFIXED = re.compile(r"[BIESLU]-.+\Z")
 _COUNTS = 3

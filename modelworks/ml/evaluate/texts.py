@@ -16,7 +16,7 @@ import numpy as np
 from modelworks.core.errors import MissingExtra
 
 if TYPE_CHECKING:
-    from modelworks.ml.evaluate.metrics import Predictions
+    from modelworks.ml.evaluate.predictions import Predictions
 
 Weighed = Callable[[np.ndarray], float]
 # columns of a spoken row: kept, changed, left out and put in, of words and of characters, and whether all is the same

@@ -53,7 +53,8 @@ class Objective:
         import numpy as np
 
         from modelworks.core.tasks import CLASSIFICATION, REGRESSION
-        from modelworks.ml.evaluate.metrics import Predictions, score
+        from modelworks.ml.evaluate.metrics import score
+        from modelworks.ml.evaluate.predictions import Predictions
         from modelworks.ml.train.fitted import activate
 
         wide = scores.astype(np.float64)

@@ -70,7 +70,8 @@ class TagLoss:
         return found
 
     def measure(self, metric: str, scores: np.ndarray, target: np.ndarray) -> float | None:
-        from modelworks.ml.evaluate.metrics import Predictions, score
+        from modelworks.ml.evaluate.metrics import score
+        from modelworks.ml.evaluate.predictions import Predictions
         from modelworks.ml.evaluate.tagging import laid_out
 
         said = np.where(target == NONE, NONE, scores.argmax(axis=2))

@@ -20,7 +20,7 @@ from modelworks.ml.base import JobContext
 from modelworks.ml.data.stored import StoredTable
 from modelworks.ml.data.transforms.rows import missing_mask
 from modelworks.ml.data.types import to_batch
-from modelworks.ml.evaluate.metrics import Predictions
+from modelworks.ml.evaluate.predictions import Predictions
 from modelworks.ml.package import Manifest
 from modelworks.ml.train.checks import find
 from modelworks.ml.train.course import Course

@@ -20,7 +20,7 @@ from modelworks.ml.base import JobContext
 from modelworks.ml.data.transforms.catalogue import check_transforms
 from modelworks.ml.evaluate.catalogue import check_metrics
 from modelworks.ml.evaluate.inputs import coerce
-from modelworks.ml.evaluate.metrics import Predictions
+from modelworks.ml.evaluate.predictions import Predictions
 from modelworks.ml.package import Manifest, Package
 from modelworks.ml.train.algorithms import TRAINERS, check_hyperparameters
 from modelworks.ml.train.checks import check_method, check_stopping, feature_columns

@@ -17,7 +17,8 @@ from modelworks.core.types import Column, Signature, TensorSpec
 from modelworks.ml.base import JobContext
 from modelworks.ml.evaluate.catalogue import check_metrics
 from modelworks.ml.evaluate.intervals import over_folds, over_rows
-from modelworks.ml.evaluate.metrics import Predictions, score
+from modelworks.ml.evaluate.metrics import score
+from modelworks.ml.evaluate.predictions import Predictions
 from modelworks.ml.evaluate.splits import Plan, plan
 from modelworks.ml.forecast.series import Series, read_series
 from modelworks.ml.forecast.windows import Frame, histories, horizon_of, naive, naive_error, origins, ridge

@@ -18,7 +18,7 @@ from modelworks.ml.base import Models
 from modelworks.ml.data.transforms.media_fit import spread
 from modelworks.ml.data.transforms.rows import missing_mask
 from modelworks.ml.data.types import batch_to_rows, signature_inputs
-from modelworks.ml.evaluate.metrics import labels
+from modelworks.ml.evaluate.predictions import labels
 from modelworks.ml.graph import compose, to_bytes
 from modelworks.ml.package import Manifest, ParitySamples
 from modelworks.ml.runtimes.onnx import OnnxRuntime

@@ -17,7 +17,7 @@ from modelworks.core.types import Column, Signature, TensorSpec
 from modelworks.ml.base import JobContext
 from modelworks.ml.data.stored import StoredTable
 from modelworks.ml.data.types import batch_to_rows
-from modelworks.ml.evaluate.metrics import Predictions
+from modelworks.ml.evaluate.predictions import Predictions
 from modelworks.ml.evaluate.splits import Plan
 from modelworks.ml.nets.recommender import Factors, Recommender
 from modelworks.ml.package import Manifest, ParitySamples

@@ -17,7 +17,7 @@ from modelworks.core.types import Column, Signature, TensorSpec
 from modelworks.ml.base import JobContext
 from modelworks.ml.data.transforms.elements import compile_elements, fit, sizes
 from modelworks.ml.data.types import batch_to_rows, signature_inputs
-from modelworks.ml.evaluate.metrics import Predictions
+from modelworks.ml.evaluate.predictions import Predictions
 from modelworks.ml.evaluate.tagging import elements, laid_out
 from modelworks.ml.nets.tagging import NONE, Tagger
 from modelworks.ml.package import Manifest, ParitySamples

@@ -13,7 +13,8 @@ from modelworks.ml.base import JobContext, Relay
 from modelworks.ml.evaluate.calibration import choose_threshold
 from modelworks.ml.evaluate.catalogue import check_metrics, failed_gate, gate_results
 from modelworks.ml.evaluate.folds import kept, predict_folds, summarise
-from modelworks.ml.evaluate.metrics import Predictions, score
+from modelworks.ml.evaluate.metrics import score
+from modelworks.ml.evaluate.predictions import Predictions
 from modelworks.ml.evaluate.slices import measure
 from modelworks.ml.evaluate.splits import Plan, describe_method
 from modelworks.ml.package import Manifest
