@@ -25,6 +25,7 @@ from modelworks.ml.runtimes.parity import replay_parity
 from tests import learning, tagging
 from tests.server import RunningServer
 from tests.test_courses import crashed_and_resumed, often  # noqa: F401
+from tests.test_reports import drawing
 
 RNN: dict[str, Any] = {"hidden": 16, "embedding": 16, "epochs": 5, "learning_rate": 0.02, "batch_size": 32}
 TRANSFORMER: dict[str, Any] = {"width": 16, "layers": 1, "heads": 2, "feed_forward": 32, "epochs": 12, "learning_rate": 0.01}
@@ -94,13 +95,15 @@ def test_elements_and_spans_are_counted_without_padding() -> None:
 
 @pytest.mark.parametrize(("algorithm", "given"), [("rnn", RNN), ("transformer", TRANSFORMER)])
 def test_words_are_named_by_what_stands_around_them(algorithm: str, given: dict[str, Any], tmp_path: Path) -> None:
+    ctx = learning.Context(tmp_path)
     trained = learning.run(
-        tagging.table(300), tmp_path, target="tags", algorithm=algorithm, hyperparameters=given, validation={"kfold": 2}
+        tagging.table(300), tmp_path, ctx, target="tags", algorithm=algorithm, hyperparameters=given, validation={"kfold": 2}
     )
     metrics = {name: found["mean"] for name, found in trained.report["metrics"].items()}
     assert metrics["span_f1"] > 0.9
     assert metrics["accuracy"] > 0.95
     assert trained.report["details"]["per_class"]["B-LOC"]["f1"] > 0.8
+    assert {name for name, _, _ in drawing(trained, ctx)} >= {"confusion-matrix", "folds", "learning-curve"}
     package = learning.packaged(trained, tmp_path)
     runtime = OnnxRuntime()
     runtime.load(package, 1)

@@ -57,9 +57,9 @@ def _per_class(session: Session, found: dict[str, Any]) -> None:
 
 
 def baselines_table(session: Session, report_metrics: dict[str, Any], baselines: dict[str, Any]) -> None:
-    """What a forecast would be without learning, on the same steps."""
+    """What a forecast or a text would be without learning, on the same rows."""
     if baselines:
-        names = [name for name in ("mase", "smape", "mae", "rmse") if name in report_metrics]
+        names = [name for name in ("mase", "smape", "mae", "rmse", "perplexity", "bits_per_byte") if name in report_metrics]
         session.table(
             ("forecast", *names),
             (

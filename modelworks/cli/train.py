@@ -28,6 +28,9 @@ def train(
     dataset: Annotated[str, typer.Option(help="NAME or NAME:VERSION.")],
     algorithm: Annotated[str, typer.Option(help="See `modelworks algorithms`.")],
     target: Annotated[str | None, typer.Option(help="The column to predict; some algorithms need none.")] = None,
+    task: Annotated[
+        str | None, typer.Option(help="By default told from algorithm, target and features; text-generation must be named.")
+    ] = None,
     user: Annotated[str | None, typer.Option(help="Of a recommender: the column that says who.")] = None,
     item: Annotated[str | None, typer.Option(help="Of a recommender: the column that says what.")] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", help="A hyperparameter: --set C=0.5. Repeatable.")] = None,
@@ -88,6 +91,7 @@ def train(
         "target": target,
         "time": time if alone else None,
         "algorithm": algorithm,
+        "task": task,
         "user": user,
         "item": item,
         "hyperparameters": values.settings(set_),

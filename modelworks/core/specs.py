@@ -337,7 +337,7 @@ class TrainingSpec(Spec):
     task: Literal[
         "tabular-classification", "tabular-regression", "image-classification", "image-regression", "text-classification",
         "text-regression", "audio-classification", "audio-regression", "multimodal-classification", "multimodal-regression",
-        "forecast", "anomaly-detection", "recommendation", "token-classification",
+        "forecast", "anomaly-detection", "recommendation", "token-classification", "text-generation",
     ] | None = Field(None, description="by default told from the algorithm, the target's type and the features")  # fmt: skip
     time: str | None = Field(
         None, max_length=1000,

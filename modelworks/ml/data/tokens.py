@@ -9,6 +9,7 @@ from typing import Any
 from modelworks.core.errors import InvalidInput, MissingExtra
 
 PAD, UNKNOWN = "[PAD]", "[UNK]"
+END = "<|end|>"
 _PADS = (PAD, "<pad>", "<PAD>", "<|pad|>", "<|endoftext|>", "</s>")
 
 
@@ -36,6 +37,24 @@ def learn(texts: Iterable[str], vocabulary: int, lowercase: bool) -> dict[str, A
         vocab_size=vocabulary, special_tokens=[PAD, UNKNOWN], initial_alphabet=sorted(alphabet), show_progress=False
     )
     tokenizer.train_from_iterator(texts, trainer)
+    made: dict[str, Any] = json.loads(tokenizer.to_str())
+    return made
+
+
+def learn_generative(texts: Iterable[str], vocabulary: int) -> dict[str, Any]:
+    """A byte-level BPE tokenizer as JSON that gives back every text as it was. Token 0 stands between texts, and thus before
+    each; with a `vocabulary` of 257 there are bytes alone.
+    """
+    lib = _library()
+    tokenizer = lib.Tokenizer(lib.models.BPE())
+    tokenizer.pre_tokenizer = lib.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = lib.decoders.ByteLevel()
+    alphabet = sorted(lib.pre_tokenizers.ByteLevel.alphabet())
+    trainer = lib.trainers.BpeTrainer(
+        vocab_size=vocabulary, min_frequency=2, special_tokens=[END], initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.post_processor = lib.processors.TemplateProcessing(single=f"{END} $A", special_tokens=[(END, 0)])
     made: dict[str, Any] = json.loads(tokenizer.to_str())
     return made
 

@@ -90,7 +90,7 @@ def _baselines(metrics: dict[str, Any], baselines: dict[str, Any]) -> str:
         (name, *(_n((found.get(metric) or {}).get("mean")) for metric in names))
         for name, found in (("model", metrics), *baselines.items())
     ]
-    return "<h2>Beside its baselines</h2>" + _table(("forecast", *names), rows)
+    return "<h2>Beside its baselines</h2>" + _table(("", *names), rows)
 
 
 def _gates(gates: list[dict[str, Any]]) -> str:

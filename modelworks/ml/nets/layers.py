@@ -242,6 +242,26 @@ class Elementwise(nn.Module):
         return e.module(self.head, self.body.emit_pair(e, vectors, mask))
 
 
+class Likelihood(nn.Module):
+    """Blocks of tokens [n, 1 + l], -1 behind the end -> [n, 2]: the negative log probability of those after the first, and
+    how many there are. `model`: a language model of transformers.
+    """
+
+    def __init__(self, model: nn.Module, smoothing: float) -> None:
+        super().__init__()
+        self.model, self.smoothing = model, smoothing
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        ids = x.long()
+        logits = self.model(input_ids=ids[:, :-1].clamp(min=0), use_cache=False).logits.float()
+        wanted = ids[:, 1:]
+        found = f.cross_entropy(
+            logits.transpose(1, 2), wanted, reduction="none", ignore_index=-1,
+            label_smoothing=self.smoothing if self.training else 0.0,
+        )  # fmt: skip
+        return torch.stack([found.sum(dim=1), (wanted >= 0).sum(dim=1).float()], dim=1)
+
+
 class Corrected(nn.Module):
     """straight(x) + bent(x)"""
 

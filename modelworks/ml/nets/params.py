@@ -180,6 +180,11 @@ class TransformerParams(SequenceParams):
     heads: int = Field(4, ge=1, le=128, description="attention heads; must divide width")
     layers: int = Field(2, ge=1, le=48, description="layers on top of each other")
     feed_forward: int = Field(128, ge=1, le=65_536, description="width of the layer between two attentions")
+    vocabulary: int = Field(
+        1000, ge=257, le=200_000, description="of text generation: tokens that are learnt from the texts, byte-pair encoded; "
+        "257: bytes alone"
+    )  # fmt: skip
+    context: int = Field(256, ge=64, le=8192, description="of text generation: how many tokens it looks back on, and writes, at most")
     warmup: float = Field(0.1, ge=0, lt=1, description="share of all steps in which the learning rate rises from 0")
     clip_norm: float | None = Field(1.0, gt=0, le=1e6, description="the gradient's norm at most")
 

@@ -6,7 +6,7 @@ import math
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from modelworks.core.errors import InvalidInput
-from modelworks.core.tasks import TAGGING
+from modelworks.core.tasks import GENERATION, TAGGING
 from modelworks.ml.base import Block, Examples
 from modelworks.ml.nets.params import RnnParams, TransformerParams
 from modelworks.ml.nets.trainer import NetTrainer
@@ -46,9 +46,9 @@ class Rnn(NetTrainer):
 
 class Transformer(NetTrainer):
     """A transformer encoder over token sequences, sounds, or the steps that a table's columns form; it also names each
-    element of a sequence."""
+    element of a sequence, and learns to go on with texts as a small decoder (text-generation)."""
 
-    tasks: ClassVar[tuple[str, ...]] = (*NetTrainer.tasks, TAGGING)
+    tasks: ClassVar[tuple[str, ...]] = (*NetTrainer.tasks, TAGGING, GENERATION)
     tokens: ClassVar[bool] = True
     reads: ClassVar[tuple[str, ...]] = ("text", "audio", "tabular")
     Params: ClassVar[type[TransformerParams]] = TransformerParams

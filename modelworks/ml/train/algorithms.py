@@ -11,7 +11,7 @@ from pydantic import BaseModel, ValidationError
 
 from modelworks.core.errors import InvalidInput
 from modelworks.core.registry import Registry
-from modelworks.core.tasks import ANOMALY, FORECAST, RECOMMENDATION, TAGGING, named
+from modelworks.core.tasks import ANOMALY, FORECAST, GENERATION, RECOMMENDATION, TAGGING, named
 from modelworks.ml.base import Trainer
 
 AUTO = "auto"  # in place of an algorithm: the best of those that fit the task
@@ -48,6 +48,7 @@ COURSES: Registry[Any] = Registry(
         ANOMALY: "modelworks.ml.train.anomaly:Anomaly",
         FORECAST: "modelworks.ml.train.forecasting:Forecast",
         RECOMMENDATION: "modelworks.ml.train.recommendation:Recommendation",
+        GENERATION: "modelworks.ml.train.generation:Generation",
         TAGGING: "modelworks.ml.train.tagging:Tagging",
     },
 )

@@ -165,7 +165,7 @@ class Tagging(Course):
     def details(
         self, parts: Sequence[tuple[np.ndarray, np.ndarray]], found: Sequence[Predictions], wanted: Sequence[str]
     ) -> dict[str, Any]:
-        """Each tag's figures; which is taken for which."""
+        """Each tag's figures, `rows` being elements; which is taken for which."""
         from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
 
         _, true, said = elements(Predictions.join(found))
@@ -174,7 +174,7 @@ class Tagging(Course):
         made: dict[str, Any] = {
             "sequences": len(self.rows), "elements": int(self.target.sum()), "longest": int(self.target.max()),
             "per_class": {
-                class_text(name): {"precision": float(p), "recall": float(r), "f1": float(f), "elements": int(n)}
+                class_text(name): {"precision": float(p), "recall": float(r), "f1": float(f), "rows": int(n)}
                 for name, p, r, f, n in zip(self.names, *columns, strict=True)
             },
         }  # fmt: skip
