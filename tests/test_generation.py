@@ -112,7 +112,7 @@ def test_texts_from_a_file_to_completions(running: RunningServer, tmp_path: Path
     job = client.training_jobs.wait(client.training_jobs.create(**spec))
     assert job.status == "succeeded", job.error
     client.deployments.put("lines", model="lines")
-    client.deployments.wait_ready("lines")
+    client.deployments.wait_ready("lines", timeout=280)
     with running.http() as http:
         asked = {"model": "lines", "prompt": [text + tokens.END for text in texts[:24]], "echo": True, "logprobs": 0, "max_tokens": 0}
         choices = http.post("/v1/completions", json=asked, timeout=60).json()["choices"]
