@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import socket
+import threading
 import time
 from collections.abc import Iterator
 
@@ -55,6 +56,28 @@ def test_the_next_request_on_a_connection_has_the_same_deadline(api: House) -> N
         assert connection.recv(65536).startswith(b"HTTP/1.1 200")
         connection.sendall(b"GET /heal")
         assert read_all(connection).startswith(b"HTTP/1.1 408")
+
+
+def test_what_came_while_the_loop_was_held_is_read_before_a_deadline_ends_it(
+    api: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A wide body takes a second of the loop: who asked in time meanwhile is not told to have been silent."""
+    read, held = BoundedProtocol.data_received, threading.Event()
+
+    def slow(protocol: BoundedProtocol, data: bytes) -> None:
+        if b"x-wide" in data:
+            held.set()
+            time.sleep(1.0)  # longer than header_timeout
+        read(protocol, data)
+
+    monkeypatch.setattr(BoundedProtocol, "data_received", slow)
+    with connect(api) as other, connect(api) as wide:
+        time.sleep(0.2)
+        wide.sendall(GET + b"x-wide: yes\r\n\r\n")
+        assert held.wait(5)
+        other.sendall(GET + b"\r\n")
+        assert other.recv(65536).startswith(b"HTTP/1.1 200")
+        assert wide.recv(65536).startswith(b"HTTP/1.1 200")
 
 
 def test_headers_that_are_too_large_are_431(api: House) -> None:

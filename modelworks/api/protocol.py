@@ -20,6 +20,7 @@ MAX_URL = 8 * 1024
 MAX_PIPELINE = 128  # requests that may wait behind one on a connection
 MAX_DISCARD = 1024 * 1024  # bytes still read after the answer, so that the client gets to read it
 LINGER = 2.0  # seconds of that, when the connection is to be closed
+HELD = 0.1  # seconds by which a timer that comes late tells that the loop was held; so long it then goes on waiting
 
 # What a connection is doing; each but BUSY has a deadline.
 HEAD, BODY, BUSY, IDLE, DISCARD, LINGERING = range(6)
@@ -242,8 +243,11 @@ class BoundedProtocol(HttpToolsProtocol):
             self.transport.abort()
             return
         if self._deadline is not None and now >= self._deadline:
-            self._deadline = None
-            self._expired()
+            if now - self._deadline > HELD:  # the loop was held: what came meanwhile is yet to be read
+                self._deadline = now + HELD
+            else:
+                self._deadline = None
+                self._expired()
         pending = [when for when in (self._deadline, self._write_deadline) if when is not None]
         if pending and not self.transport.is_closing():
             self._arm(min(pending))

@@ -49,7 +49,7 @@ def unharmed(server: RunningServer) -> Iterator[None]:
     assert server.processes("gateway")[0].pid == gateway.pid, "the gateway died"
     assert other.peak < MEMORY, f"{other.peak / MIB:.0f} MiB"
     until(lambda: len(_connections(gateway)) < 20, 15)
-    assert not list((server.home / "tmp").iterdir())
+    until(lambda: not list((server.home / "tmp").iterdir()), 30)  # a job that runs at that moment has a folder there
 
 
 def _connections(gateway: psutil.Process) -> list[Any]:

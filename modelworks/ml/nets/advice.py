@@ -63,7 +63,8 @@ def measure(loop: Loop) -> dict[str, Any]:
         torch.set_rng_state(random)
     if torch.cuda.is_available():
         free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()
-    fits = 0 < memory <= MARGIN * free
+    # fewer rows at a time than a batch has: they were seen to go through where memory ends, and the loop halves on
+    fits = 0 < memory <= MARGIN * free or 1 <= micro < loop.size
     seconds = 0.0 if math.isinf(step) else step * len(loop.examples) / loop.size * loop.epochs
     limit = loop.stopping.max_seconds
     return {
@@ -130,15 +131,15 @@ def warnings_of(seconds: float, memory: float, free: float, size: int, micro: in
     found = []
     if micro < 1:
         found.append("memory runs out even with one row at a time; make the net smaller, or raise resources.memory_mb")
-    elif memory > MARGIN * free:
-        found.append(
-            f"this will hardly fit: about {memory / 2**20:,.0f} MiB are needed and {free / 2**20:,.0f} MiB may be used; use "
-            "fewer rows or features, lower batch_size or the size of the net, or raise resources.memory_mb"
-        )
     elif micro < size:
         found.append(
             f"memory runs out with {size} rows at once: {micro} will go through the net at a time, and their gradients are "
             "added up; a smaller batch_size, or more resources.memory_mb, would be faster"
+        )
+    elif memory > MARGIN * free:
+        found.append(
+            f"this will hardly fit: about {memory / 2**20:,.0f} MiB are needed and {free / 2**20:,.0f} MiB may be used; use "
+            "fewer rows or features, lower batch_size or the size of the net, or raise resources.memory_mb"
         )
     if limit and seconds > limit:
         found.append(f"all epochs would take {words(seconds)}, and max_seconds stops it after {words(limit)}")
