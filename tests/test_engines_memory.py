@@ -44,8 +44,8 @@ def test_logs() -> None:
 
 def test_a_gauge_sees_who_is_near_the_limit_and_who_stands_still_there() -> None:
     hold = (
-        "data = bytearray(b'x') * (60 << 20); print(flush=True); input()\n"
-        "any(i < 0 for i in range(30_000_000)); print(flush=True); input()"
+        "import time; data = bytearray(b'x') * (60 << 20); print(flush=True); input()\n"
+        "while time.process_time() < 3: sum(range(10_000))\nprint(flush=True); input()"
     )
     with subprocess.Popen([sys.executable, "-c", hold], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         assert process.stdin

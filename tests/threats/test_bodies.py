@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from modelworks.security import policy
+from tests.server import until
 from tests.test_e2e_lifecycle import ROW
 from tests.threats.conftest import Estate
 from tests.threats.probe import Probe, Wire, head
@@ -256,7 +257,7 @@ def test_logs_tell_nothing_of_the_machine(estate: Estate) -> None:
     """Of jobs and replicas, also of one that broke: the probe looks at each."""
     job = estate.values["training-jobs.id"]
     with estate.probe() as probe:
-        assert "accuracy" in probe.get(f"/api/v1/training-jobs/{job}/log").text
+        until(lambda: "accuracy" in probe.get(f"/api/v1/training-jobs/{job}/log").text, 60)  # the job may still run
         assert "ready" in probe.get("/api/v1/deployments/iris/logs").text
         replica = probe.get("/api/v1/deployments/iris/replicas").json()["data"][0]
         log = next(estate.server.home.rglob(f"{replica['id']}.log"))

@@ -124,9 +124,9 @@ class Engine:
         scheduler.max_num_batched_tokens = CHUNK + int(config["slots"])
         scheduler.max_num_seqs = int(config["slots"]) + 1  # a piece beside them
         self._context = int(config["context"])
-        self._pipeline = genai.ContinuousBatchingPipeline(
-            config["model"], scheduler, "CPU", {"INFERENCE_NUM_THREADS": int(config["threads"])}
-        )
+        # where the processor knows bfloat16, OpenVINO would compute in it unasked, and give other texts than elsewhere
+        options = {"INFERENCE_NUM_THREADS": int(config["threads"]), "INFERENCE_PRECISION_HINT": "f32"}
+        self._pipeline = genai.ContinuousBatchingPipeline(config["model"], scheduler, "CPU", options)
         self._tokenizer = self._pipeline.get_tokenizer()
         vocabulary = self._tokenizer.get_vocab()
         self._bytes = [b""] * (max(vocabulary.values()) + 1)
