@@ -6,17 +6,29 @@ boolean is no number, an integer is a number, and every refusal names the featur
 
 from __future__ import annotations
 
-import difflib
 import json
 import math
 import struct
 from collections.abc import Callable, Sequence
-from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from modelworks.core import sequences
 from modelworks.core.errors import SHOWN, InvalidInput, ModelworksError, shown
-from modelworks.core.tasks import FORECAST, TAGGING
+from modelworks.core.features import (
+    EXPECTED,
+    MEDIA,
+    check_missing,
+    format_time,
+    history,
+    is_series,
+    kind_of,
+    mistyped,
+    parse_time,
+    refuse_names,
+    refuse_row,
+    shape_of,
+)
+from modelworks.core.tasks import TAGGING
 from modelworks.core.tensors import BOOL_MISSING, DATATYPES, INT64_MISSING, Tensor, decode_base64, unpack
 from modelworks.core.types import Answer, TensorSpec
 
@@ -31,18 +43,6 @@ _FLOATS = {
     "FP32": 3.4028234663852886e38,
     "FP64": 1.7976931348623157e308,
 }
-_EXPECTED = {
-    "number": "a number",
-    "integer": "an integer",
-    "boolean": "true or false",
-    "category": "a text",
-    "text": "a text",
-    "time": "an ISO 8601 time as a text",
-    "image": "an image file in base64",
-    "audio": "a sound file in base64",
-    "sequence": sequences.WORDS,
-}
-_MEDIA = ("image", "audio")
 _REWRITTEN = ("time", "sequence")
 _NUMBERS = frozenset({int, float})
 _PLACES = range(0, 4 * 1_000_000, 4)
@@ -60,11 +60,10 @@ class Field:
         self.spec = spec
         self.name = spec.name
         self.datatype = spec.datatype
-        self.kind = _kind(spec)
-        # the history of a forecast: of a longer one the end counts, and none is the training's own
-        self.series = task == FORECAST and spec.nullable and len(spec.shape) == 2 and spec.shape[1] > 1
+        self.kind = kind_of(spec)
+        self.series = is_series(spec, task)
         self.plain = bool(spec.shape) and spec.shape[1:] in ([], [1])
-        self.single = self.plain and spec.shape[0] in (-1, 1) and self.kind not in (*_MEDIA, "sequence")
+        self.single = self.plain and spec.shape[0] in (-1, 1) and self.kind not in (*MEDIA, "sequence")
         self.one = [1] * len(spec.shape)
         self.code = DATATYPES[spec.datatype][1]
         family = "text" if spec.datatype == "BYTES" else self.kind
@@ -166,7 +165,7 @@ def _encode_many(field: Field, values: list[Any], count: int) -> Tensor:
 
 def _flat(field: Field, values: list[Any], rows: Sequence[int] | None) -> bytes:
     """The bytes of a flat list; `rows`: the row of each value where it is not its place in the list."""
-    if field.kind in _MEDIA:
+    if field.kind in MEDIA:
         return b"".join([_file_bytes(field, value, rows[i] if rows else i) for i, value in enumerate(values)])
     if field.datatype == "BYTES":
         return b"".join([_text_bytes(field, value, rows[i] if rows else i) for i, value in enumerate(values)])
@@ -189,26 +188,26 @@ def _text_bytes(field: Field, value: Any, row: int) -> bytes:
         try:
             raw = value.encode()
         except UnicodeEncodeError:
-            _mistyped(field, value, row, "a text without lone surrogates")
+            raise mistyped(value, row, field.spec, "a text without lone surrogates") from None
     else:
         raw = _text(field, value, row).encode()
     if len(raw) > MAX_TEXT:
-        _mistyped(field, value, row, f"a text of at most {MAX_TEXT} bytes")
+        raise mistyped(value, row, field.spec, f"a text of at most {MAX_TEXT} bytes")
     return struct.pack("<I", len(raw)) + raw
 
 
 def _file_bytes(field: Field, value: Any, row: int) -> bytes:
     """A file, from base64 or as it came in a form. What it shows is the replica's to judge."""
     if value is None or value == "":
-        _missing(field, row)
+        check_missing(row, field.spec)
         return struct.pack("<I", 0)
     if type(value) is str:
         try:
             value = decode_base64(value)
         except ValueError:
-            _mistyped(field, value, row, _EXPECTED[field.kind])
+            raise mistyped(value, row, field.spec, EXPECTED[field.kind]) from None
     elif type(value) is not bytes:
-        _mistyped(field, value, row, _EXPECTED[field.kind])
+        raise mistyped(value, row, field.spec, EXPECTED[field.kind])
     return struct.pack("<I", len(value)) + value
 
 
@@ -216,20 +215,20 @@ def _text(field: Field, value: Any, row: int) -> str:
     if value is None or value == "":
         # an input that is no table's column has no notion of missing: its empty text is a text
         if field.spec.column or value is None:
-            _missing(field, row)
+            check_missing(row, field.spec)
         return ""
     if field.kind == "sequence":
         return _sequence(field, value, row)
     if type(value) is not str:
-        _mistyped(field, value, row, _EXPECTED[field.kind])
+        raise mistyped(value, row, field.spec, EXPECTED[field.kind])
     if len(value) > MAX_TEXT:
-        _mistyped(field, value, row, f"a text of at most {MAX_TEXT} bytes")
+        raise mistyped(value, row, field.spec, f"a text of at most {MAX_TEXT} bytes")
     if field.kind != "time":
         return value
-    moment = _parse_time(value)
+    moment = parse_time(value)
     if moment is None:
-        _mistyped(field, value, row, _EXPECTED["time"])
-    return moment
+        raise mistyped(value, row, field.spec, EXPECTED["time"])
+    return format_time(moment)
 
 
 def _sequence(field: Field, value: Any, row: int) -> str:
@@ -237,55 +236,41 @@ def _sequence(field: Field, value: Any, row: int) -> str:
     try:
         return sequences.dump(value)
     except ValueError:
-        _mistyped(field, value, row, _EXPECTED["sequence"])
-
-
-def _parse_time(text: str) -> str | None:
-    """The form in which times travel (`2024-01-31T12:00:00`, `Z` if it has a zone); None when it is not ISO 8601."""
-    text = text.strip()
-    if not 7 <= len(text) <= 64:
-        return None
-    try:
-        moment = datetime.fromisoformat(text + "-01" if len(text) == 7 else text)  # a month is its first day
-        if moment.tzinfo is None:
-            return moment.isoformat()
-        return moment.astimezone(UTC).replace(tzinfo=None).isoformat() + "Z"
-    except (ValueError, OverflowError):
-        return None
+        raise mistyped(value, row, field.spec, EXPECTED["sequence"]) from None
 
 
 def _scalar(field: Field, value: Any, row: int) -> Any:
     """One number or boolean, checked with all care."""
     if value is None:
-        _missing(field, row)
+        check_missing(row, field.spec)
         if field.datatype in _FLOATS:
             return math.nan
         if field.kind == "boolean":
             return BOOL_MISSING
         if field.datatype == "INT64":
             return INT64_MISSING
-        _mistyped(field, value, row, f"an integer ({field.datatype} has no missing value)")
+        raise mistyped(value, row, field.spec, f"an integer ({field.datatype} has no missing value)")
     if field.kind == "boolean":
         if type(value) is not bool:
-            _mistyped(field, value, row, _EXPECTED["boolean"])
+            raise mistyped(value, row, field.spec, EXPECTED["boolean"])
         return value
     if type(value) not in (int, float):
-        _mistyped(field, value, row, _EXPECTED[field.kind])
+        raise mistyped(value, row, field.spec, EXPECTED[field.kind])
     if type(value) is float and not math.isfinite(value):
-        _mistyped(field, value, row, "a finite number")
+        raise mistyped(value, row, field.spec, "a finite number")
     if field.kind == "integer" and type(value) is float and not value.is_integer():
-        _mistyped(field, value, row, "an integer")
+        raise mistyped(value, row, field.spec, "an integer")
     if field.datatype in _FLOATS:
         if abs(value) > _FLOATS[field.datatype]:
-            _mistyped(field, value, row, f"a number within the range of {field.datatype}")
+            raise mistyped(value, row, field.spec, f"a number within the range of {field.datatype}")
         return float(value)
     whole = int(value)
     try:
         struct.pack(f"<{field.code}", whole)
     except (struct.error, OverflowError):
-        _mistyped(field, value, row, f"an integer within the range of {field.datatype}")
+        raise mistyped(value, row, field.spec, f"an integer within the range of {field.datatype}") from None
     if field.datatype == "INT64" and whole == INT64_MISSING:
-        _mistyped(field, value, row, "an integer within the range of INT64")
+        raise mistyped(value, row, field.spec, "an integer within the range of INT64")
     return whole
 
 
@@ -293,7 +278,7 @@ def _encode_nested(field: Field, values: list[Any]) -> Tensor:
     """Inputs that are no columns: every row's value is a nested list of the shape after the first axis."""
     wanted = field.spec.shape[1:]
     if field.series:
-        values = [_history(field, value, row) for row, value in enumerate(values)]
+        values = [history(value, row, field.spec) for row, value in enumerate(values)]
     if not field.spec.shape or field.spec.shape[0] not in (-1, len(values)):
         raise InvalidInput(
             f"the input {field.name!r} has shape {field.spec.shape} and cannot be given row by row; use /v2 infer",
@@ -304,38 +289,15 @@ def _encode_nested(field: Field, values: list[Any]) -> Tensor:
     leaves: list[Any] = []
     rows: list[int] = []
     for row, value in enumerate(values):
-        found = _shape_of(value, len(wanted))
+        found = shape_of(value, len(wanted))
         fits = found is not None and all(want in (-1, have) for want, have in zip(wanted, found, strict=True))
         if not fits or (shape is not None and found != shape):
-            _mistyped(field, value, row, f"nested lists of shape {list(shape or wanted)}")
+            raise mistyped(value, row, field.spec, f"nested lists of shape {list(shape or wanted)}")
         shape = found
         before = len(leaves)
         _collect(value, len(wanted), leaves)
         rows += [row] * (len(leaves) - before)
     return Tensor(field.name, field.datatype, [len(values), *(shape or ())], _flat(field, leaves, rows))
-
-
-def _history(field: Field, value: Any, row: int) -> list[Any]:
-    """The last steps of a history; of none, missing values."""
-    steps = field.spec.shape[1]
-    if value is None:
-        return [None] * steps
-    if type(value) is not list or len(value) < steps or None in value[-steps:]:
-        _mistyped(field, value, row, f"a list of {steps} numbers or more, the newest last, or null")
-    return value[-steps:]
-
-
-def _shape_of(value: Any, depth: int) -> tuple[int, ...] | None:
-    """The shape of lists nested `depth` deep; None when they are ragged or something else."""
-    if depth == 0:
-        return None if isinstance(value, list | dict) else ()
-    if type(value) is not list:
-        return None
-    inner = {_shape_of(item, depth - 1) for item in value}
-    if len(inner) > 1 or None in inner:
-        return None
-    rest = inner.pop() if inner else (0,) * (depth - 1)
-    return None if rest is None else (len(value), *rest)
 
 
 def _collect(value: Any, depth: int, leaves: list[Any]) -> None:
@@ -346,17 +308,6 @@ def _collect(value: Any, depth: int, leaves: list[Any]) -> None:
     else:
         for item in value:
             _collect(item, depth - 1, leaves)
-
-
-def _kind(spec: TensorSpec) -> str:
-    """The column type to check against; told from the datatype for inputs that are not a table's columns."""
-    if spec.column:
-        return spec.column
-    if spec.datatype == "BOOL":
-        return "boolean"
-    if spec.datatype == "BYTES":
-        return "text"
-    return "number" if spec.datatype in _FLOATS else "integer"
 
 
 # refusals
@@ -376,61 +327,14 @@ def _refuse_rows(rows: Any) -> NoReturn:
 
 
 def _refuse(plan: list[Field], rows: list[Any]) -> NoReturn:
-    """Find what is wrong with the names of the rows' features, in the order in which a reader would."""
     names = [field.name for field in plan]
     known = set(names)
     for index, row in enumerate(rows):
         if type(row) is not dict:
-            raise InvalidInput(
-                f"inputs[{index}] must be an object of feature names and values, not {shown(row)}",
-                code="bad_row",
-                param=f"inputs[{index}]",
-            )
-        unknown = [str(name)[:SHOWN] for name in row if name not in known]
-        missing = [name for name in names if name not in row]
-        if missing:
-            near = difflib.get_close_matches(missing[0], unknown[:50], 1, 0.6)
-            hint = f" ({near[0]!r} is not known: did you mean {missing[0]!r}?)" if near else ""
-            raise InvalidInput(
-                f"inputs[{index}] lacks the feature {missing[0]!r}{hint}; "
-                "give it a value, or null where a missing value is accepted",
-                code="missing_feature",
-                param=missing[0],
-                detail={"row": index, "feature": missing[0]},
-            )
-        if unknown:
-            near = difflib.get_close_matches(unknown[0], names[:500], 1, 0.6)
-            hint = f"did you mean {near[0]!r}? " if near else ""
-            listed = ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")
-            raise InvalidInput(
-                f"inputs[{index}] has the feature {unknown[0]!r}, which the model does not know; "
-                f"{hint}its features are {listed}",
-                code="unknown_feature",
-                param=unknown[0],
-                detail={"row": index, "feature": unknown[0]},
-            )
+            refuse_row(index, row)
+        if row.keys() != known:
+            refuse_names(index, row, names)
     raise AssertionError("the names are right")  # pragma: no cover
-
-
-def _missing(field: Field, row: int) -> None:
-    if not field.spec.nullable:
-        expected = _EXPECTED[field.kind]
-        raise InvalidInput(
-            f"inputs[{row}]: the feature {field.name!r} expects {expected} but its value is missing, "
-            "and the model was not made to accept that",
-            code="missing_value",
-            param=field.name,
-            detail={"row": row, "feature": field.name, "expected": expected, "got": "null"},
-        )
-
-
-def _mistyped(field: Field, value: Any, row: int, expected: str) -> NoReturn:
-    raise InvalidInput(
-        f"inputs[{row}]: the feature {field.name!r} expects {expected}, not {shown(value)}",
-        code="bad_value",
-        param=field.name,
-        detail={"row": row, "feature": field.name, "expected": expected, "got": shown(value)},
-    )
 
 
 # answers

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from modelworks.core import sequences
+from modelworks.core.features import parse_time
 from modelworks.core.tensors import INT64_MISSING
 from modelworks.core.types import ColumnType
-from modelworks.ml.data.types import parse_time
 
 if TYPE_CHECKING:
     import numpy as np

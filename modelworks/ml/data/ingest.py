@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from modelworks.core import sequences
 from modelworks.core.errors import InvalidInput
+from modelworks.core.features import parse_time
 from modelworks.core.specs import TableSchema
 from modelworks.core.tensors import decode_base64
 from modelworks.core.types import Column
@@ -21,7 +22,6 @@ from modelworks.ml.data.infer import Inferred, files_of, infer
 from modelworks.ml.data.pointed import Stores, follow
 from modelworks.ml.data.readers import open_table
 from modelworks.ml.data.table import Table
-from modelworks.ml.data.types import parse_time
 
 if TYPE_CHECKING:
     import pyarrow as pa

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from modelworks.core import sequences
+from modelworks.core.features import format_time
 from modelworks.core.types import Column
 from modelworks.ml.data.findings import leakage_warnings, not_numbers, time_steps, warnings
 from modelworks.ml.data.parquet import Data, open_parquet, quoted
-from modelworks.ml.data.types import format_time
 
 BINS = 20
 TOP = 10

@@ -8,14 +8,26 @@ from __future__ import annotations
 import base64
 import math
 from collections.abc import Sequence
-from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from modelworks.core import sequences
-from modelworks.core.errors import SHOWN, InvalidInput, shown
-from modelworks.core.tasks import FORECAST
+from modelworks.core.errors import InvalidInput
+from modelworks.core.features import (
+    EXPECTED,
+    MEDIA,
+    check_missing,
+    format_time,
+    history,
+    is_series,
+    kind_of,
+    mistyped,
+    parse_time,
+    refuse_names,
+    refuse_row,
+    shape_of,
+)
 from modelworks.core.tensors import BOOL_MISSING, INT64_MISSING, decode_base64
 from modelworks.core.types import Column, TensorSpec
 
@@ -25,17 +37,6 @@ if TYPE_CHECKING:
     from modelworks.ml.base import Batch
 
 _OIP = {"number": "FP32", "boolean": "BOOL"}  # all else is BYTES
-_EXPECTED = {
-    "number": "a number",
-    "integer": "an integer",
-    "boolean": "true or false",
-    "category": "a text",
-    "text": "a text",
-    "time": "an ISO 8601 time as a text",
-    "image": "an image file in base64",
-    "audio": "a sound file in base64",
-    "sequence": sequences.WORDS,
-}
 _INTEGERS: dict[str, np.dtype[Any]] = {
     f"{sign}INT{bits}": np.dtype(f"{sign.lower()}int{bits}") for sign in ("", "U") for bits in (8, 16, 32, 64)
 }
@@ -45,7 +46,6 @@ _FLOATS: dict[str, np.dtype[Any]] = {
     "FP64": np.dtype("float64"),
 }
 _DTYPES: dict[str, np.dtype[Any]] = {**_INTEGERS, **_FLOATS}
-MEDIA = ("image", "audio")
 
 
 def signature_inputs(columns: Sequence[Column]) -> list[TensorSpec]:
@@ -144,49 +144,24 @@ def rows_to_batch(rows: Sequence[dict[str, Any]], inputs: Sequence[TensorSpec], 
     names = {spec.name for spec in inputs}
     for index, row in enumerate(rows):
         if not isinstance(row, dict):
-            raise InvalidInput(
-                f"inputs[{index}] must be an object of feature names and values, not {shown(row)}",
-                code="bad_row",
-                param=f"inputs[{index}]",
-            )
-        if row.keys() != names and not (len(inputs) == 1 and not row and _is_series(inputs[0], task)):
-            _refuse_names(index, row, [spec.name for spec in inputs])
-    if len(inputs) == 1 and _is_series(inputs[0], task):
+            refuse_row(index, row)
+        if row.keys() != names and not (len(inputs) == 1 and not row and is_series(inputs[0], task)):
+            refuse_names(index, row, [spec.name for spec in inputs])
+    if len(inputs) == 1 and is_series(inputs[0], task):
         rows = [{inputs[0].name: None, **row} for row in rows]
     found: Batch = {}
     for spec in inputs:
         values = [row[spec.name] for row in rows]
-        if _is_series(spec, task):
-            values = [_history(value, row, spec) for row, value in enumerate(values)]
+        if is_series(spec, task):
+            values = [history(value, row, spec) for row, value in enumerate(values)]
         found[spec.name] = _column(values, spec)
     return found
-
-
-def _refuse_names(index: int, row: dict[str, Any], names: list[str]) -> None:
-    for name in names:
-        if name not in row:
-            raise InvalidInput(
-                f"inputs[{index}] lacks the feature {name!r}; "
-                "give it a value, or null where a missing value is accepted",
-                code="missing_feature",
-                param=name,
-                detail={"row": index, "feature": name},
-            )
-    name = next(name for name in row if name not in set(names))
-    known = ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")
-    raise InvalidInput(
-        f"inputs[{index}] has the feature {str(name)[:SHOWN]!r}, which the model does not know; "
-        f"its features are {known}",
-        code="unknown_feature",
-        param=str(name)[:SHOWN],
-        detail={"row": index, "feature": str(name)[:SHOWN]},
-    )
 
 
 def _column(values: list[Any], spec: TensorSpec) -> np.ndarray:
     if len(spec.shape) > 2 or (len(spec.shape) == 2 and spec.shape[1] != 1):
         return _nested(values, spec)
-    kind = _kind(spec)
+    kind = kind_of(spec)
     if kind == "boolean":
         return _booleans(values, spec)
     if kind in MEDIA:
@@ -194,17 +169,6 @@ def _column(values: list[Any], spec: TensorSpec) -> np.ndarray:
     if kind in ("category", "text", "time", "sequence"):
         return _texts(values, spec, kind)
     return _numbers(values, spec, kind)
-
-
-def _kind(spec: TensorSpec) -> str:
-    """The column type to check against; told from the datatype for inputs that are not a table's columns."""
-    if spec.column:
-        return spec.column
-    if spec.datatype == "BOOL":
-        return "boolean"
-    if spec.datatype == "BYTES":
-        return "text"
-    return "integer" if spec.datatype in _INTEGERS else "number"
 
 
 def _numbers(values: list[Any], spec: TensorSpec, kind: str) -> np.ndarray:
@@ -228,26 +192,26 @@ def _numbers(values: list[Any], spec: TensorSpec, kind: str) -> np.ndarray:
 
 def _number(value: Any, row: int, spec: TensorSpec, kind: str, dtype: np.dtype) -> Any:
     if value is None or (isinstance(value, float) and math.isnan(value)):
-        _missing(row, spec, kind)
+        check_missing(row, spec)
         if dtype.kind == "f":
             return np.nan
         if spec.datatype == "INT64":
             return INT64_MISSING
-        raise _mistyped(value, row, spec, f"an integer ({spec.datatype} has no missing value)")
+        raise mistyped(value, row, spec, f"an integer ({spec.datatype} has no missing value)")
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise _mistyped(value, row, spec, _EXPECTED[kind])
+        raise mistyped(value, row, spec, EXPECTED[kind])
     if math.isinf(value) if isinstance(value, float) else False:
-        raise _mistyped(value, row, spec, "a finite number")
+        raise mistyped(value, row, spec, "a finite number")
     if kind == "integer" and isinstance(value, float) and not value.is_integer():
-        raise _mistyped(value, row, spec, "an integer")
+        raise mistyped(value, row, spec, "an integer")
     if dtype.kind == "f":
         if abs(value) > float(np.finfo(dtype).max):
-            raise _mistyped(value, row, spec, f"a number within the range of {spec.datatype}")
+            raise mistyped(value, row, spec, f"a number within the range of {spec.datatype}")
         return float(value)
     whole = int(value)
     bounds = np.iinfo(dtype)
     if not int(bounds.min) <= whole <= int(bounds.max) or (spec.datatype == "INT64" and whole == INT64_MISSING):
-        raise _mistyped(value, row, spec, f"an integer within the range of {spec.datatype}")
+        raise mistyped(value, row, spec, f"an integer within the range of {spec.datatype}")
     return whole
 
 
@@ -257,12 +221,12 @@ def _booleans(values: list[Any], spec: TensorSpec) -> np.ndarray:
     out = np.empty(len(values), dtype=np.uint8)
     for row, value in enumerate(values):
         if value is None:
-            _missing(row, spec, "boolean")
+            check_missing(row, spec)
             out[row] = BOOL_MISSING
         elif isinstance(value, bool):
             out[row] = value
         else:
-            raise _mistyped(value, row, spec, _EXPECTED["boolean"])
+            raise mistyped(value, row, spec, EXPECTED["boolean"])
     return out
 
 
@@ -272,16 +236,16 @@ def _texts(values: list[Any], spec: TensorSpec, kind: str) -> np.ndarray:
         if value is None or value == "":
             # an input that is no table's column (a user's own net) has no notion of missing: its empty text is a text
             if spec.column or value is None:
-                _missing(row, spec, kind)
+                check_missing(row, spec)
             out[row] = ""
         elif kind == "sequence":
             out[row] = _sequence(value, row, spec)
         elif not isinstance(value, str):
-            raise _mistyped(value, row, spec, _EXPECTED[kind])
+            raise mistyped(value, row, spec, EXPECTED[kind])
         elif kind == "time":
             out[row] = _time(value, row, spec)
         elif not _encodable(value):
-            raise _mistyped(value, row, spec, "a text without lone surrogates")
+            raise mistyped(value, row, spec, "a text without lone surrogates")
         else:
             out[row] = value
     return out
@@ -291,7 +255,7 @@ def _sequence(value: Any, row: int, spec: TensorSpec) -> str:
     try:
         return sequences.dump(value)
     except ValueError:
-        raise _mistyped(value, row, spec, _EXPECTED["sequence"]) from None
+        raise mistyped(value, row, spec, EXPECTED["sequence"]) from None
 
 
 def _files(values: list[Any], spec: TensorSpec, kind: str) -> np.ndarray:
@@ -299,15 +263,15 @@ def _files(values: list[Any], spec: TensorSpec, kind: str) -> np.ndarray:
     out = np.empty(len(values), dtype=object)
     for row, value in enumerate(values):
         if value is None or value == "":
-            _missing(row, spec, kind)
+            check_missing(row, spec)
             out[row] = b""
             continue
         if not isinstance(value, str):
-            raise _mistyped(value, row, spec, _EXPECTED[kind])
+            raise mistyped(value, row, spec, EXPECTED[kind])
         try:
             out[row] = decode_base64(value)
         except ValueError:
-            raise _mistyped(value, row, spec, _EXPECTED[kind]) from None
+            raise mistyped(value, row, spec, EXPECTED[kind]) from None
     return out
 
 
@@ -322,26 +286,8 @@ def _encodable(text: str) -> bool:
 def _time(value: str, row: int, spec: TensorSpec) -> str:
     parsed = parse_time(value)
     if parsed is None:
-        raise _mistyped(value, row, spec, _EXPECTED["time"])
+        raise mistyped(value, row, spec, EXPECTED["time"])
     return format_time(parsed)
-
-
-def parse_time(text: str) -> datetime | None:
-    """An ISO 8601 date or date and time, with or without offset (turned to UTC); None when it is not one."""
-    text = text.strip()
-    if len(text) < 7:
-        return None
-    try:
-        parsed = datetime.fromisoformat(text + "-01" if len(text) == 7 else text)  # a month is its first day
-        return parsed if parsed.tzinfo is None else parsed.astimezone(UTC)
-    except (ValueError, OverflowError):
-        return None
-
-
-def format_time(moment: datetime) -> str:
-    """The one form in which times travel: `2024-01-31T12:00:00`, with microseconds if any, and `Z` if it has a zone."""
-    text = moment.replace(tzinfo=None).isoformat()
-    return text + "Z" if moment.tzinfo else text
 
 
 def _nested(values: list[Any], spec: TensorSpec) -> np.ndarray:
@@ -351,66 +297,18 @@ def _nested(values: list[Any], spec: TensorSpec) -> np.ndarray:
     shape: tuple[int, ...] | None = None
     leaves: list[Any] = []
     for row, value in enumerate(values):
-        found = _shape_of(value, len(wanted))
+        found = shape_of(value, len(wanted))
         fits = found is not None and all(want in (-1, have) for want, have in zip(wanted, found, strict=True))
         if not fits or (shape is not None and found != shape):
-            raise _mistyped(value, row, spec, f"nested lists of shape {list(shape or wanted)}")
+            raise mistyped(value, row, spec, f"nested lists of shape {list(shape or wanted)}")
         shape = found
         leaves.extend(_leaves(value, len(wanted)))
     array = _column(leaves, flat_spec)
     return array.reshape(len(values), *(shape or (0,) * len(wanted)))
 
 
-def _is_series(spec: TensorSpec, task: str) -> bool:
-    """Whether it is the history of a forecast: of a longer one the end counts, and none is the training's own."""
-    return task == FORECAST and spec.nullable and len(spec.shape) == 2 and spec.shape[1] > 1
-
-
-def _history(value: Any, row: int, spec: TensorSpec) -> list[Any]:
-    """The last steps of a history; of none, missing values."""
-    steps = spec.shape[1]
-    if value is None:
-        return [None] * steps
-    if not isinstance(value, list) or len(value) < steps or None in value[-steps:]:
-        raise _mistyped(value, row, spec, f"a list of {steps} numbers or more, the newest last, or null")
-    return value[-steps:]
-
-
-def _shape_of(value: Any, depth: int) -> tuple[int, ...] | None:
-    """The shape of lists nested `depth` deep; None when they are ragged or something else."""
-    if depth == 0:
-        return None if isinstance(value, list | dict) else ()
-    if not isinstance(value, list):
-        return None
-    inner = {_shape_of(item, depth - 1) for item in value}
-    if len(inner) > 1 or None in inner:
-        return None
-    rest = inner.pop() if inner else (0,) * (depth - 1)
-    return None if rest is None else (len(value), *rest)
-
-
 def _leaves(value: Any, depth: int) -> list[Any]:
     return [value] if depth == 0 else [leaf for item in value for leaf in _leaves(item, depth - 1)]
-
-
-def _missing(row: int, spec: TensorSpec, kind: str) -> None:
-    if not spec.nullable:
-        raise InvalidInput(
-            f"inputs[{row}]: the feature {spec.name!r} expects {_EXPECTED[kind]} but its value is missing, "
-            "and the model was not made to accept that",
-            code="missing_value",
-            param=spec.name,
-            detail={"row": row, "feature": spec.name, "expected": _EXPECTED[kind], "got": "null"},
-        )
-
-
-def _mistyped(value: Any, row: int, spec: TensorSpec, expected: str) -> InvalidInput:
-    return InvalidInput(
-        f"inputs[{row}]: the feature {spec.name!r} expects {expected}, not {shown(value)}",
-        code="bad_value",
-        param=spec.name,
-        detail={"row": row, "feature": spec.name, "expected": expected, "got": shown(value)},
-    )
 
 
 # batches -> JSON rows
@@ -428,7 +326,7 @@ def _values(array: np.ndarray, spec: TensorSpec) -> list[Any]:
         array = array[:, 0]
     if array.ndim > 1:
         return array.tolist()
-    kind = _kind(spec)
+    kind = kind_of(spec)
     if kind in MEDIA:
         return [base64.b64encode(value).decode() if value else None for value in array.tolist()]
     if kind == "boolean":
