@@ -1,4 +1,4 @@
-"""What a deployment answers over HTTP is what training said, on every row of the evaluation set, for every algorithm."""
+"""What a deployment answers over HTTP is what training said, on every row, whatever else an algorithm does with tables."""
 
 from __future__ import annotations
 
@@ -17,16 +17,17 @@ from modelworks.store.blobs import Blobs
 from modelworks.store.catalog import Catalog
 from tests.learning import Context, mixed, run
 from tests.server import RunningServer
-from tests.test_forecast import learn, passengers
+from tests.test_e2e_families import CASES as FAMILIES
 
-CASES = [  # those built on a registered model are held in test_nets_pretrained
+CASES = [  # the others are held in test_e2e_families
     (name, task)
     for name in TRAINERS
     for task in TRAINERS.get(name).tasks
-    if task.startswith("tabular-") and "backbone" not in TRAINERS.get(name).Params.model_fields
+    if task.startswith("tabular-")
+    and "backbone" not in TRAINERS.get(name).Params.model_fields
+    and not any((one.algorithm, one.task) == (name, task) for one in FAMILIES)
 ]
 QUICK: dict[str, dict[str, Any]] = {
-    "gradient-boosted-trees": {"n_estimators": 10},
     "mlp": {"hidden": [8], "epochs": 2},
     "cnn": {"shape": [1, 1, 11], "channels": [4], "head": [8], "epochs": 2},  # 11: the features of mixed()
     "rnn": {"hidden": 4, "epochs": 2},
@@ -70,20 +71,6 @@ def test_the_wire_equals_training(
     assert [str(one.label) for one in got] == said["label"].tolist()
     assert {type(one.label) for one in got} == {int}
     close([[*one.probabilities.values()] for one in got], said["probabilities"])
-
-
-def test_a_forecast_over_the_wire_equals_trainings(running: RunningServer, tmp_path: Path) -> None:
-    """On the histories that training answered for the package."""
-    trained = learn(passengers(), tmp_path)
-    register(running, "parity-forecaster", trained)
-    running.client.deployments.put("parity-forecaster", model="parity-forecaster")
-    running.client.deployments.wait_ready("parity-forecaster")
-    samples = trained.manifest.parity
-    got = running.client.deployments.predict("parity-forecaster", samples.inputs).outputs
-    running.client.deployments.delete("parity-forecaster")
-    assert len(got) == len(samples.inputs) > 2
-    for name, values in samples.outputs.items():
-        close([getattr(one, name) for one in got], np.asarray(values))
 
 
 def close(got: Any, expected: np.ndarray) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -129,6 +129,17 @@ class Recommendation(Course):
             spec, RECOMMENDATION, chosen, batch, rows, target, None, None, given=tuple(columns), names=names, order=order
         )
 
+    def again(self, table: pa.Table) -> Recommendation:
+        """Users and items have the numbers that they have here; those that are new come behind."""
+        other = super().again(table)
+        assert isinstance(other, Recommendation)
+        names, batch = {}, {}
+        for param, column in zip(("user", "item"), self.columns, strict=True):
+            places = {name: place for place, name in enumerate(self.names[param])}
+            here = np.array([places.setdefault(name, len(places)) for name in other.names[param]], dtype=np.int64)
+            names[param], batch[column.name] = list(places), here[other.batch[column.name]]
+        return replace(other, names=names, batch=batch)
+
     @property
     def clicks(self) -> bool:
         return not self.spec.target
@@ -178,7 +189,7 @@ class Recommendation(Course):
         return Taste(made, places[0], places[1], had, low, high)
 
     def judge(self, model: Taste, rows: np.ndarray) -> Predictions:
-        user, item = model.users[self._of("user")[rows]], model.items[self._of("item")[rows]]
+        user, item = _known(model.users, self._of("user")[rows]), _known(model.items, self._of("item")[rows])
         output = np.zeros((len(rows), 4))
         output[:, 2], output[:, 3] = self._of("user")[rows], min(self.params.top_k, len(model.factors.items))
         size = max(1, _CELLS // len(model.factors.items))
@@ -297,6 +308,11 @@ class Recommendation(Course):
 
     def _of(self, param: str) -> np.ndarray:
         return self.batch[self.columns[0 if param == "user" else 1].name]
+
+
+def _known(places: np.ndarray, numbers: np.ndarray) -> np.ndarray:
+    """`places` of `numbers`, -1 of those that the model's problem had not."""
+    return np.append(places, -1)[np.minimum(numbers, len(places))]
 
 
 def _told(given: str | None, param: str, usual: tuple[str, ...], columns: Sequence[Column]) -> Column:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -115,6 +115,19 @@ class Tagging(Course):
             tags[row, : len(given)] = [places[tag] for tag in given]
         rows = np.flatnonzero(lengths > 0)
         return cls(spec, TAGGING, features, batch, rows, lengths, None, None, given=tuple(columns), names=names, tags=tags)
+
+    def again(self, table: pa.Table) -> Tagging:
+        """With tags by the numbers that they have here, those that are new behind, and as wide."""
+        given = {**self.spec.hyperparameters, "steps": self.tags.shape[1]}
+        other = replace(self, spec=self.spec.model_copy(update={"hyperparameters": given}))._again(table)
+        places = {name: place for place, name in enumerate(self.names)}
+        here = np.array([*(places.setdefault(name, len(places)) for name in other.names), NONE])
+        return replace(other, names=list(places), tags=here[other.tags])  # -1 is the last
+
+    def _again(self, table: pa.Table) -> Tagging:
+        other = super().again(table)
+        assert isinstance(other, Tagging)
+        return other
 
     def learn(self, rows: np.ndarray, ctx: JobContext) -> Tags:
         from modelworks.ml.nets.examples import MemoryExamples
