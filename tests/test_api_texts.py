@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -129,7 +130,99 @@ def test_grpc_takes_the_same_parameters(api: House, rpc: GrpcHouse) -> None:
     assert b"Hello" in part
     assert (last(api).stream, last(api).params) == (True, {"max_tokens": 5})
 
-    request = fill(message("modelworks.v1.PredictRequest"), {"name": "chat", "inputs": [{"messages": PARIS}], "parameters": GIVEN})
+    request = fill(
+        message("modelworks.v1.PredictRequest"), {"name": "chat", "inputs": [{"messages": PARIS}], "parameters": GIVEN}
+    )
     answer = rpc.call(V1 + "Deployment/Predict", request, answer="modelworks.v1.PredictResponse")
     assert answer.outputs[0]["text"] == "Hello"
     assert last(api).params == GIVEN
+
+
+def tensor(name: str, data: Any, *, datatype: str = "BYTES", shape: Any = (1,)) -> dict[str, Any]:
+    return {"name": name, "datatype": datatype, "shape": list(shape), "data": data}
+
+
+@pytest.mark.parametrize(
+    ("given", "name", "data"),
+    [
+        (tensor("prompt", ["Once"]), "prompt", b"\x04\0\0\0Once"),
+        (tensor("text_input", ["Once"]), "prompt", b"\x04\0\0\0Once"),
+        (tensor("text_input", [["Once"]], shape=(1, 1)), "prompt", b"\x04\0\0\0Once"),
+        (tensor("tokens", [5, 6], datatype="INT32", shape=(2,)), "tokens", struct.pack("<2i", 5, 6)),
+    ],
+)
+def test_oip_takes_prompts_and_tokens(
+    api: House, rpc: GrpcHouse, given: dict[str, Any], name: str, data: bytes
+) -> None:
+    for lane in ("", "?lane=slow"):
+        answer = post(api, INFER + lane, {"inputs": [given], "parameters": {"max_tokens": 3}})
+        assert answer.status_code == 200, answer.text
+        (sent,) = last(api).inputs
+        assert (sent.name, sent.shape, sent.data) == (name, [data.count(b"\0\0\0") if name == "tokens" else 1], data)
+
+    def request(raw: bool) -> Any:
+        asked = message("inference.ModelInferRequest")(model_name="chat")
+        put = asked.inputs.add(name=given["name"], datatype=given["datatype"], shape=given["shape"])
+        if raw:
+            asked.raw_input_contents.append(data)
+        elif name == "tokens":
+            put.contents.int_contents.extend(given["data"])
+        else:
+            put.contents.bytes_contents.append(b"Once")
+        return asked
+
+    for raw in (True, False):
+        found = rpc.call(OIP + "ModelInfer", request(raw), answer="inference.ModelInferResponse")
+        assert [one.name for one in found.outputs] == ["text", "finish_reason", "usage"]
+        (sent,) = last(api).inputs
+        assert (sent.name, sent.data) == (name, data)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "said"),
+    [
+        ([tensor("question", ["Once"])], "its inputs are messages, prompt, tokens"),
+        ([tensor("prompt", ["Once"]), tensor("stream", [True], datatype="BOOL")], "one input, not 2"),
+        ([], "one input, not 0"),
+        ([tensor("prompt", ["a", "b"], shape=(2,))], "'prompt'"),
+        ([tensor("tokens", [5], datatype="INT64")], "INT32, not INT64"),
+    ],
+)
+def test_oip_says_what_a_language_model_takes(api: House, rpc: GrpcHouse, inputs: list[Any], said: str) -> None:
+    for lane in ("", "?lane=slow"):
+        answer = post(api, INFER + lane, {"inputs": inputs})
+        assert (answer.status_code, said in answer.json()["error"]) == (400, True), answer.text
+    request = message("inference.ModelInferRequest")(model_name="chat")
+    for one in inputs:
+        request.inputs.add(name=one["name"], datatype=one["datatype"], shape=one["shape"])
+        request.raw_input_contents.append(b"\x01")
+    assert rpc.code(OIP + "ModelInfer", request).name == "INVALID_ARGUMENT"
+
+
+def test_an_answer_has_the_deadline_of_language_models_by_every_way(api: House, rpc: GrpcHouse) -> None:
+    def seconds() -> int:
+        return round((last(api).deadline - time.monotonic()) / 10) * 10
+
+    def row() -> Any:
+        return fill(message("modelworks.v1.PredictRequest"), {"name": "chat", "inputs": [{"messages": PARIS}]})
+
+    for lane in ("", "?lane=slow"):
+        post(api, PREDICT + lane, {"inputs": [{"messages": PARIS}]})
+        assert seconds() == 600
+        post(api, INFER + lane, oip())
+        assert seconds() == 600
+    post(api, "/v1/chat/completions", {"model": "chat", "messages": PARIS})
+    assert seconds() == 600
+    # a client of gRPC names its own, which counts where it is nearer
+    for timeout, left in ((None, 600), (5000, 600), (50, 50)):
+        for method, request in ((OIP + "ModelInfer", infer_request()), (V1 + "Deployment/Predict", row())):
+            rpc.channel.unary_unary(method)(request.SerializeToString(), metadata=rpc.metadata(), timeout=timeout)
+            assert seconds() == left
+        list(
+            rpc.channel.stream_stream(OIP + "ModelStreamInfer")(
+                iter([infer_request().SerializeToString()]), metadata=rpc.metadata(), timeout=timeout
+            )
+        )
+        assert seconds() == left
+    post(api, "/api/v1/deployments/judge/predict", {"inputs": [{"text": "a"}]})
+    assert seconds() == 30

@@ -15,8 +15,9 @@ import msgspec
 from modelworks.api.body import decode_json
 from modelworks.api.calls import JSON_HEADERS, Prepared, Read, Reply
 from modelworks.api.errors import NotImplementedHere
-from modelworks.api.texts import parameters
+from modelworks.api.texts import TEXT_INPUTS, TEXT_SPECS, parameters, settle_text
 from modelworks.core.errors import InvalidInput
+from modelworks.core.tasks import GENERATION
 from modelworks.core.tensors import (
     BOOL_MISSING,
     DATATYPES,
@@ -107,7 +108,7 @@ def prepare(
     params = parameters(route, body.parameters, strict=False)
     if "logprobs" in params and not body.outputs:
         wanted.append(Wanted("logprobs"))
-    call = Call(model, tensors, gateway.deadline(), request_id, params, version=version)
+    call = Call(model, tensors, gateway.deadline_of(route), request_id, params, version=version)
     return Prepared(call, lambda found: encode_answer(model, body.id, found, wanted))
 
 
@@ -348,7 +349,10 @@ def decode_inputs(route: Route, body: InferBody, data: bytes = b"", offset: int 
     """
     if len(body.inputs) > MAX_TENSORS:
         raise InvalidInput(f"a request has at most {MAX_TENSORS} inputs", code="too_many_inputs", param="inputs")
-    specs = route.specs
+    signature, specs = route.signature, route.specs
+    texts = route.task == GENERATION
+    if texts:
+        signature, specs = TEXT_INPUTS, TEXT_SPECS
     tensors = []
     binary = []
     for given in body.inputs:
@@ -367,7 +371,9 @@ def decode_inputs(route: Route, body: InferBody, data: bytes = b"", offset: int 
             code="bad_binary_size",
             param="binary_data_size",
         )
-    check_inputs(route.signature, tensors, route.shapes)
+    if texts:
+        settle_text(tensors)
+    check_inputs(signature, tensors, route.shapes)
     for spec, tensor in binary:
         _check_missing(spec, tensor)
     return tensors

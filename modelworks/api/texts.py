@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import msgspec
 
 from modelworks.core.errors import InvalidInput
-from modelworks.core.generation import Sampling, check_messages, check_prompt, check_tokens, read_sampling
+from modelworks.core.generation import (
+    TEXT_GENERATION,
+    Sampling,
+    check_messages,
+    check_prompt,
+    check_tokens,
+    read_sampling,
+)
 from modelworks.core.tasks import GENERATION
 from modelworks.core.tensors import Tensor, pack_bytes, unpack_bytes
-from modelworks.core.types import Answer
+from modelworks.core.types import Answer, Signature, TensorSpec
 from modelworks.serve.routes import Route
 
 NAMES = frozenset(Sampling.__struct_fields__)
@@ -46,7 +53,9 @@ def parameters(route: Route, given: Mapping[str, Any] | None, *, strict: bool) -
     """
     if route.task != GENERATION:
         if strict and given:
-            raise InvalidInput(f"parameters are for language models, and {route.name!r} does {route.task}", param="parameters")
+            raise InvalidInput(
+                f"parameters are for language models, and {route.name!r} does {route.task}", param="parameters"
+            )
         return {}
     found = {}
     for name, value in (given or {}).items():
@@ -54,7 +63,9 @@ def parameters(route: Route, given: Mapping[str, Any] | None, *, strict: bool) -
             found[name] = _plain(name, value)
         elif strict:
             known = ", ".join(sorted(NAMES))
-            raise InvalidInput(f"there is no parameter {name[:80]!r}; there are {known}", param=f"parameters.{name[:80]}")
+            raise InvalidInput(
+                f"there is no parameter {name[:80]!r}; there are {known}", param=f"parameters.{name[:80]}"
+            )
     if found:
         read_sampling(found)
     return found
@@ -92,6 +103,38 @@ def text_input(rows: Any) -> list[Tensor]:
     if not isinstance(value, str):
         raise InvalidInput(f"{name} must be a {'text' if name == 'prompt' else 'list'}", code="bad_inputs", param=name)
     return [Tensor(name, "BYTES", [1], pack_bytes([check_prompt(value)]))]
+
+
+# what a call over the Open Inference Protocol may give, one of them
+TEXT_INPUTS = Signature(
+    inputs=[
+        TensorSpec(name="messages", datatype="BYTES", shape=[1], optional=True),
+        TensorSpec(name="prompt", datatype="BYTES", shape=[1], optional=True),
+        TensorSpec(name="tokens", datatype="INT32", shape=[-1], optional=True),
+    ],
+    outputs=TEXT_GENERATION.outputs,
+)
+_TRITON = "text_input"  # the name of a prompt in Triton's backends for language models
+TEXT_SPECS = {spec.name: spec for spec in TEXT_INPUTS.inputs} | {_TRITON: TEXT_INPUTS.inputs[1]}
+
+
+def settle_text(tensors: Sequence[Tensor]) -> None:
+    """Name and shape the one tensor of a request as TEXT_INPUTS does, in place.
+
+    `text_input` is a prompt, and a batch of one text is that text. InvalidInput where there is not exactly one tensor.
+    """
+    if len(tensors) != 1:
+        raise InvalidInput(
+            f"a language model takes one input, not {len(tensors)}: messages, prompt (or {_TRITON}) or tokens; what steers the "
+            "generation goes into the request's `parameters`",
+            code="bad_inputs",
+            param="inputs",
+        )
+    (one,) = tensors
+    if one.name == _TRITON:
+        one.name = "prompt"
+    if one.datatype == "BYTES" and one.shape == [1, 1]:
+        one.shape = [1]
 
 
 def text_output(answer: Answer) -> list[dict[str, Any]]:

@@ -49,7 +49,7 @@ def up(
     body_timeout: Annotated[
         float | None, Optional(help="Seconds without a byte of a body until it is refused.")
     ] = None,
-    predict_timeout: Annotated[float | None, Optional(help="Deadline of a prediction that names none.")] = None,
+    predict_timeout: Annotated[float | None, Optional(help="Deadline of a prediction that names none; 600 for language models.")] = None,
     shutdown_grace: Annotated[float | None, Optional(help="Seconds that calls get to finish when it stops.")] = None,
     lease_seconds: Annotated[float | None, Optional(help="How long a job's lease lasts without a heartbeat.")] = None,
     job_log_days: Annotated[

@@ -13,9 +13,11 @@ from modelworks.client.modes import Mode, Resource, call
 from modelworks.client.transport import AWAY, Request
 from modelworks.client.types import Prediction, build
 from modelworks.core.errors import DeadlineExceeded, ModelworksError, NotFound, Unavailable
+from modelworks.core.generation import SECONDS
 from modelworks.core.specs import DeploymentSpec
 from modelworks.core.types import Deployment, DeploymentRevision, Page, Replica
 
+_ANSWERED = SECONDS + 30  # beyond the deadline of any prediction: the server is the one to say that it passed
 _POLL = (0.1, 1.0)
 Row = Mapping[str, Any]
 
@@ -119,12 +121,14 @@ class Deployments(Resource[Mode]):
         """Predict rows of named raw features; one mapping or many. `outputs` come in the order of the inputs.
 
         An image or a sound is its file: bytes, or a pathlib.Path to read. `parameters` are a language model's (max_tokens,
-        temperature, seed, stop, adapter...).
+        temperature, seed, stop, adapter...). `timeout`: seconds without an answer after which this client gives up; by
+        default later than the server does.
         """
         given = [inputs] if isinstance(inputs, Mapping) else inputs
         rows = [{name: _value(value) for name, value in row.items()} for row in given]
         body = {"inputs": rows, **({"parameters": dict(parameters)} if parameters else {})}
-        return await self._http.model(Request("POST", _path(name, "/predict"), json=body, timeout=timeout), Prediction)
+        seconds = _ANSWERED if timeout is None else timeout
+        return await self._http.model(Request("POST", _path(name, "/predict"), json=body, timeout=seconds), Prediction)
 
     async def _get(self, name: str) -> Deployment:
         return await self._http.model(Request("GET", _path(name)), Deployment)

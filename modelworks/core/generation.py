@@ -18,6 +18,7 @@ from modelworks.core.errors import InvalidInput, NotFound
 from modelworks.core.tensors import Tensor, pack_bytes, unpack_bytes
 from modelworks.core.types import Signature, TensorSpec
 
+SECONDS = 600.0  # deadline of a generation whose client names none
 ROLES = ("system", "developer", "user", "assistant", "tool")
 MAX_MESSAGES = 2048
 MAX_CONTENT = 4 * 1024 * 1024  # characters of all messages, or of a prompt; images have MAX_IMAGES of their own

@@ -44,7 +44,7 @@ class Settings(BaseSettings):
     body_timeout: float = Field(
         30.0, description="seconds without a byte of an announced body until the call is refused"
     )
-    predict_timeout: float = Field(30.0, description="deadline of a prediction that names none")
+    predict_timeout: float = Field(30.0, description="deadline of a prediction that names none; language models have 600 s if that is more")
     shutdown_grace: float = Field(10.0, description="seconds that running calls get to finish when the server stops")
     lease_seconds: float = Field(10.0, description="how long a job's lease lasts without a heartbeat")
     job_log_days: float = Field(30.0, gt=0, description="days that the log of a job is kept after its end")

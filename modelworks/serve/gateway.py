@@ -11,6 +11,8 @@ from typing import Any
 import msgspec
 
 from modelworks.core.errors import Forbidden, ModelworksError, NotFound, Unavailable
+from modelworks.core.generation import SECONDS as GENERATION_SECONDS
+from modelworks.core.tasks import GENERATION
 from modelworks.core.types import Answer, Call, Principal
 from modelworks.serve.channel import Deliver
 from modelworks.serve.convoy import Rider
@@ -57,6 +59,14 @@ class Gateway:
     def deadline(self, seconds: float | None = None) -> float:
         """The deadline of a call that begins now: `seconds` from now, or the default."""
         return time.monotonic() + (self._timeout if seconds is None else seconds)
+
+    def deadline_of(self, route: Route, left: float | None = None) -> float:
+        """The deadline of a call of `route` that begins now: a text takes as long as it is, so its models have longer.
+
+        `left`: seconds in which the client gives up, where it says so and that is sooner.
+        """
+        seconds = max(self._timeout, GENERATION_SECONDS) if route.task == GENERATION else self._timeout
+        return self.deadline(seconds if left is None else min(seconds, left))
 
     def route(self, principal: Principal, deployment: str, version: str | None = None) -> Route:
         """The route of a deployment in the principal's project. Forbidden; NotFound, also for a version not served."""
@@ -148,7 +158,9 @@ class Gateway:
     def together(self, route: Route) -> bool:
         """Whether calls of the route may be submitted by `submit_many`."""
         ruled = route.detours or route.cache is not None or route.task in TASKS
-        return not (ruled or self._checks or self.observer.tracing is not None or route.limits.hedge_seconds is not None)
+        return not (
+            ruled or self._checks or self.observer.tracing is not None or route.limits.hedge_seconds is not None
+        )
 
     def submit_many(self, riders: list[Rider]) -> bool:
         """Start calls of one convoy; False: submit them one by one. The dialect asked `route` for each principal."""

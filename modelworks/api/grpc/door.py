@@ -33,6 +33,7 @@ from modelworks.core.types import Answer, Call, Caller, Principal
 from modelworks.security import policy
 from modelworks.serve.hints import PRIORITY_HEADER, STICKY_HEADER, hint
 from modelworks.serve.observe import CANCELLED, rows_of
+from modelworks.serve.routes import Route
 
 log = logger("api.grpc")
 
@@ -79,11 +80,9 @@ class Rpc:
             raise InvalidInput("an idempotency-key has 1 to 255 printable characters", param="idempotency-key")
         return Caller(self.principal, self.request_id, key)
 
-    def deadline(self) -> float:
-        """When a prediction must have its answer: the client's own deadline, or ours when that is nearer."""
-        limit = self.services.settings.predict_timeout
-        left = self.context.time_remaining()
-        return self.services.gateway.deadline(limit if left is None else min(limit, left))
+    def deadline(self, route: Route) -> float:
+        """When a call of `route` must have its answer: the client's own deadline, or ours when that is nearer."""
+        return self.services.gateway.deadline_of(route, self.context.time_remaining())
 
     async def infer(self, call: Call) -> Answer:
         """The gateway's answer. A cancelled call is aborted in the replica too."""

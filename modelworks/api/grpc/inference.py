@@ -19,6 +19,7 @@ from modelworks.api.grpc.tensors import check, decode, encode, encode_raw, wante
 from modelworks.api.intake import SMALL
 from modelworks.api.texts import parameters
 from modelworks.core.errors import InvalidInput, ModelworksError
+from modelworks.core.tasks import GENERATION
 from modelworks.core.types import Answer, Call
 from modelworks.serve.routes import Route
 from modelworks.serve.wire import Part
@@ -145,16 +146,23 @@ async def infer(rpc: Rpc, data: bytes) -> bytes:
 async def _infer(rpc: Rpc, data: bytes) -> bytes:
     plain = quick.read(data)
     if plain is None:
-        request = parse(_Request, data)
-        call, names = _call(rpc, request)
-        return encode(request.model_name, request, await rpc.infer(call), names)
+        return await _infer_request(rpc, data)
     name, version, form = plain.model, _version(plain.version), plain.form
     route = rpc.services.gateway.route(rpc.principal, name, version)
+    if route.task == GENERATION:  # it has several forms of input
+        return await _infer_request(rpc, data)
     if form is None or form.fits is not route.signature:
         check(route, plain.tensors, plain.kind)
         plain.fits(data, route.signature)
-    found = await rpc.infer(Call(name, plain.tensors, rpc.deadline(), rpc.request_id, version=version, kind=plain.kind))
+    call = Call(name, plain.tensors, rpc.deadline(route), rpc.request_id, version=version, kind=plain.kind)
+    found = await rpc.infer(call)
     return encode_raw(name, plain.id, found.model_version, found.outputs)
+
+
+async def _infer_request(rpc: Rpc, data: bytes) -> bytes:
+    request = parse(_Request, data)
+    call, names = _call(rpc, request)
+    return encode(request.model_name, request, await rpc.infer(call), names)
 
 
 def _call(rpc: Rpc, request: Any) -> tuple[Call, list[str] | None]:
@@ -163,9 +171,11 @@ def _call(rpc: Rpc, request: Any) -> tuple[Call, list[str] | None]:
     if request.parameters and "sequence_id" in request.parameters and _is_sequence(request.parameters["sequence_id"]):
         raise NotImplementedHere("sequences are not supported; send each request by itself")
     tensors = decode(route, request)
-    given = {key: getattr(one, one.WhichOneof("parameter_choice") or "bool_param") for key, one in request.parameters.items()}
+    given = {
+        key: getattr(one, one.WhichOneof("parameter_choice") or "bool_param") for key, one in request.parameters.items()
+    }
     params = parameters(route, given, strict=False)
-    return Call(name, tensors, rpc.deadline(), rpc.request_id, params, version=version), wanted(route, request)
+    return Call(name, tensors, rpc.deadline(route), rpc.request_id, params, version=version), wanted(route, request)
 
 
 def _is_sequence(parameter: Any) -> bool:

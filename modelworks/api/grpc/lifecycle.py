@@ -260,7 +260,8 @@ async def predict(rpc: Rpc, request: Any) -> Any:
         raise InvalidInput(f"`inputs` has 1 to {MAX_ROWS} rows, not {len(rows)}", code="bad_inputs", param="inputs")
     texts = route.task == GENERATION
     params = parameters(route, given.get("parameters"), strict=True)
-    call = Call(name, text_input(rows) if texts else encode_rows(route, rows), rpc.deadline(), rpc.request_id, params)
+    tensors = text_input(rows) if texts else encode_rows(route, rows)
+    call = Call(name, tensors, rpc.deadline(route), rpc.request_id, params)
     found = await rpc.infer(call)
     outputs = text_output(found) if texts else decode_outputs(route, found)
     body = {"outputs": outputs, "model": found.model_version, "request_id": rpc.request_id}

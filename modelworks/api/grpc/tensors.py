@@ -7,9 +7,11 @@ from typing import Any
 
 from modelworks.api.errors import NotImplementedHere
 from modelworks.api.grpc.messages import message, varint
+from modelworks.api.texts import TEXT_INPUTS, settle_text
 from modelworks.core.errors import InvalidInput
+from modelworks.core.tasks import GENERATION
 from modelworks.core.tensors import DATATYPES, Tensor, element_count, pack, unpack
-from modelworks.core.types import Answer
+from modelworks.core.types import Answer, Signature
 from modelworks.serve.checks import Shape
 from modelworks.serve.columns import Kind, kind_of
 from modelworks.serve.routes import Route
@@ -60,13 +62,17 @@ def decode(route: Route, request: Any) -> list[Tensor]:
             )
         else:
             tensors.append(Tensor(given.name, given.datatype, shape, raw[index]))
-    check(route, tensors, kind_of(tensors))
+    if route.task == GENERATION:
+        settle_text(tensors)
+        _shape(TEXT_INPUTS, kind_of(tensors)).read(tensors)
+    else:
+        check(route, tensors, kind_of(tensors))
     return tensors
 
 
 def check(route: Route, tensors: list[Tensor], kind: Kind) -> None:
     """InvalidInput unless the tensors, of this kind, fit the route's signature."""
-    _shape(route, kind).read(tensors)
+    _shape(route.signature, kind).read(tensors)
 
 
 def _typed(given: Any, shape: list[int]) -> Tensor:
@@ -91,14 +97,14 @@ def _typed(given: Any, shape: list[int]) -> Tensor:
 _shapes: dict[tuple[int, Any], tuple[Any, Shape]] = {}
 
 
-def _shape(route: Route, kind: Kind) -> Shape:
-    """The check of this kind of call against the route's signature, made once."""
-    key = (id(route.signature), kind)
+def _shape(signature: Signature, kind: Kind) -> Shape:
+    """The check of this kind of call against a signature, made once."""
+    key = (id(signature), kind)
     known = _shapes.get(key)
     if known is None:
         if len(_shapes) >= 1024:
             _shapes.clear()
-        known = _shapes[key] = (route.signature, Shape(route.signature.inputs, kind))  # kept, so the id stays its own
+        known = _shapes[key] = (signature, Shape(signature.inputs, kind))  # kept, so the id stays its own
     return known[1]
 
 

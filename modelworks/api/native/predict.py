@@ -130,7 +130,7 @@ def prepare_body(gateway: Gateway, principal: Principal, name: str, body: Predic
     route = gateway.route(principal, name)
     params = parameters(route, body.parameters, strict=True)
     tensors = text_input(body.inputs) if route.task == GENERATION else encode_rows(route, body.inputs)
-    call = Call(name, tensors, gateway.deadline(), request_id, params)
+    call = Call(name, tensors, gateway.deadline_of(route), request_id, params)
     return Prepared(call, lambda found: _reply(route, found, request_id))
 
 

@@ -29,7 +29,6 @@ from modelworks.serve.metering import ANSWER, estimate
 from modelworks.serve.router import Pending
 from modelworks.serve.routes import Route
 
-SECONDS = 600.0  # deadline of a generation
 STALLED = 60.0  # seconds for which a client may take nothing of what was sent to it
 MAX_CHOICES = 128  # of all prompts of one request
 QUEUE_HEADER = "x-queue-position"  # calls that waited for the deployment when this one came
@@ -152,7 +151,7 @@ class Exchange:
             call = Call(
                 self.route.name,
                 [self.asked.prompts[number]],
-                self.gateway.deadline(SECONDS),
+                self.gateway.deadline_of(self.route),
                 self.caller.request_id,
                 params,
                 stream=self.asked.stream,
