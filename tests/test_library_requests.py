@@ -64,8 +64,9 @@ def put_dataset(home: Home, project: str = "proj_a", name: str = "iris", version
 def put_model(home: Home, project: str = "proj_a", name: str = "iris", version: int = 1, **more: Any) -> ModelVersion:
     model = ModelVersion(
         project_id=project, name=name, version=version, signature=Signature(inputs=[], outputs=[]), size=1,
-        lineage={"dataset_digest": f"{1:064x}"},
-        **{"digest": f"{version:064x}", "task": "tabular-classification", **more},
+        **{
+            "digest": f"{version:064x}", "task": "tabular-classification", "lineage": {"dataset_digest": f"{1:064x}"}, **more
+        },
     )  # fmt: skip
     with home.catalog.write() as tx:
         return tx.add(model)
@@ -149,6 +150,12 @@ def test_an_evaluation_takes_the_models_dataset_unless_told(home: Home, library:
         ({"method": {"kfold": 2, "group": "weight"}}, InvalidInput, "group"),
         ({"metrics": ["rmse"]}, InvalidInput, "metrics"),
         ({"model": "numbers", "compare": "iris"}, InvalidInput, "compare"),
+        ({"text": "who"}, InvalidInput, "text"),
+        # a language model was trained on no dataset that is here: what it is measured on is said first
+        ({"model": "smol"}, InvalidInput, "method"),
+        ({"model": "smol", "dataset": "iris"}, InvalidInput, "method"),
+        ({"model": "smol", "method": {"test": "iris"}, "metrics": ["accuracy"]}, InvalidInput, "metrics"),
+        ({"model": "smol", "method": {"test": "other"}}, InvalidInput, "text"),
     ],
 )
 def test_an_evaluation_that_cannot_work_is_refused(
@@ -157,6 +164,7 @@ def test_an_evaluation_that_cannot_work_is_refused(
     put_model(home)
     put_model(home, "proj_b", "theirs")
     put_model(home, name="numbers", task="tabular-regression")
+    put_model(home, name="smol", task="text-generation", lineage={})
     with pytest.raises(kind) as caught:
         library.evaluate(A, EvaluationSpec.model_validate({"model": "iris", "method": {"kfold": 2}, **change}))
     assert caught.value.param == param

@@ -16,7 +16,7 @@ from modelworks.core.errors import InvalidInput
 from modelworks.core.specs import ALIAS_PATTERN, NAME_PATTERN, EvaluationSpec, Method, Ref, TrainingSpec
 from modelworks.core.tasks import GENERATION
 from modelworks.core.types import Dataset, Job, ModelVersion, Report
-from modelworks.ml.evaluate.asked import check_language, check_other, columns_of, settled
+from modelworks.ml.evaluate.asked import check_language, check_other, columns_of, settled, text_column
 from modelworks.ml.evaluate.catalogue import check_metrics, offered
 from modelworks.ml.evaluate.slices import parse_slice
 from modelworks.ml.search.space import check_search
@@ -64,6 +64,12 @@ def has_parts(spec: dict[str, Any]) -> bool:
 def evaluation(tx: Tx, project_id: str, spec: EvaluationSpec) -> dict[str, Any]:
     """The job's spec: each model and dataset by its version, beside their ids."""
     model, method = resolve_model(tx, project_id, str(spec.model)), spec.how
+    if model.task == GENERATION:
+        check_language(spec)
+    elif spec.text:
+        raise InvalidInput(f"text is for language models, and {model.ref} does {model.task}; leave it out", param="text")
+    else:
+        check_metrics(model.task, spec.metrics, spec.gates)
     if method.test:  # then the test set is all the data there is
         dataset = resolve_dataset(tx, project_id, method.test, "method.test")
     elif spec.dataset:
@@ -71,11 +77,8 @@ def evaluation(tx: Tx, project_id: str, spec: EvaluationSpec) -> dict[str, Any]:
     else:
         dataset = _trained_on(tx, project_id, model)
     if model.task == GENERATION:
-        check_language(spec, dataset.columns)
-    elif spec.text:
-        raise InvalidInput(f"text is for language models, and {model.ref} does {model.task}; leave it out", param="text")
+        text_column(spec, dataset.columns)
     else:
-        check_metrics(model.task, spec.metrics, spec.gates)
         _check_split(method, model, dataset)
     for one in spec.slices:
         parse_slice(one, dataset.columns)
