@@ -315,13 +315,15 @@ def test_all_are_counted(place: Place) -> None:
     place.use(0)
     observer = place.house.services.gateway.observer
 
-    def counted() -> tuple[int, int, int, int, int]:
-        tally = observer.tally((place.house.admin.project_id, "sums", "sums:1"))
+    def counted() -> tuple[int, ...]:
+        project = place.house.admin.project_id
+        tally = observer.tally((project, "sums", "sums:1"))
         return (
             observer.requests.get(("oip.infer", 200), 0),
             tally.answered, sum(tally.duration), sum(tally.queue), sum(tally.batch),
+            sum(count for spender, count in observer.called.items() if spender[:2] == (project, "sums")),
         )  # fmt: skip
 
     before = place.call(counted)
     place.ask([place.post(INFER, infer(float(i))) for i in range(8)], rounds=4)
-    assert [after - first for after, first in zip(place.call(counted), before, strict=True)] == [32] * 5
+    assert [after - first for after, first in zip(place.call(counted), before, strict=True)] == [32] * 6

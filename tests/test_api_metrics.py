@@ -267,3 +267,51 @@ def test_endpoints_that_could_not_be_used_are_refused_at_the_start(monkeypatch: 
     monkeypatch.setattr(tracing, "find_spec", lambda name: None)
     with pytest.raises(MissingExtra, match=r"modelworks\[otel\]"):
         tracing.check("http://127.0.0.1:4318", offline=False)
+
+
+# -- usage -------------------------------------------------------------------------------------------------------------
+
+
+def used(home: House, role: str = "admin", **query: str) -> Any:
+    with home.client(role) as client:
+        answer = client.get("/api/v1/usage", params=query)
+    assert answer.status_code == 200, answer.text
+    return answer.json()["data"]
+
+
+def test_usage_tells_each_keys_calls_and_tokens_and_a_key_its_own_alone(home: House) -> None:
+    with home.client("invoke-only") as client:
+        for _ in range(3):
+            assert client.post(PREDICT, json={"inputs": [ROW]}).status_code == 200
+        assert client.post(PREDICT + "?lane=slow", json={"inputs": [ROW]}).status_code == 200
+        assert client.post(PREDICT, json={"inputs": [{}]}).status_code == 400
+        assert client.post(PREDICT.replace("iris", "no"), json={"inputs": [ROW]}).status_code == 404
+        mine = client.get("/api/v1/whoami").json()["key_id"]
+    with home.client("developer") as client:
+        assert client.post(PREDICT, json={"inputs": [ROW]}).status_code == 200
+        other = client.get("/api/v1/whoami").json()["key_id"]
+    observer, project = home.services.gateway.observer, home.admin.project_id
+    observer.tokens((project, "chat"), mine, 10, 4, 6, 1)
+    observer.tokens((project, "chat"), mine, 5, 2)
+    observer.tokens(("proj_2", "chat"), mine, 100, 100)
+    none = dict.fromkeys(("prompt_tokens", "completion_tokens", "cached_tokens", "repeated_tokens"), 0)
+    ours = {"project_id": project, "key_id": mine, "key": "k-invoke-only"}
+    tokens = {"prompt_tokens": 15, "completion_tokens": 6, "cached_tokens": 6, "repeated_tokens": 1}
+    chat = {**ours, "deployment": "chat", "calls": 0, **tokens}
+    iris = {**ours, "deployment": "iris", "calls": 4, **none}
+    theirs = {**iris, "key_id": other, "key": "k-developer", "calls": 1}
+
+    assert used(home, "invoke-only") == [chat, iris]
+    assert used(home, "developer") == [theirs]
+    assert used(home, "viewer") == []
+    assert used(home) == [chat, *sorted([iris, theirs], key=lambda line: line["key_id"])]
+    assert used(home, deployment="chat") == [chat]
+    sums = {**ours, "deployment": None, "calls": 4, **tokens}
+    assert used(home, by="key") == sorted([sums, {**theirs, "deployment": None}], key=lambda line: line["key_id"])
+    nobodys = {"project_id": project, "key_id": None, "key": None}
+    assert used(home, by="deployment") == [{**chat, **nobodys}, {**iris, **nobodys, "calls": 5}]
+    with home.client() as client:
+        refused = client.get("/api/v1/usage", params={"by": "user"})
+    assert (refused.status_code, refused.json()["param"]) == (400, "by")
+    with home.client(None) as client:
+        assert client.get("/api/v1/usage").status_code == 401

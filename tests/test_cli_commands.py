@@ -67,6 +67,7 @@ def cli(fake: FakeServer) -> Any:
         (["projects", "list"], "/api/v1/projects", page({"id": "proj_1", "name": "lab"}), ["proj_1", "lab"]),
         (["users", "list"], "/api/v1/users", page({"id": "user_1", "name": "ada"}), ["user_1", "ada"]),
         (["audit"], "/api/v1/audit", page({"project_id": "p", "principal": "key_1", "action": "a.b", "object": "iris"}), ["a.b"]),
+        (["usage"], "/api/v1/usage", page({"project_id": "p", "key_id": "key_1", "calls": 41, "prompt_tokens": 7}), ["key_1", "41", "7"]),
         (["algorithms"], "/api/v1/algorithms", page({"name": "ridge", "task": "tabular-regression"}), ["ridge"]),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",

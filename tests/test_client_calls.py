@@ -145,6 +145,7 @@ CALLS: list[tuple[str, str, Any, Callable[[Any], Any], Any]] = [
     ),
     ("GET", "/api/v1/audit", page(), lambda c: c.audit.list(), None),
     ("GET", "/api/v1/algorithms", page({"name": "ridge"}), lambda c: c.algorithms(), None),
+    ("GET", "/api/v1/usage", page({"project_id": "p", "calls": 2}), lambda c: c.usage(by="key", deployment="iris"), None),
     ("GET", "/api/v1/status", {"version": "1"}, lambda c: c.status(), None),
 ]  # fmt: skip
 

@@ -30,7 +30,7 @@ def test_every_operation_has_a_scope_that_some_role_has():
     scopes = set(policy.OPERATIONS.values()) - {policy.ANY_KEY}
     assert scopes <= policy.SCOPES
     assert policy.ANY_KEY not in policy.SCOPES
-    assert [name for name, scope in policy.OPERATIONS.items() if scope == policy.ANY_KEY] == ["whoami.get"]
+    assert [name for name, scope in policy.OPERATIONS.items() if scope == policy.ANY_KEY] == ["whoami.get", "usage.get"]
 
 
 def test_every_role_is_in_the_table():
@@ -47,7 +47,7 @@ def test_what_changes_something_needs_a_scope_that_writes():
 
 def test_invoke_only_may_call_and_nothing_else():
     assert allowed(principal("invoke-only")) == {
-        "whoami.get", "deployments.predict", "oip.metadata", "oip.ready", "oip.infer",
+        "whoami.get", "usage.get", "deployments.predict", "oip.metadata", "oip.ready", "oip.infer",
         "openai.models", "openai.chat", "openai.completions", "openai.responses", "openai.embeddings", "openai.rerank",
         "openai.moderations",
     }  # fmt: skip

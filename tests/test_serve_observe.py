@@ -218,6 +218,7 @@ def test_what_is_published(tmp_path):
 def counted(observer, calls):
     for _ in range(calls):
         observer.watch(toy_route(("a", "/a")), lambda item: None)(Part([], "toy:1"))
+        observer.call(("p", "toy"), "key_1")
     observer.request("oip.infer", 200)
     return observer.snapshot()
 
@@ -236,6 +237,7 @@ def test_two_gateways_sum_and_what_one_counted_outlives_it(tmp_path):
         assert total_calls(totals) == 7
         assert totals.gateways == 2
         assert totals.requests == {("oip.infer", 200): 2}
+        assert totals.calls == {("p", "toy", "key_1"): 7}
     one.close()
     for _ in range(2):
         totals = two.total()
@@ -246,6 +248,7 @@ def test_two_gateways_sum_and_what_one_counted_outlives_it(tmp_path):
     two.close()
     third = Shelf(tmp_path, "third")  # after a restart of everything
     assert total_calls(third.total()) == 8
+    assert third.total().calls == {("p", "toy", "key_1"): 8}
     third.close()
 
 

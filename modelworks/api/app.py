@@ -13,7 +13,7 @@ from starlette.exceptions import HTTPException
 from modelworks.api import docs, errors, metrics, oip, oip_repository
 from modelworks.api.events import Stopping
 from modelworks.api.guard import Guard
-from modelworks.api.native import access, datasets, deployments, jobs, models, predict, reports
+from modelworks.api.native import access, datasets, deployments, jobs, models, predict, reports, usage
 from modelworks.api.openai import chat, completions, embeddings, moderations, responses
 from modelworks.api.openai import models as openai_models
 from modelworks.api.routes import Routes, RouteTable
@@ -38,6 +38,7 @@ ALL: tuple[Routes, ...] = (
     embeddings.routes,
     moderations.routes,
     access.routes,
+    usage.routes,
     access.server,
     metrics.routes,
 )

@@ -62,6 +62,7 @@ OWN: dict[str, dict[int, Example]] = {
         415: _NOT_A_FORM,
         504: Example("download_timeout", "the address did not send the file in time; try again, or upload the file"),
     },
+    "usage": {400: Example("invalid_input", "by: input should be 'key' or 'deployment'", "by")},
     "training_jobs": {400: _BAD_LIMIT, 404: _NO_JOB},
     "training_jobs.create": {
         400: Example(

@@ -100,8 +100,10 @@ class Express:
                 convoy: Any = rider.convoy
                 rider.caller.start_with(partial(getattr, rider, "call"), convoy.reply(rider))
             return
+        place, count = riders[0].convoy.route.key, self.gateway.observer.call
         for rider in riders:
             exchange: Exchange = rider.caller
+            count(place, exchange.principal.key_id)
             exchange.body = b""
             if not exchange.response_complete:
                 exchange._pending = rider

@@ -23,6 +23,7 @@ def register(app: typer.Typer) -> None:
     app.add_typer(projects, name="projects")
     app.add_typer(users, name="users")
     command(app, "audit")(audit)
+    command(app, "usage")(usage)
 
 
 @command(keys, "list")
@@ -172,6 +173,28 @@ def audit(session: Session, limit: Limit = 50, after: After = None) -> None:
         ("when", "key", "action", "object", "request"),
         ((when(one.created_at), one.principal, one.action, one.object, one.request_id) for one in found.items),
     )
+
+
+def usage(
+    session: Session,
+    by: Annotated[str | None, typer.Option(help="key or deployment: the sum by that; else by both.")] = None,
+    deployment: Annotated[str | None, typer.Option(help="Of this deployment only.")] = None,
+) -> None:
+    """Show the calls and tokens that keys have used: an administrator sees all keys of the project, others their own."""
+    found = session.client.usage(by=by, deployment=deployment)
+    if session.json:
+        session.emit(found)
+        return
+    session.table(
+        ("key", "name", "deployment", "calls", "prompt tokens", "of them cached", "completion tokens", "of them repeated"),
+        (
+            (
+                one.key_id or "all", one.key or "-", one.deployment or "all", one.calls, one.prompt_tokens,
+                one.cached_tokens, one.completion_tokens, one.repeated_tokens,
+            )
+            for one in found
+        ),
+    )  # fmt: skip
 
 
 def _role(role: str) -> str:

@@ -27,7 +27,7 @@ from modelworks.client.models import Models
 from modelworks.client.modes import Async, Mode, Sync, call
 from modelworks.client.texts import Texts
 from modelworks.client.transport import RETRIES, AsyncCarrier, Carrier, Request, SyncCarrier, Transport
-from modelworks.client.types import Algorithm, Model, NewKey, Output, Prediction, WhoAmI, parse
+from modelworks.client.types import Algorithm, Model, NewKey, Output, Prediction, Usage, WhoAmI, parse
 
 __all__ = [
     "Algorithm",
@@ -38,6 +38,7 @@ __all__ = [
     "NewKey",
     "Output",
     "Prediction",
+    "Usage",
     "WhoAmI",
     "error_of_job",
     "locate",
@@ -92,6 +93,15 @@ class _Face(Texts[Mode]):
     @call
     async def whoami(self) -> WhoAmI:
         return await self._http.model(Request("GET", "/api/v1/whoami"), WhoAmI)
+
+    @call
+    async def usage(self, *, by: str | None = None, deployment: str | None = None) -> Sequence[Usage]:
+        """Calls and tokens since the server's home was made, by key and deployment; `by` "key" or "deployment": by that.
+
+        An administrator's key sees all keys of its project, another key itself alone.
+        """
+        found = await self._http.json(Request("GET", "/api/v1/usage", query={"by": by, "deployment": deployment}))
+        return [self._http.validate(Usage, item) for item in found["data"]]
 
     @call
     async def health(self) -> dict[str, Any]:

@@ -40,6 +40,24 @@ class Prediction(Answer):
     request_id: str = ""
 
 
+class Usage(Answer):
+    """What one key has used of one deployment; `key_id` or `deployment` is None where it is the sum over them.
+
+    `prompt_tokens` includes `cached_tokens`, which the engine's cache had; `completion_tokens` includes `repeated_tokens`,
+    which came out of the cache of answers.
+    """
+
+    project_id: str
+    key_id: str | None = None
+    key: str | None = None
+    deployment: str | None = None
+    calls: int = 0
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    cached_tokens: int = 0
+    repeated_tokens: int = 0
+
+
 class Algorithm(Answer):
     """A trainer that the server has; `hyperparameters` is a JSON Schema."""
 

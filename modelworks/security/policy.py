@@ -32,6 +32,7 @@ OPERATIONS: dict[str, str] = {
     "whoami.get": ANY_KEY,
     "status.get": "deployments:read",
     "metrics.scrape": "usage:read",
+    "usage.get": ANY_KEY,  # of the key itself; of all keys with keys:read
     # data
     "datasets.create": "data:write",
     "datasets.list": "data:read",

@@ -105,5 +105,6 @@ class Snapshot(msgspec.Struct, array_like=True):
     memory: int = 0
     loads: list[Load] = []
     replicas: list[ReplicaNow] = []
-    # a counter again
+    # counters again
     tokens: list[tuple[Spender, list[int]]] = []  # as `Observer.tokens` has them
+    calls: list[tuple[Spender, int]] = []  # taken from each key

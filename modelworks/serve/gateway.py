@@ -113,8 +113,10 @@ class Gateway:
                 raise
             found.meter = meter
             meter.repeated = isinstance(found, Errand) and found.cached
-            return found
-        return self._start(principal, route, call, deliver, manual)
+        else:
+            found = self._start(principal, route, call, deliver, manual)
+        self.observer.call(route.key, principal.key_id)
+        return found
 
     def _start(
         self, principal: Principal, route: Route, call: Call, deliver: Deliver, manual: bool

@@ -67,6 +67,7 @@ class Totals:
     loads: dict[tuple[str, str], Load] = field(default_factory=dict)
     replicas: dict[str, ReplicaNow] = field(default_factory=dict)
     tokens: dict[Spender, list[int]] = field(default_factory=dict)
+    calls: dict[Spender, int] = field(default_factory=dict)
 
     def add_counters(self, one: Snapshot) -> None:
         for key, tally in one.tallies:
@@ -82,6 +83,10 @@ class Totals:
                 spender = OTHER
             known = self.tokens.setdefault(spender, [0, 0, 0, 0])
             self.tokens[spender] = [mine + theirs for mine, theirs in zip(known, counts, strict=True)]
+        for spender, count in one.calls:
+            if spender not in self.calls and len(self.calls) >= MAX_SERIES:
+                spender = OTHER
+            self.calls[spender] = self.calls.get(spender, 0) + count
         self.lag.merge(one.lag)
         self.log_dropped += one.log_dropped
 
@@ -110,6 +115,7 @@ class Totals:
             self.lag,
             self.log_dropped,
             tokens=list(self.tokens.items()),
+            calls=list(self.calls.items()),
         )
 
 

@@ -63,6 +63,7 @@ class Observer:
         self.tallies: dict[Key, Tally] = {}
         self.requests: dict[tuple[str, int], int] = {}
         self.spent: dict[Spender, list[int]] = {}
+        self.called: dict[Spender, int] = {}
         self.log = log
         self.tracing = tracing
         self.lag = seconds()
@@ -87,6 +88,13 @@ class Observer:
                 key = OTHER
             found = self.tallies.setdefault(key, Tally())
         return found
+
+    def call(self, place: tuple[str, str], key_id: str) -> None:
+        """Count one call that a deployment (project id, name) took from a key."""
+        spender = (*place, key_id)
+        if spender not in self.called and len(self.called) >= MAX_SERIES:
+            spender = OTHER
+        self.called[spender] = self.called.get(spender, 0) + 1
 
     def tokens(
         self, place: tuple[str, str], key_id: str, prompt: int, completion: int, cached: int = 0, repeated: int = 0
@@ -212,6 +220,7 @@ class Observer:
                 [self._load(route) for route in routes],
                 self._replicas(routes),
                 list(self.spent.items()),
+                list(self.called.items()),
             )
         )
 
