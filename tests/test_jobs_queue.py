@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from modelworks.core.errors import Conflict, InvalidInput, LeaseLost
-from modelworks.core.types import Artifact, Checkpoint, Job, JobEvent
+from modelworks.core.types import Artifact, Checkpoint, Job, JobEvent, JobKind
 from modelworks.jobs import queue as q
 from modelworks.jobs.collection import prune_logs
 from modelworks.jobs.queue import Queue, backoff, held, still_running
@@ -48,9 +48,9 @@ def queue(catalog: Catalog, clock: Clock) -> Queue:
     return Queue(catalog)
 
 
-def put(catalog: Catalog, project: str = "proj_a", **more: Any) -> Job:
+def put(catalog: Catalog, project: str = "proj_a", kind: JobKind = "train", **more: Any) -> Job:
     with catalog.write() as tx:
-        return Queue(catalog).enqueue(tx, Job(project_id=project, kind="train", spec={}, **more))
+        return Queue(catalog).enqueue(tx, Job(project_id=project, kind=kind, spec={}, **more))
 
 
 def read(catalog: Catalog, job: Job) -> Job:
@@ -91,6 +91,75 @@ def test_the_oldest_job_of_the_project_with_the_fewest_running_comes_first(catal
     for id, project in (("job_1", "proj_a"), ("job_2", "proj_a"), ("job_3", "proj_b")):
         put(catalog, project, id=id)
     assert [claimed(queue).id for _ in range(3)] == ["job_1", "job_3", "job_2"]
+
+
+def claimed_kinds(queue: Queue, slots: int, **more: Any) -> list[str]:
+    """Of all that can be claimed now, one after the other."""
+    found = []
+    while job := queue.claim("host:/home#w1", LEASE, slots=slots, **more):
+        found.append(job.kind)
+    return found
+
+
+@pytest.mark.parametrize("slots", [1, 2, 3])
+@pytest.mark.parametrize("kind", ["ingest", "edit", "diff"])
+def test_an_upload_does_not_wait_for_trainings(catalog: Catalog, queue: Queue, slots: int, kind: JobKind) -> None:
+    for _ in range(slots + 2):
+        put(catalog)
+    assert claimed_kinds(queue, slots) == ["train"] * slots
+    put(catalog, kind=kind)
+    put(catalog, kind=kind)
+    assert claimed_kinds(queue, slots) == [kind], "and no more than one beside the slots"
+
+
+@pytest.mark.parametrize(("slots", "uploads"), [(1, 1), (2, 2), (3, 3)])
+def test_uploads_leave_a_slot_to_the_others(catalog: Catalog, queue: Queue, slots: int, uploads: int) -> None:
+    for _ in range(10):
+        put(catalog, kind="ingest")
+    assert claimed_kinds(queue, slots) == ["ingest"] * uploads
+    put(catalog)
+    put(catalog)
+    assert claimed_kinds(queue, slots) == ["train"], "though uploads wait for longer"
+
+
+def test_a_slot_that_comes_free_is_given_to_a_training_before_a_second_upload(catalog: Catalog, queue: Queue) -> None:
+    uploads = [put(catalog, kind="ingest") for _ in range(4)]
+    assert claimed_kinds(queue, 2) == ["ingest", "ingest"]
+    trainings = [put(catalog) for _ in range(2)]
+    assert claimed_kinds(queue, 2) == ["train"]
+    finish(catalog, queue, read(catalog, uploads[0]))
+    assert claimed_kinds(queue, 2) == ["train"]
+    finish(catalog, queue, read(catalog, uploads[1]))
+    assert claimed_kinds(queue, 2) == ["ingest"]
+    finish(catalog, queue, read(catalog, trainings[0]))
+    assert claimed_kinds(queue, 2) == ["ingest"]
+
+
+def test_the_only_lane_of_uploads_alternates_between_projects(catalog: Catalog, queue: Queue) -> None:
+    for id, project in (("job_1", "proj_a"), ("job_2", "proj_a"), ("job_3", "proj_a"), ("job_4", "proj_b")):
+        put(catalog, project, "ingest", id=id)
+    order = []
+    for _ in range(4):
+        order.append(claimed(queue))
+        finish(catalog, queue, order[-1])
+    assert [job.id for job in order] == ["job_1", "job_4", "job_2", "job_3"]
+
+
+def test_an_upload_whose_process_lingers_keeps_its_place(catalog: Catalog, queue: Queue) -> None:
+    for _ in range(2):
+        put(catalog)
+        put(catalog, kind="ingest")
+    assert claimed_kinds(queue, 1, lingering={"job_0": "ingest"}) == ["train"]
+    assert claimed_kinds(queue, 1) == ["ingest"]
+
+
+def test_a_job_that_waited_for_its_parts_has_its_slot_again_beside_an_upload(catalog: Catalog, queue: Queue) -> None:
+    put(catalog, slot="later")
+    parent = claimed(queue)
+    assert queue.let_go(parent.id, parent.token, 1)
+    put(catalog, kind="ingest")
+    assert claimed_kinds(queue, 1) == ["ingest"]
+    assert queue.take(parent.id, parent.token, 1)
 
 
 def test_a_lease_lasts_as_long_as_its_heart_beats(catalog: Catalog, queue: Queue, clock: Clock) -> None:

@@ -275,6 +275,24 @@ def test_a_killed_worker_takes_its_jobs_with_it_and_the_next_one_goes_on(home: H
     assert count(home, ModelVersion) == 1
 
 
+def test_an_upload_is_read_while_a_training_fills_the_worker(home: Home) -> None:
+    """Also after a kill of both: the training goes on from its last fold, and the upload is read once."""
+    worker = home.start(workers=1)
+    home.ingest(WHO, iris_csv())
+    long = home.library.train(WHO, training("long", validation={"kfold": 50, "repeats": 20}))
+    until(lambda: folds(home, long, resumed=False) > 1)
+    upload = home.upload(WHO, iris_csv(slice(0, 120)))
+    until(lambda: home.get(upload).status == "running")
+    kill(worker.pid)
+    assert worker.wait(5) is not None
+    home.start(workers=1)
+    assert home.succeeded(upload).result["version"] == 2
+    until(lambda: folds(home, long, resumed=True) > 1)
+    assert (home.get(long).status, home.get(long).attempt) == ("running", 2)
+    home.library.cancel(WHO, long.id)
+    assert home.ended(long).status == "cancelled"
+
+
 def test_a_worker_that_is_told_to_stop_puts_its_jobs_back(home: Home) -> None:
     worker = home.start()
     home.ingest(WHO, iris_csv())

@@ -27,7 +27,7 @@ class Settings(BaseSettings):
     gateways: int = Field(
         1, ge=1, le=64, description="processes that answer requests and share the HTTP and gRPC ports"
     )
-    workers: int = Field(2, ge=1, le=256, description="jobs that run at the same time on this machine")
+    workers: int = Field(2, ge=1, le=256, description="jobs that run at the same time on this machine, beside one of data")
     log_level: str = Field("info", description="debug, info, warning or error")
     request_log: bool = Field(True, description="one line a request in logs/requests.log, without its content")
     stores: Path | None = Field(None, description="TOML file of the stores that a table may point into; see docs/data.md")

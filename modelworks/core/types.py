@@ -28,6 +28,9 @@ Slot = Literal["taken", "later", "free", "wanted"]
 DeploymentStatus = Literal["creating", "updating", "ready", "degraded", "rolling_back", "failed", "deleting"]
 ReplicaStatus = Literal["starting", "ready", "draining", "failed", "stopped"]
 
+# jobs that make or compare datasets: they have a lane beside the others
+DATA_JOBS: frozenset[JobKind] = frozenset({"ingest", "edit", "diff"})
+
 FINAL_JOB_STATES: frozenset[str] = frozenset({"succeeded", "failed", "refused", "cancelled"})
 
 # noun -> state -> the states it may move to. `move` is the only way to change a status.

@@ -2,6 +2,10 @@
 
 A job is held by whoever claimed it last: each claim raises its token, and every write of the holder names the token it
 was given. A write with an older token, or on a job that is no longer held, raises LeaseLost and changes nothing.
+
+Two lanes: jobs of data (DATA_JOBS) have one slot of their own beside a worker's slots, so that an upload does not wait
+for trainings. More of them run in slots that nobody else waits for, up to as many as there are slots in all, so that
+one slot is always for the others. A worker of n slots thus has at most n + 1 jobs at work.
 """
 
 from __future__ import annotations
@@ -9,12 +13,13 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import sqlalchemy as sa
 
 from modelworks.core.errors import CatalogUnavailable, Conflict, LeaseLost
 from modelworks.core.types import (
+    DATA_JOBS,
     FINAL_JOB_STATES,
     Artifact,
     Checkpoint,
@@ -23,6 +28,7 @@ from modelworks.core.types import (
     JobKind,
     JobStatus,
     ModelVersion,
+    Slot,
 )
 from modelworks.ml.base import Cancelled
 from modelworks.store.catalog import Catalog, Tx
@@ -65,6 +71,8 @@ class Queue:
 
     def __init__(self, catalog: Catalog) -> None:
         self._catalog = catalog
+        self._turn = 0
+        self._served: dict[tuple[bool, str], int] = {}  # (of data, project) -> its last turn: equal projects alternate
 
     # those who ask for work
 
@@ -109,22 +117,27 @@ class Queue:
     # the worker
 
     def claim(
-        self, owner: str, lease_seconds: float, *, slots: int | None = None, lingering: Collection[str] = ()
+        self, owner: str, lease_seconds: float, *, slots: int | None = None, lingering: Mapping[str, JobKind] | None = None
     ) -> Job | None:
-        """Hold the oldest job that may run, of the project with the fewest running; None when there is none.
+        """Hold the next job that may run: in each lane, of the project with the fewest running the oldest. None: there is none.
 
         Also None when the jobs that `owner` holds, and those whose processes are `lingering`, fill its `slots`.
         """
         with self._catalog.write() as tx:
             now = tx.now()
-            mine = _slots(tx, owner)
-            if slots is not None and _filled(mine) + len(set(lingering) - set(mine)) >= slots:
-                return None
-            job_id = _next(tx, now, _waiting(mine) < max(slots or MIN_WAITING, MIN_WAITING))
+            mine = _holds(tx, owner)
+            there = {job_id: _Hold(kind, "taken") for job_id, kind in (lingering or {}).items()} | mine
+            with_parts = _waiting(mine) < max(slots or MIN_WAITING, MIN_WAITING)
+            job_id = None
+            for of_data in _lanes(there, slots):
+                if job_id := self._next(tx, now, of_data, with_parts):
+                    break
             if job_id is None:
                 return None
             job = tx.get(Job, job_id)
             try:
+                self._turn += 1
+                self._served[job.kind in DATA_JOBS, job.project_id] = self._turn
                 return _move(
                     tx,
                     job,
@@ -140,6 +153,19 @@ class Queue:
                 )
             except Conflict:  # another worker was faster
                 return None
+
+    def _next(self, tx: Tx, now: float, of_data: bool, with_parts: bool) -> str | None:
+        """`with_parts`: whether it may be one that will wait for parts."""
+        jobs = tx.table(Job)
+        project = jobs.c.project_id
+        lane = jobs.c.kind.in_(DATA_JOBS) if of_data else jobs.c.kind.not_in(DATA_JOBS)
+        may = sa.and_(_claimable(jobs, now), lane, sa.true() if with_parts else jobs.c.slot == "taken")
+        oldest = sa.select(project, sa.func.min(jobs.c.id)).where(may).group_by(project)
+        busy = sa.and_(jobs.c.status.in_(HELD), jobs.c.slot != "free", lane)
+        active = sa.select(project, sa.func.count()).where(busy).group_by(project)
+        running = dict(tuple(row) for row in tx.execute(active))
+        waiting = [(running.get(name, 0), self._served.get((of_data, name), 0), first) for name, first in tx.execute(oldest)]
+        return min(waiting)[2] if waiting else None
 
     def idle_for(self) -> float:
         """Seconds until there is something to claim or to reclaim, if nobody writes before; 0 when there is. Only reads."""
@@ -278,7 +304,7 @@ class Queue:
         """Leave the slot to the job's parts while it waits for them. False when too many wait already."""
         with self._catalog.write() as tx:
             job = still_running(tx, job_id, token)
-            if job.slot == "taken" and _waiting(_slots(tx, job.lease_owner)) >= max(slots, MIN_WAITING):
+            if job.slot == "taken" and _waiting(_holds(tx, job.lease_owner)) >= max(slots, MIN_WAITING):
                 return False
             tx.update(job, slot="free")
         return True
@@ -287,8 +313,8 @@ class Queue:
         """Have a slot again, before anything is computed; False while others fill them: ask again."""
         with self._catalog.write() as tx:
             job = still_running(tx, job_id, token)
-            others = {other: slot for other, slot in _slots(tx, job.lease_owner).items() if other != job.id}
-            taken = sum(slot in ("taken", "later") for slot in others.values()) < slots
+            others = {other: hold for other, hold in _holds(tx, job.lease_owner).items() if other != job.id}
+            taken = _filled(others, ("taken", "later")) < slots
             tx.update(job, slot="taken" if taken else "wanted")
         return taken
 
@@ -297,7 +323,7 @@ class Queue:
         with self._catalog.read() as tx:
             jobs = tx.table(Job)
             waits = tx.find(Job, _claimable(jobs, tx.now())) is not None
-            return 0 if waits else max(0, slots - _filled(_slots(tx, owner)))
+            return 0 if waits else max(0, slots - _filled(_holds(tx, owner)))
 
     def deliver(self, tx: Tx, job: Job, name: str, blob: str) -> None:
         """A part's result becomes the checkpoint `name` of the job that it is a part of, which has got on by it."""
@@ -377,33 +403,42 @@ def _claimable(jobs: Any, now: float) -> Any:
     return sa.and_(jobs.c.status == "queued", jobs.c.available_at <= now)
 
 
-def _slots(tx: Tx, owner: str | None) -> dict[str, str]:
-    """Of each job that `owner` holds: its slot."""
+class _Hold(NamedTuple):
+    kind: JobKind
+    slot: Slot
+
+
+def _holds(tx: Tx, owner: str | None) -> dict[str, _Hold]:
+    """The jobs that `owner` holds, by their ids."""
     jobs = tx.table(Job)
-    rows = tx.execute(sa.select(jobs.c.id, jobs.c.slot).where(jobs.c.lease_owner == owner, jobs.c.status.in_(HELD)))
-    return {row.id: row.slot for row in rows}
+    query = sa.select(jobs.c.id, jobs.c.kind, jobs.c.slot).where(jobs.c.lease_owner == owner, jobs.c.status.in_(HELD))
+    return {row.id: _Hold(row.kind, row.slot) for row in tx.execute(query)}
 
 
-def _filled(slots: Mapping[str, str]) -> int:
-    return sum(slot != "free" for slot in slots.values())
+def _of_data(holds: Mapping[str, _Hold]) -> int:
+    return sum(hold.kind in DATA_JOBS for hold in holds.values())
 
 
-def _waiting(slots: Mapping[str, str]) -> int:
+def _filled(holds: Mapping[str, _Hold], having: Collection[Slot] = ("taken", "later", "wanted")) -> int:
+    """How many slots are filled; one job of data has a place beside them."""
+    others = sum(hold.slot in having and hold.kind not in DATA_JOBS for hold in holds.values())
+    return others + max(0, _of_data(holds) - 1)
+
+
+def _lanes(holds: Mapping[str, _Hold], slots: int | None) -> list[bool]:
+    """From which lanes a job may be claimed, the one whose turn it is first. True: the lane of data."""
+    if not _of_data(holds):
+        return [True] if slots is not None and _filled(holds) >= slots else [True, False]
+    if slots is None:
+        return [False, True]
+    if _filled(holds) >= slots:
+        return []
+    return [False, True] if _of_data(holds) < slots else [False]
+
+
+def _waiting(holds: Mapping[str, _Hold]) -> int:
     """How many have parts: they hold a process each, also while they hold no slot."""
-    return sum(slot != "taken" for slot in slots.values())
-
-
-def _next(tx: Tx, now: float, with_parts: bool) -> str | None:
-    """`with_parts`: whether it may be one that will wait for parts."""
-    jobs = tx.table(Job)
-    project = jobs.c.project_id
-    may = _claimable(jobs, now) if with_parts else sa.and_(_claimable(jobs, now), jobs.c.slot == "taken")
-    oldest = sa.select(project, sa.func.min(jobs.c.id)).where(may).group_by(project)
-    busy = sa.and_(jobs.c.status.in_(HELD), jobs.c.slot != "free")
-    active = sa.select(project, sa.func.count()).where(busy).group_by(project)
-    running = dict(tuple(row) for row in tx.execute(active))
-    first = min(tx.execute(oldest), key=lambda row: (running.get(row[0], 0), row[1]), default=None)
-    return first[1] if first else None
+    return sum(hold.slot != "taken" for hold in holds.values())
 
 
 def _move(tx: Tx, job: Job, status: JobStatus, message: str = "", **changes: Any) -> Job:

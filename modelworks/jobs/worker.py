@@ -1,4 +1,5 @@
-"""The worker: `python -m modelworks.jobs.worker` claims jobs and runs each in a child process, one in each slot.
+"""The worker: `python -m modelworks.jobs.worker` claims jobs and runs each in a child process, one in each slot
+and one of data beside them.
 
 Everything happens on the main thread, which starts the children (PDEATHSIG follows the thread that forked). A worker
 that is killed takes its children with it; the next one of the same home puts their jobs back at once.
@@ -52,7 +53,10 @@ class Running:
 
 
 class Worker:
-    """`workers` jobs at a time of the catalog in `home`, beside those that only wait for their parts. `turn` is one pass of the loop."""
+    """`workers` jobs at a time of the catalog in `home`, beside one of data and those that only wait for their parts.
+
+    `turn` is one pass of the loop.
+    """
 
     def __init__(self, home: Path, settings: Settings, catalog: Catalog) -> None:
         self._home = home
@@ -103,7 +107,7 @@ class Worker:
                 self._owner,
                 self._settings.lease_seconds,
                 slots=self._settings.workers,
-                lingering=[running.job.id for running in self._running],
+                lingering={running.job.id: running.job.kind for running in self._running},
             ):
                 self._start(job)
 
