@@ -82,7 +82,7 @@ def _train(trainer: Any, features: Any, target: Any, classes: int | None, params
 class QuietContext:
     """A job's context that keeps what it is told."""
 
-    seed, threads = 0, 1
+    seed, threads, processes = 0, 1, 1
     only: str | None = None
 
     def __init__(self, workdir: Path) -> None:

@@ -18,7 +18,7 @@ from modelworks.ml.train.train import Trained, train
 class Context:
     """A JobContext in memory. `fail_after`: raise Crash once this many checkpoints were kept."""
 
-    seed, threads = 0, 1
+    seed, threads, processes = 0, 1, 1
     only: str | None = None
 
     def __init__(self, workdir: Path, kept: dict[str, bytes] | None = None, fail_after: int | None = None) -> None:

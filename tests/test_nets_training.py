@@ -57,6 +57,20 @@ def learned(examples: Any, ctx: learning.Context, stopping: Stopping | None = No
     return Mlp().learn(examples, MlpParams.model_validate({"hidden": [16], "epochs": 20} | params), ctx, stopping)
 
 
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_the_graph_answers_as_the_net_whatever_it_was_computed_in(tmp_path: Path, precision: str) -> None:
+    """Weights stay float32: what training computed in is no part of the model."""
+    from modelworks.ml.nets.cnn import Cnn
+    from modelworks.ml.nets.params import CnnParams
+
+    data, _ = digits(600)
+    features = np.stack([data.column(i).to_numpy() for i in range(64)], axis=1).astype(np.float32).reshape(-1, 1, 8, 8) / 16
+    examples = MemoryExamples(features, np.array([int(v) for v in data.column("target").to_pylist()]), classes=10)
+    params = CnnParams.model_validate({"channels": [8, 16], "head": [32], "epochs": 8, "learning_rate": 3e-3, "precision": precision})
+    made = Cnn().learn(examples, params, learning.Context(tmp_path), None)
+    assert (made.predict(features)["probabilities"].argmax(axis=1) == examples.target).mean() > 0.9
+
+
 FAMILIES: dict[str, dict[str, Any]] = {
     "mlp": {"hidden": [32], "dropout": 0.1},
     "cnn": {"shape": [1, 8, 8], "channels": [8], "residual": 1, "shift": 1, "head": [32], "epochs": 4},

@@ -73,6 +73,9 @@ def train(
     alias: Annotated[str | None, typer.Option(help="Alias to move to the new version.")] = None,
     licence: Annotated[str | None, typer.Option(help="Licence of the model, kept in its package.")] = None,
     threads: Annotated[int | None, typer.Option(help="Compute threads.")] = None,
+    processes: Annotated[
+        int | None, typer.Option(help="Of nets: processes that share each batch, one a GPU where there are any, else one a core.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
     advise: Annotated[
         bool, typer.Option("--advise", help="Only tell what it would take here: seconds and memory, measured on some rows.")
@@ -109,7 +112,7 @@ def train(
         ),
         "alias": alias,
         "licence": licence,
-        "resources": {"threads": threads} if threads is not None else None,
+        "resources": {name: value for name, value in (("threads", threads), ("processes", processes)) if value is not None} or None,
         "seed": seed,
     }
     if given["search"] is None and parallel and given["validation"]:

@@ -230,6 +230,9 @@ class JobResources(Resources):
     memory_mb: int | None = Field(
         None, ge=512, le=2**24, description="limit of the process's memory in MiB, at least 512"
     )
+    processes: int = Field(
+        1, ge=1, le=64, description="of nets: processes that share each batch, one a GPU where there are any, else one a core"
+    )
 
 
 class Stopping(Spec):

@@ -35,6 +35,7 @@ class Context:
     ) -> None:
         self.seed = int(job.spec.get("seed", 0))
         self.threads = threads
+        self.processes = int(job.spec.get("resources", {}).get("processes", 1))
         self.workdir = workdir
         self.slots = slots
         self.only: str | None = job.spec.get("part")

@@ -33,7 +33,7 @@ class Delivered(Exception):
 
 def at_once(context: Context, parallel: int | None) -> int:
     """How many parts may run at a time: as asked, but never more than slots, nor than cores for their threads."""
-    cores = max(1, (os.cpu_count() or 1) // max(1, context.threads))
+    cores = max(1, (os.cpu_count() or 1) // max(1, context.threads * context.processes))
     return max(1, min(parallel or context.slots, context.slots, cores))
 
 

@@ -36,6 +36,8 @@ class JobContext(Protocol):
 
     seed: int
     threads: int
+    processes: int
+    """How many processes share the batches of a net; each has `threads` threads."""
     workdir: Path
     only: str | None
     """The one part (`fold-3`) that this process is to compute; None: the whole job."""
@@ -74,7 +76,8 @@ class Relay:
 
     def __init__(self, ctx: JobContext) -> None:
         self.ctx = ctx
-        self.seed, self.threads, self.workdir, self.only = ctx.seed, ctx.threads, ctx.workdir, ctx.only
+        self.seed, self.threads, self.processes = ctx.seed, ctx.threads, ctx.processes
+        self.workdir, self.only = ctx.workdir, ctx.only
 
     def progress(self, fraction: float, stage: str, **metrics: Any) -> None:
         self.ctx.progress(fraction, stage, **metrics)

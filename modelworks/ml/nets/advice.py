@@ -45,7 +45,7 @@ def measure(loop: Loop) -> dict[str, Any]:
     """
     import torch
 
-    from modelworks.ml.nets.loop import starved
+    from modelworks.ml.nets.share import starved
 
     random = torch.get_rng_state()
     before = resident()

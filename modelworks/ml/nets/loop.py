@@ -21,6 +21,8 @@ from modelworks.ml.base import Examples, JobContext
 from modelworks.ml.nets import optimise, state
 from modelworks.ml.nets.objective import Objective
 from modelworks.ml.nets.params import NetParams
+from modelworks.ml.nets.share import Share, starved
+from modelworks.ml.nets.team import PeerLost, Team, processes
 
 if TYPE_CHECKING:
     import torch
@@ -30,7 +32,6 @@ _REPORT_EVERY = 0.25  # seconds
 _CHECKPOINT_EVERY = 1.0  # seconds, at least
 _CHECKPOINT_SHARE = 50  # ... and so many times what the last one took
 _WHOLE = 4096  # rows at a time of gradient descent over all rows
-_PRECISION = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}
 
 
 class Loop:
@@ -67,6 +68,7 @@ class Loop:
         self._begun = self._told = self._kept = time.monotonic()
         self._cost = 0.0
         self._seen = 0  # rows of this attempt
+        self._team: Team | None = None
 
     def run(self) -> list[dict[str, Any]]:
         """Train; the net is left on the CPU with the weights to keep. Returns the curve: a dict for each epoch.
@@ -75,12 +77,18 @@ class Loop:
         """
         self._prepare()
         self._resume()
-        while self._epoch < self.epochs and not self._over():
-            self._train_epoch()
-            self._judge()
-            self._epoch, self._chunk = self._epoch + 1, 0
-            self._sum = self._rows = 0.0
-            self._keep()
+        try:
+            if self._team:
+                self._team.start(self._own)
+            while self._epoch < self.epochs and not self._over():
+                self._train_epoch()
+                self._judge()
+                self._epoch, self._chunk = self._epoch + 1, 0
+                self._sum = self._rows = 0.0
+                self._keep()
+        finally:
+            if self._team:
+                self._team.close()
         if self._best is not None:
             self.net.load_state_dict(self._best)
         self.net.to("cpu")
@@ -90,34 +98,16 @@ class Loop:
     # before
 
     def _prepare(self) -> None:
-        import torch
-        from accelerate import Accelerator
-        from accelerate.state import AcceleratorState
-
-        precision = _PRECISION[self.params.precision]
-        if precision == "fp16" and not torch.cuda.is_available():
-            raise InvalidInput(
-                "float16 needs a GPU; choose bfloat16 or float32",
-                code="bad_hyperparameter",
-                param="hyperparameters.precision",
-            )
-        AcceleratorState._reset_state(True)  # an earlier fit of this process may have had another precision
-        self._accelerator = Accelerator(mixed_precision=precision)
-        self.device = self._accelerator.device
-        if self.device.type == "cuda":
-            torch.use_deterministic_algorithms(True, warn_only=True)
-            torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads what was not written
-        self.net.to(self.device)
+        self._team = self._assemble()
+        self._own = Share(self.net, self.objective, self.params)
+        self.device = self._own.device
         if self.params.learning_rate == "auto":
             self.rate = self._find_rate()
         else:
             self.rate = self.params.learning_rate
         made = optimise.optimiser_of(self.net, self.params, self.rate)
-        self._model = self._accelerator.prepare(self.net)
         # accelerate's optimiser scales gradients; where there is nothing to scale, its step only costs time
-        self._optimiser = self._accelerator.prepare(made) if precision == "fp16" else made
-        self._weights = [weight for weight in self.net.parameters() if weight.requires_grad]
-        self._normalises = any("BatchNorm" in type(module).__name__ for module in self.net.modules())
+        self._optimiser = self._own.accelerator.prepare(made) if self._own.scales else made
         self._fixed_rate = self.params.schedule == "constant" and not self.params.warmup
         self._id = state.fingerprint(self.net, self.examples, self.params, self.stopping, self.ctx.seed)
 
@@ -132,6 +122,23 @@ class Loop:
         self._since, self._spent = place["since"], place["spent"]
         self.micro, self.rate, self.history = place["micro"], place["rate"], place["history"]
         self.ctx.event("log", f"goes on in epoch {self._epoch + 1}, after {self._step} steps", epoch=self._epoch + 1)
+
+    def _assemble(self) -> Team | None:
+        """Who shares the work, where several processes are asked for."""
+        wanted = self.ctx.processes
+        if wanted < 2:
+            return None
+        count = processes(wanted, self.size)
+        if count < wanted:
+            self.ctx.event(
+                "warning",
+                f"{count} of {wanted} processes train: there are no more GPUs or, without any, cores, or no more rows in a batch",
+                processes=count,
+            )
+        if count < 2:
+            return None
+        self.ctx.event("log", f"{count} processes share each batch", processes=count)
+        return Team(self.net, self.objective, self.params, count, self.ctx)
 
     def _find_rate(self) -> float:
         """A range test: the rate grows from step to step, on a copy of the net, until the loss runs away."""
@@ -154,7 +161,7 @@ class Loop:
                 if len(target) == 1:
                     rates.pop()
                     break
-                x, y = self._tensors(features, target)
+                x, y = self._own.tensors(features, target)
                 loss = self.objective.losses(self.net(x), y).mean()
                 loss.backward()
                 torch.nn.utils.clip_grad_norm_(self.net.parameters(), self.params.clip_norm or math.inf)
@@ -182,6 +189,9 @@ class Loop:
         while self._chunk < self.chunks:
             try:
                 self._steps()
+            except PeerLost as lost:
+                self._renew(lost)
+                continue
             except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
                 if not starved(error) or self.micro <= 1:
                     raise
@@ -189,12 +199,22 @@ class Loop:
                 return
             self._halve()
 
+    def _again(self) -> None:
+        """The step is done anew."""
+        self._optimiser.zero_grad(set_to_none=True)
+        self._sum, self._rows, self._chunk = self._safe
+
+    def _renew(self, lost: PeerLost) -> None:
+        assert self._team is not None
+        self._again()
+        self.ctx.event("warning", f"a process of the training is gone ({lost}); the step is done anew with another")
+        self._team.renew()
+
     def _halve(self) -> None:
         import torch
 
-        self._optimiser.zero_grad(set_to_none=True)
+        self._again()
         self.micro = max(1, self.micro // 2)
-        self._sum, self._rows, self._chunk = self._safe  # the step is done anew
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
         self.ctx.event(
@@ -206,13 +226,15 @@ class Loop:
 
     def _steps(self) -> None:
         """Batch after batch from where it is to the end of the epoch."""
-        self._model.train()
+        self.net.train()
         self._safe = (self._sum, self._rows, self._chunk)
         order = None if self.per_step == self.chunks and self.params.optimiser == "gradient-descent" else self.ctx.seed
         seed = None if order is None else (order, 0, self._epoch)
         for features, target in self.examples.batches(self.size, seed=seed, skip=self._chunk):
             first = self._chunk - self._chunk % self.per_step
             rows = min(len(self.examples) - first * self.size, self.per_step * self.size)
+            if self._team and self._chunk == first:
+                self._team.begin(self._step)
             self._add_gradients(features, target, rows)
             self._chunk += 1
             if self._chunk % self.per_step == 0 or self._chunk == self.chunks:
@@ -227,23 +249,18 @@ class Loop:
                     return
 
     def _add_gradients(self, features: np.ndarray, target: np.ndarray, rows: int) -> None:
-        count = len(target)
-        for start in range(0, count, self.micro):
-            part = slice(start, start + self.micro)
-            x, y = self._tensors(features[part], target[part])
-            if len(y) == 1 and self._normalises and rows > 1:
-                continue  # a batch of one row has no spread to normalise by
-            loss = self.objective.losses(self._model(x), y).sum() / rows
-            whole = loss
-            if self.params.l1:
-                weights = sum(weight.abs().sum() for weight in self._weights if weight.ndim > 1)
-                whole = loss + self.params.l1 * weights * (len(y) / rows)
-            self._accelerator.backward(whole)
-            self._sum += (float(loss.detach()) if self.device.type == "cpu" else loss.detach().double()) * rows
-            self._rows += len(y)
-        self._seen += count
+        self._seen += len(target)
+        if self._team:
+            features, target = self._team.deal(features, target, rows, self.micro)
+        total, count = self._own.add(features, target, rows, self.micro)
+        self._sum += total
+        self._rows += count
 
     def _update(self) -> None:
+        if self._team:
+            total, count = self._team.gather()
+            self._sum += total
+            self._rows += count
         due = time.monotonic() - self._told >= _REPORT_EVERY or self._chunk == self.chunks
         if (due or self.device.type == "cpu") and not math.isfinite(self._sum):
             raise InvalidInput(
@@ -257,7 +274,7 @@ class Loop:
             for group in self._optimiser.param_groups:
                 group["lr"] = rate
         if self.params.clip_norm:
-            norm = self._accelerator.clip_grad_norm_(self._weights, self.params.clip_norm)
+            norm = self._own.accelerator.clip_grad_norm_(self._own.weights, self.params.clip_norm)
             self._norm = float(norm) if due or self.device.type == "cpu" else self._norm
         elif due:
             self._norm = self._gradient_norm()
@@ -268,14 +285,7 @@ class Loop:
     def _gradient_norm(self) -> float:
         import torch
 
-        return float(torch.nn.utils.get_total_norm([w.grad for w in self._weights if w.grad is not None]))
-
-    def _tensors(self, features: np.ndarray, target: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
-        import torch
-
-        x = torch.from_numpy(np.ascontiguousarray(features))
-        y = self.objective.prepare(np.ascontiguousarray(target))
-        return (x, y) if self.device.type == "cpu" else (x.to(self.device), y.to(self.device))
+        return float(torch.nn.utils.get_total_norm([w.grad for w in self._own.weights if w.grad is not None]))
 
     # after an epoch
 
@@ -316,13 +326,13 @@ class Loop:
         import torch
 
         outputs, true, total = [], [], 0.0
-        self._model.eval()
+        self.net.eval()
         with torch.no_grad():
             for features, target in held.batches(max(256, self.micro)):
                 for start in range(0, len(target), max(self.micro, 256)):
                     part = slice(start, start + max(self.micro, 256))
-                    x, y = self._tensors(features[part], target[part])
-                    scores = self._model(x)
+                    x, y = self._own.tensors(features[part], target[part])
+                    scores = self._own.scores(x)
                     total += float(self.objective.losses(scores, y).sum())
                     outputs.append(scores.float().cpu().numpy())
                     true.append(target[part])
@@ -390,15 +400,6 @@ class Loop:
         self.ctx.checkpoint(CHECKPOINT, state.dump(self.net, self._optimiser, self._best, place))
         self._kept = time.monotonic()
         self._cost = self._kept - now
-
-
-def starved(error: Exception) -> bool:
-    """Whether it is torch's or Python's way to say that memory ran out."""
-    import torch
-
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    return "can't allocate memory" in str(error) or "out of memory" in str(error).lower()
 
 
 def answers(net: torch.nn.Module, examples: Examples, size: int = 512) -> Iterator[np.ndarray]:

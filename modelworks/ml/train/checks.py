@@ -11,6 +11,7 @@ from modelworks.core.tasks import CLASSIFICATION, FORECAST, REGRESSION, TAGGING,
 from modelworks.core.types import Column
 from modelworks.ml.data.transforms.catalogue import check_transforms
 from modelworks.ml.evaluate.catalogue import check_metrics
+from modelworks.ml.nets.params import NetParams
 from modelworks.ml.train.algorithms import AUTO, TRAINERS, check_hyperparameters, course_of
 
 _TASK_OF_TYPE = {"category": CLASSIFICATION, "boolean": CLASSIFICATION, "text": CLASSIFICATION, "number": REGRESSION}
@@ -39,7 +40,7 @@ def check_training(spec: TrainingSpec, columns: Sequence[Column]) -> TrainingSpe
         check_metrics(task, spec.metrics, spec.gates)
     if spec.validation:
         check_method(spec.validation, columns, spec.target)
-    check_stopping(spec, task)
+    check_run(spec, task)
     _check_kind(spec, features)
     if spec.threshold is not None and task not in (None, CLASSIFICATION):
         raise InvalidInput("threshold is for two classes; leave it out for a numeric target", param="threshold")
@@ -63,7 +64,14 @@ def _with_task(spec: TrainingSpec, columns: Sequence[Column]) -> TrainingSpec:
     return spec
 
 
-def check_stopping(spec: TrainingSpec, task: str | None) -> None:
+def check_run(spec: TrainingSpec, task: str | None) -> None:
+    """What nets alone have: an early end, and processes that share their batches."""
+    if spec.algorithm != AUTO and spec.resources.processes > 1 and not issubclass(TRAINERS.get(spec.algorithm).Params, NetParams):
+        raise InvalidInput(
+            f"{spec.algorithm} trains in one process; leave processes out and set threads, or choose a net such as mlp",
+            code="bad_resources",
+            param="resources.processes",
+        )
     if spec.stopping is None:
         return
     if spec.algorithm == AUTO:

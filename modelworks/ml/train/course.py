@@ -23,7 +23,7 @@ from modelworks.ml.evaluate.inputs import coerce
 from modelworks.ml.evaluate.predictions import Predictions
 from modelworks.ml.package import Manifest, Package
 from modelworks.ml.train.algorithms import TRAINERS, check_hyperparameters
-from modelworks.ml.train.checks import check_method, check_stopping, feature_columns
+from modelworks.ml.train.checks import check_method, check_run, feature_columns
 from modelworks.ml.train.problem import Problem
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ class Course(Problem):
         check_metrics(cls.kind, spec.metrics, spec.gates)
         if spec.validation:
             check_method(spec.validation, columns, spec.target)
-        check_stopping(spec, cls.kind)
+        check_run(spec, cls.kind)
         if spec.threshold is not None:
             raise InvalidInput("threshold is for two classes; leave it out", param="threshold")
         return spec.model_copy(

@@ -23,7 +23,7 @@ from modelworks.ml.nets.decoder import Decoder, blocks, surprise
 from modelworks.ml.nets.examples import MemoryExamples
 from modelworks.ml.package import Manifest
 from modelworks.ml.train.algorithms import check_hyperparameters
-from modelworks.ml.train.checks import check_method, check_stopping, find
+from modelworks.ml.train.checks import check_method, check_run, find
 from modelworks.ml.train.course import Course
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ class Generation(Course):
         wanted = check_metrics(GENERATION, spec.metrics, spec.gates, among=OF_LANGUAGE)
         if spec.validation:
             check_method(spec.validation, columns, spec.target)
-        check_stopping(spec, GENERATION)
+        check_run(spec, GENERATION)
         given = check_hyperparameters(spec.algorithm, spec.hyperparameters)
         return spec.model_copy(update={"hyperparameters": given, "features": [], "task": GENERATION, "metrics": wanted})
 
