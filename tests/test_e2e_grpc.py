@@ -42,8 +42,8 @@ class Lifecycle:
         found = call(iter([kind(**part).SerializeToString() for part in parts]), metadata=self.metadata, timeout=60)
         return message("modelworks.v1.UploadDatasetResponse").FromString(found)
 
-    def follow(self, job_id: str) -> list[Any]:
-        data = message("modelworks.v1.JobEventsRequest")(id=job_id).SerializeToString()
+    def follow(self, job_id: str, *kinds: str) -> list[Any]:
+        data = message("modelworks.v1.JobEventsRequest")(id=job_id, kinds=kinds).SerializeToString()
         call = self.channel.unary_stream("/modelworks.v1.Training/FollowEvents")
         kind = message("modelworks.v1.JobEvent")
         return [kind.FromString(item) for item in call(data, metadata=self.metadata, timeout=60)]
@@ -84,6 +84,13 @@ def test_the_lifecycle_from_chunks_to_a_prediction(iris: RunningServer) -> None:
     assert rpc("Training", "Create", "CreateTrainingJobRequest", "Job", once, **asked).id == job.id
     events = rpc.follow(job.id)
     assert [event.seq for event in events] == list(range(1, len(events) + 1))
+    folds = [event for event in events if event.kind == "fold"]
+    assert len(folds) == 3
+    assert rpc.follow(job.id, "fold") == folds
+    listed = rpc("Training", "ListEvents", "JobEventsRequest", "ListJobEventsResponse", id=job.id, kinds=["fold"])
+    assert list(listed.data) == folds
+    with pytest.raises(grpc.RpcError, match=r"'folds' is not a kind of event; use some of status, .*fold"):
+        rpc.follow(job.id, "folds")
     job = rpc("Training", "Get", "JobRequest", "Job", id=job.id)
     assert (job.status, job.model_version) == ("succeeded", "grpc-prices:1")
     assert job.metrics["r2"]["mean"] > 0.9

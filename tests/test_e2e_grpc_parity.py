@@ -96,6 +96,11 @@ def test_every_method_says_what_rest_says(iris: RunningServer) -> None:
         ("Training/Get", {"id": job}, f"/api/v1/training-jobs/{job}"),
         ("Training/List", {"limit": 3, "status": "succeeded"}, "/api/v1/training-jobs?limit=3&status=succeeded"),
         ("Training/ListEvents", {"id": job, "limit": 5}, f"/api/v1/training-jobs/{job}/events?limit=5"),
+        (
+            "Training/ListEvents",
+            {"id": job, "after": 1, "kinds": ["status", "fold"]},
+            f"/api/v1/training-jobs/{job}/events?after=1&kind=status&kind=fold",
+        ),
         ("Training/ListAlgorithms", {}, "/api/v1/algorithms"),
         ("Training/ListTransforms", {}, "/api/v1/transforms"),
         ("Training/ListMetrics", {}, "/api/v1/metrics"),

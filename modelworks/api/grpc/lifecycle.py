@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import AsyncIterator, Callable
-from typing import Any
+from typing import Any, get_args
 
 import anyio
 
@@ -17,12 +17,13 @@ from modelworks.api.texts import parameters, text_input, text_output
 from modelworks.core.errors import InvalidInput
 from modelworks.core.specs import NAME_PATTERN, DeploymentSpec, EvaluationSpec, TrainingSpec
 from modelworks.core.tasks import GENERATION
-from modelworks.core.types import FINAL_JOB_STATES, Call
+from modelworks.core.types import FINAL_JOB_STATES, Call, EventKind
 from modelworks.serve.features import MAX_ROWS, decode_outputs, encode_rows
 
 _NAME = re.compile(NAME_PATTERN)
 _ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _JOB_STATES = {"queued", "validating", "running", "paused", "cancelling", *FINAL_JOB_STATES}
+_EVENT_KINDS = get_args(EventKind)
 
 Work = Callable[[Rpc, Any], Any]
 
@@ -155,17 +156,17 @@ def _steer(verb: str) -> Work:
 
 def _list_events(rpc: Rpc, request: Any) -> Any:
     limit = _limit(request.limit, 100, 1000)
-    found = rpc.services.library.events(rpc.caller, _id(request.id), _after(request), limit + 1)
+    found = rpc.services.library.events(rpc.caller, _id(request.id), _after(request), limit + 1, _kinds(request))
     return _list("ListJobEventsResponse", found[:limit], has_more=len(found) > limit)
 
 
 async def _follow(rpc: Rpc, request: Any) -> AsyncIterator[Any]:
     """Events as they happen, until the job is final or the server stops."""
-    library, job_id, after = rpc.services.library, _id(request.id), _after(request)
+    library, job_id, after, kinds = rpc.services.library, _id(request.id), _after(request), _kinds(request)
     pause = POLL[0]
     while True:
         job = await anyio.to_thread.run_sync(library.job, rpc.caller, job_id)
-        found = await anyio.to_thread.run_sync(library.events, rpc.caller, job_id, after, BATCH)
+        found = await anyio.to_thread.run_sync(library.events, rpc.caller, job_id, after, BATCH, kinds)
         for event in found:
             after = event.seq
             yield _noun("JobEvent", event)
@@ -182,6 +183,16 @@ def _after(request: Any) -> int:
     if not 0 <= request.after < 2**53:
         raise InvalidInput("`after` is the number of an event, 0 or more", param="after")
     return int(request.after)
+
+
+def _kinds(request: Any) -> list[str] | None:
+    kinds = list(request.kinds)
+    for kind in kinds:
+        if kind not in _EVENT_KINDS:
+            raise InvalidInput(
+                f"{kind[:40]!r} is not a kind of event; use some of {', '.join(_EVENT_KINDS)}", param="kinds"
+            )
+    return kinds or None
 
 
 def _log(rpc: Rpc, request: Any) -> Any:
