@@ -55,6 +55,7 @@ async def infer(request: Request, services: Services, caller: Caller, call: Call
         if not work.done():
             raise ClientDisconnect
         found = work.result()
+        await services.shares.pace(caller.principal.key_id)
         seen["model_version"] = found.model_version
         return found
     finally:

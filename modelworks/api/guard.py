@@ -117,7 +117,11 @@ class Guard:
             if scope["method"] == "HEAD":
                 scope = {**scope, "method": "GET"}  # the server leaves the body out
             receive = await self._receive(rule, headers, exchange, receive)
-            await self.inner(scope, receive, exchange.send)
+            principal: Principal | None = scope["state"].get("principal")
+            if principal is None:
+                await self.inner(scope, receive, exchange.send)
+            else:
+                await self._in_turn(principal.key_id, rule, scope, receive, exchange)
         except ModelworksError as error:
             await exchange.refuse(error)
         except (Disconnected, ClientDisconnect):
@@ -126,6 +130,23 @@ class Guard:
         except Exception as error:  # the one error edge of this process
             log.error("unexpected error", request_id=exchange.request_id, path=scope["path"][:200], exc_info=error)
             await exchange.refuse(ModelworksError("unexpected"))
+
+    async def _in_turn(self, key: str, rule: Rule, scope: Scope, receive: Receive, exchange: _Exchange) -> None:
+        """Go on when the caller's share of the loop allows. What asks the catalog is also counted while it lasts, since
+        it takes a thread; but not what its client, a job or a model may keep waiting."""
+        shares = self._services.shares
+        if not shares.crowded(key, time.monotonic()):
+            await self.inner(scope, receive, exchange.send)
+            return
+        await shares.pace(key, fresh=True)
+        if rule.stream or rule.body in ("infer", "form"):
+            await self.inner(scope, receive, exchange.send)
+            return
+        await shares.admit(key)
+        with contextlib.ExitStack() as place:
+            place.callback(shares.leave, key)
+            exchange.place = scope["state"]["place"] = place
+            await self.inner(scope, receive, exchange.send)
 
     async def _admit(self, scope: Scope, headers: Headers, exchange: _Exchange) -> Rule:
         """Authenticate, authorise and count the call; returns the route's rule."""
@@ -318,7 +339,9 @@ class Headers:
 class _Exchange:
     """The answer's side of one request: adds the headers that every answer has, and knows whether it has begun."""
 
-    __slots__ = ("_headers", "_path", "_send", "body", "limits", "operation", "request_id", "sent", "started", "status")
+    __slots__ = (
+        "_headers", "_path", "_send", "body", "limits", "operation", "place", "request_id", "sent", "started", "status",
+    )  # fmt: skip
 
     def __init__(self, headers: Headers, path: str, send: Send) -> None:
         self.request_id = headers.request_id
@@ -331,10 +354,13 @@ class _Exchange:
         self.operation = ""
         self.body: _BoundedBody | None = None
         self.limits: list[tuple[bytes, bytes]] = []
+        self.place: contextlib.ExitStack | None = None  # in its key's share, until it answers
 
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             self.started = True
+            if self.place is not None:
+                self.place.close()
             self.status = message["status"]
             headers = [
                 *message.get("headers", ()),

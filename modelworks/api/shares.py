@@ -3,17 +3,23 @@
 A turn of the loop serves all connections that have something to say, and a gRPC call takes several turns: without this,
 hundreds of connections of one key would make every turn long for everybody. Calls beyond the share wait here, where they
 cost nothing; for the model they are queued in serve/fairness.py. While one key calls alone, none of this is touched.
+
+What goes through the framework takes some tens of times longer than a call of the fast lane, and may wait long for a model,
+a job or its client. It is not counted while it lasts: its steps on the loop are paced, so many of a key a turn.
 """
 
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import deque
 from collections.abc import Callable
+from functools import partial
 
 SHARE = 32  # calls of one key at work
 FEW = 2  # gRPC calls of one key that begin at once
 QUIET, PATIENCE = 0.001, 0.01  # seconds without a new gRPC call until others may begin, and how long that is waited for
+PACE = 2  # steps of slow work of one key in a turn of the loop: those that begin, and as many that go on
 RECENT = 1.0  # seconds between calls of two keys within which both count as calling
 
 Resume = Callable[[], bool]  # begins a call that waited; False: nobody waits for it any more
@@ -29,6 +35,7 @@ class Shares:
         self._at_work: dict[str, int] = {}
         self._waiting: dict[str, deque[Resume]] = {}
         self._patient: dict[str, deque[Resume]] = {}  # gRPC calls
+        self._paced: dict[tuple[str, bool], _Line] = {}
         self._came = 0
         self._tick: asyncio.TimerHandle | None = None
 
@@ -64,6 +71,42 @@ class Shares:
         else:
             del self._at_work[key]
 
+    async def admit(self, key: str) -> None:
+        """As `enter`, for a task: returns when it may begin."""
+        begun = asyncio.get_running_loop().create_future()
+        if self.enter(key, partial(_wake, begun)):
+            return
+        await self._begun(key, begun)
+
+    async def pace(self, key: str, *, fresh: bool = False) -> None:
+        """Slow work of `key` goes on, or with `fresh` begins: returns when the loop has a turn for it.
+
+        At once while no other key calls. What goes on does not wait behind what begins.
+        """
+        if time.monotonic() >= self._until:
+            return
+        line = self._paced.get((key, fresh))
+        if line is None:
+            if not self._paced:
+                asyncio.get_running_loop().call_soon(self._next_turn)
+            line = self._paced[key, fresh] = _Line()
+        if line.spent < PACE and not line.waiting:
+            line.spent += 1
+            return
+        begun = asyncio.get_running_loop().create_future()
+        line.waiting.append(begun)
+        await begun
+
+    def _next_turn(self) -> None:
+        for name, line in list(self._paced.items()):
+            if not line.spent:
+                del self._paced[name]
+            line.spent = 0
+            while line.waiting and line.spent < PACE:
+                line.spent += _wake(line.waiting.popleft())
+        if self._paced:
+            asyncio.get_running_loop().call_soon(self._next_turn)
+
     async def turn(self, key: str) -> None:
         """As `enter`, for a gRPC call: returns when it may begin.
 
@@ -77,16 +120,12 @@ class Shares:
             return
         loop = asyncio.get_running_loop()
         begun = loop.create_future()
-
-        def resume() -> bool:
-            if begun.done():
-                return False
-            begun.set_result(None)
-            return True
-
-        self._patient.setdefault(key, deque()).append(resume)
+        self._patient.setdefault(key, deque()).append(partial(_wake, begun))
         if self._tick is None:
             self._tick = loop.call_later(QUIET, self._look, loop.time() + PATIENCE, self._came)
+        await self._begun(key, begun)
+
+    async def _begun(self, key: str, begun: asyncio.Future[None]) -> None:
         try:
             await begun
         except asyncio.CancelledError:
@@ -110,3 +149,20 @@ class Shares:
                     del self._patient[key]
             until = loop.time() + PATIENCE
         self._tick = loop.call_later(QUIET, self._look, until, self._came) if self._patient else None
+
+
+class _Line:
+    """Steps of one key. `spent`: in this turn; while any wait, it is never 0 at a turn's end."""
+
+    __slots__ = ("spent", "waiting")
+
+    def __init__(self) -> None:
+        self.spent = 0
+        self.waiting: deque[asyncio.Future[None]] = deque()
+
+
+def _wake(begun: asyncio.Future[None]) -> bool:
+    if begun.done():
+        return False
+    begun.set_result(None)
+    return True

@@ -42,6 +42,9 @@ async def outcome(
     request: Request, services: Services, caller: Caller, job: Job, made: Callable[[Job], Awaitable[Response]]
 ) -> Response:
     """What is `made` of the job that has succeeded; 202 with the job when it is not over after a minute."""
-    stopping = request.scope["state"].get("stopping") or Stopping()
+    state = request.scope["state"]
+    stopping = state.get("stopping") or Stopping()
+    if "place" in state:
+        state["place"].close()  # other calls of its key need not wait for the job
     found = await ended(stopping, services, caller, job)
     return accepted(job.public(), f"/api/v1/jobs/{job.id}") if found is None else await made(found)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import re
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import dataclass
 from time import monotonic
 from typing import Any
@@ -91,6 +91,17 @@ class Rpc:
         found = await self.services.gateway.infer(self.principal, call)
         self.model_version = found.model_version
         return found
+
+    async def in_turn(self, work: Callable[[Rpc, Any], Awaitable[Any]], request: Any) -> Any:
+        """What `work` makes of the request, once the caller's share of the loop allows."""
+        shares, key = self.services.shares, self.principal.key_id
+        if not shares.crowded(key, self.began):
+            return await work(self, request)
+        await shares.turn(key)
+        try:
+            return await work(self, request)
+        finally:
+            shares.leave(key)
 
     def hint(self, call: Call) -> None:
         """Note in a call what its metadata asks of the router: x-priority, x-sticky-key."""

@@ -133,14 +133,8 @@ def _no_parameters(request: Any) -> None:
 
 async def infer(rpc: Rpc, data: bytes) -> bytes:
     """Named tensors in, named tensors out. A cancelled call is aborted in the replica too."""
-    shares, key = rpc.services.shares, rpc.principal.key_id
-    if not shares.crowded(key, rpc.began):
-        return await _infer(rpc, data)
-    await shares.turn(key)
-    try:
-        return await _infer(rpc, data)
-    finally:
-        shares.leave(key)
+    found: bytes = await rpc.in_turn(_infer, data)
+    return found
 
 
 async def _infer(rpc: Rpc, data: bytes) -> bytes:
@@ -186,16 +180,19 @@ async def stream_infer(rpc: Rpc, requests: AsyncIterator[Any]) -> AsyncIterator[
     """Requests run as they come, answers leave in the order of the requests; an error ends its request, not the stream."""
     lines: asyncio.Queue[_Line | Exception | None] = asyncio.Queue(MAX_PIPELINED)
     under_way: set[_Line] = set()
+    shares = rpc.services.shares
 
     async def read() -> None:
         counted = True  # the first request was, when the stream began
         try:
             async for request in requests:
                 line = _Line(rpc, request)
+                shares.crowded(rpc.principal.key_id, monotonic())
                 under_way.add(line)
                 if not counted:
                     await line.admit()
                 counted = False
+                await shares.pace(rpc.principal.key_id, fresh=True)
                 line.begin()
                 await lines.put(line)
         except ModelworksError as error:
@@ -274,6 +271,7 @@ class _Line:
         )
         while True:
             item = await self._arrived.get()
+            await self._rpc.services.shares.pace(self._rpc.principal.key_id)
             if isinstance(item, ModelworksError):
                 text = str(problem(item, self._rpc.request_id)["detail"])
                 failed = _Response(model_name=self._request.model_name[:100], id=self._request.id)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, get_args
 
 import anyio
@@ -76,7 +76,7 @@ def mount(door: Door) -> None:
             "ListRevisions": ("deployments.revisions", _threaded(_list_revisions)),
             "ListReplicas": ("deployments.get", _threaded(_list_replicas)),
             "GetLogs": ("deployments.logs", _threaded(_deployment_logs)),
-            "Predict": ("deployments.predict", predict),
+            "Predict": ("deployments.predict", _shared(predict)),
         },
     )
 
@@ -86,6 +86,15 @@ def _threaded(work: Work) -> Callable[[Rpc, Any], Any]:
 
     async def run(rpc: Rpc, request: Any) -> Any:
         return await anyio.to_thread.run_sync(work, rpc, request)
+
+    return _shared(run)
+
+
+def _shared(work: Callable[[Rpc, Any], Awaitable[Any]]) -> Callable[[Rpc, Any], Any]:
+    """It begins when the caller's share of the loop allows."""
+
+    async def run(rpc: Rpc, request: Any) -> Any:
+        return await rpc.in_turn(work, request)
 
     return run
 

@@ -118,6 +118,7 @@ class Exchange:
         try:
             self._submit()
             await ready(self.choices, self.news, whole=not self.asked.stream)
+            await self.services.shares.pace(self.caller.principal.key_id)
             if self.choices[0].gone:
                 raise ClientDisconnect
             self._check()
@@ -291,6 +292,7 @@ class Events(Response):
         open_ = list(exchange.choices)
         while open_:
             await ready(open_, exchange.news)
+            await exchange.services.shares.pace(exchange.caller.principal.key_id)
             if open_[0].gone:
                 return
             for made in list(open_):
