@@ -14,11 +14,11 @@ from typing import Any
 
 import pytest
 
-from modelworks.api.openai.generation import SECONDS, Events, Patience
+from modelworks.api.openai.generation import Events, Patience
 from modelworks.api.openai.stream import Generated
 from modelworks.control.reconcile import DRAIN_SECONDS
 from modelworks.core.errors import InvalidInput, RateLimited, Unavailable
-from modelworks.core.generation import MAX_DEPTH
+from modelworks.core.generation import MAX_DEPTH, SECONDS
 from modelworks.serve.router import RETIRE_SECONDS
 from tests.api_house import House, house
 from tests.openai_house import TextRouter, furnish
