@@ -20,6 +20,7 @@ from modelworks.control.reconcile import DRAIN_SECONDS
 from modelworks.core.errors import InvalidInput, RateLimited, Unavailable
 from modelworks.core.generation import MAX_DEPTH, SECONDS
 from modelworks.serve.router import RETIRE_SECONDS
+from modelworks.serve.routes import Detour
 from tests.api_house import House, house
 from tests.openai_house import TextRouter, furnish
 
@@ -338,6 +339,27 @@ def test_documents_are_ranked_by_their_vectors(api: House, model: TextRouter) ->
         for more, param in (({"documents": []}, "documents"), ({"query": ""}, "query"), ({"top_n": 0}, "top_n")):
             answer = http.post("/v1/rerank", json={**body, **more})
             assert (answer.status_code, answer.json()["error"]["param"]) == (400, param)
+
+
+def test_images_are_refused_before_any_work_where_the_model_has_no_eyes(client: Any, model: TextRouter) -> None:
+    url = "data:image/png;base64,aGk="
+    part = {"type": "image_url", "image_url": {"url": url}}
+    before = len(model.calls)
+    for stream in (False, True):
+        with pytest.raises(openai.BadRequestError) as caught:
+            chat(client, [{"role": "user", "content": [part]}], stream=stream)
+        assert (caught.value.param, caught.value.code) == ("messages", "unsupported_parameter")
+    asked = [{"role": "user", "content": [{"type": "input_image", "image_url": url}]}]
+    with pytest.raises(openai.BadRequestError, match="no eyes"):
+        client.responses.create(model="chat", input=asked)
+    assert len(model.calls) == before
+    blind = model.texts["chat"]
+    for more in ({"images": True}, {"detours": (Detour("eyes", frozenset({"unsupported"})),)}):
+        model.texts["chat"] = replace(blind, **more)
+        try:
+            assert chat(client, [{"role": "user", "content": [part]}]).choices[0].message.content == "Hello"
+        finally:
+            model.texts["chat"] = blind
 
 
 # moderations

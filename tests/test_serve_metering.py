@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import struct
 from typing import Any
 
@@ -12,7 +13,7 @@ from modelworks.core.tasks import GENERATION
 from modelworks.core.tensors import Tensor, pack_bytes
 from modelworks.core.types import Call, Principal, Signature
 from modelworks.security.quota import RateLimiter
-from modelworks.serve.metering import Meter
+from modelworks.serve.metering import Meter, estimate
 from modelworks.serve.routes import Route
 from modelworks.serve.wire import Part
 
@@ -84,3 +85,11 @@ def test_an_answer_out_of_the_cache_and_an_error_cost_nothing() -> None:
     place.meter()(Unavailable("away"))
     assert place.left == 1000
     assert place.counts.told[0] == (90, 10, 90, 10)
+
+
+def test_an_image_is_taken_for_what_images_have_and_not_for_its_bytes() -> None:
+    url = f"data:image/png;base64,{'A' * 400_000}"
+    messages = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": "x" * 400}]}]
+    asked = Tensor("messages", "BYTES", [1], pack_bytes([json.dumps(messages)]))
+    assert 1024 + 100 < estimate([asked]) < 1024 + 200
+    assert estimate([Tensor("prompt", "BYTES", [1], pack_bytes([json.dumps(messages)]))]) > 100_000

@@ -17,16 +17,9 @@ WORDS = ["the capital of France is Paris", "a ship and its crew at sea, far away
 def make_llama(folder: Path) -> Any:
     """Write a Llama of two layers with a byte-level tokenizer of 400 tokens to `folder`, as a hub has it; returns the model."""
     import torch
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=["<end>"], initial_alphabet=alphabet, show_progress=False)
-    tokenizer.train_from_iterator(WORDS * 4, trainer)
-    tokenizer.save(str(folder / "tokenizer.json"))
+    tokenizer = make_tokenizer(folder)
     torch.manual_seed(5)
     config = LlamaConfig(
         vocab_size=tokenizer.get_vocab_size(), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
@@ -42,6 +35,21 @@ def make_llama(folder: Path) -> Any:
 def packaged(imported: tuple[Manifest, dict[str, Path]]) -> Package:
     manifest, files = imported
     return Package(manifest, {manifest.files[name].digest: path for name, path in files.items()}.__getitem__)
+
+
+def make_tokenizer(folder: Path, *more: str) -> Any:
+    """Write tokenizer.json to `folder`: byte-level, 400 tokens at most, the first of which are <end> and `more`."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    special = ["<end>", *more]
+    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator(WORDS * 4, trainer)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return tokenizer
 
 
 class Made:

@@ -60,6 +60,7 @@ def snapshot(tx: Tx, number: int, limits: Limits) -> Snapshot:
             limits=limits_of(deployment, limits),
             detours=detours_of(deployment),
             cache=_cache_of(deployment),
+            images=model.lineage.get("images") is True,
             platform=platform_of(deployment, model),
             adapters=_adapters(tx, deployment, chosen),
             failed="" if chosen else _failure(deployment),

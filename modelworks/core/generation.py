@@ -23,6 +23,7 @@ ROLES = ("system", "developer", "user", "assistant", "tool")
 MAX_MESSAGES = 2048
 MAX_CONTENT = 4 * 1024 * 1024  # characters of all messages, or of a prompt; images have MAX_IMAGES of their own
 MAX_IMAGES = 32 * 1024 * 1024  # characters of all images in base64
+MAX_PICTURES = 32  # images of a call
 MAX_TOKENS = 1024 * 1024  # ids of a prompt
 MAX_STOPS = 4
 MAX_LOGPROBS = 20
@@ -135,12 +136,14 @@ def read_ask(inputs: list[Tensor], params: dict[str, Any], lacks: Collection[str
 
 def lacking(ask: Ask, lacks: Collection[str]) -> InvalidInput | None:
     """The refusal by an engine without the FEATURES `lacks`, or None where the call asks for none of them."""
-    for feature, param in _asked(ask):
-        if feature in lacks:
-            what = "the images" if feature == "images" else param
-            said = f"{FEATURES[feature]}; leave out {what}, or ask another deployment"
-            return InvalidInput(said, code="unsupported_parameter", param=param)
-    return None
+    return next((unsupported(feature, param) for feature, param in _asked(ask) if feature in lacks), None)
+
+
+def unsupported(feature: str, param: str) -> InvalidInput:
+    """The refusal of one of FEATURES, which `param` asks for."""
+    what = "the images" if feature == "images" else param
+    said = f"{FEATURES[feature]}; leave out {what}, or ask another deployment"
+    return InvalidInput(said, code="unsupported_parameter", param=param)
 
 
 def check_adapter(ask: Ask, known: Collection[str]) -> None:
@@ -265,11 +268,12 @@ def check_messages(value: Any) -> list[dict[str, Any]]:
     if len(value) > MAX_MESSAGES:
         raise InvalidInput(f"{len(value)} messages; at most {MAX_MESSAGES} are taken", param="messages")
     messages = [_message(item, f"messages[{index}]") for index, item in enumerate(value)]
-    texts, images = 0, 0
+    texts, images, count = 0, 0, 0
     for message in messages:
         for part in message["content"] if isinstance(message["content"], list) else [message["content"]]:
             if isinstance(part, dict) and part["type"] == "image_url":
                 images += len(part["image_url"]["url"])
+                count += 1
             else:
                 texts += len(part if isinstance(part, str) else part["text"])
         texts += sum(len(call["function"]["arguments"]) for call in message.get("tool_calls", ()))
@@ -277,6 +281,8 @@ def check_messages(value: Any) -> list[dict[str, Any]]:
         raise InvalidInput(f"the messages have {texts} characters; at most {MAX_CONTENT} are taken", param="messages")
     if images > MAX_IMAGES:
         raise InvalidInput(f"the images have {images} characters; at most {MAX_IMAGES} are taken", param="messages")
+    if count > MAX_PICTURES:
+        raise InvalidInput(f"the messages have {count} images; at most {MAX_PICTURES} are taken", param="messages")
     return messages
 
 
@@ -346,7 +352,8 @@ def _content_part(part: Any, place: str, role: str) -> dict[str, Any]:
         url = image.get("url") if isinstance(image, dict) else image
         if not isinstance(url, str) or not url.startswith("data:image/") or ";base64," not in url[:100]:
             raise InvalidInput(
-                f"{place} must hold the image itself, as a URL of the form data:image/png;base64,...", param=place
+                f"{place} must hold the image itself, as a URL of the form data:image/png;base64,...; nothing is fetched",
+                param=place,
             )
         return {"type": "image_url", "image_url": {"url": url}}
     if kind in ("image_url", "input_audio", "file"):

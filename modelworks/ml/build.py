@@ -20,7 +20,7 @@ from modelworks.ml.adapter_import import RUNTIME as ADAPTER_RUNTIME
 from modelworks.ml.adapter_import import check_adapter, import_peft, is_adapter
 from modelworks.ml.data.archives import zip_directory
 from modelworks.ml.decoder_import import TASK as GENERATION
-from modelworks.ml.decoder_import import check_decoder, import_decoder
+from modelworks.ml.decoder_import import check_decoder, import_decoder, sees
 from modelworks.ml.folder import ADAPTER_CONFIG, CONFIG, config_of, stage
 from modelworks.ml.llm_import import check_llama, import_gguf
 from modelworks.ml.onnx_import import check_onnx, import_onnx
@@ -151,7 +151,9 @@ def _task_of(folder: Path) -> str:
         return EMBEDDING
     if str(named[0]).endswith("ForSequenceClassification"):
         return RERANK
-    if str(named[0]).endswith(("ForCausalLM", "LMHeadModel")):
+    if str(named[0]).endswith(("ForCausalLM", "LMHeadModel")) or (
+        str(named[0]).endswith("ForConditionalGeneration") and sees(config_of(folder))
+    ):
         return GENERATION
     return EMBEDDING if str(named[0]).endswith("Model") else str(named[0])
 

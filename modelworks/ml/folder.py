@@ -23,7 +23,7 @@ MAX_FOLDER = 256 * 1024**3
 _RATIO = 100  # a ZIP unpacks to at most so many times its size
 _WANTED = re.compile(
     r"(?:config|generation_config|tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab|modules"
-    r"|sentence_bert_config|config_sentence_transformers|preprocessor_config|chat_template|adapter_config"
+    r"|sentence_bert_config|config_sentence_transformers|processor_config|preprocessor_config|chat_template|adapter_config"
     r"|model\.safetensors\.index)\.json"
     r"|vocab\.txt|merges\.txt|(?:tokenizer|spiece|sentencepiece\.bpe)\.model|chat_template\.jinja|README\.md"
     r"|(?:adapter_model|model(?:-\d{5}-of-\d{5})?)\.safetensors|[0-9]_[A-Za-z]{1,40}/(?:config\.json|model\.safetensors)"

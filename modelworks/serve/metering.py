@@ -7,6 +7,7 @@ the calls of all others the gateway puts a `Meter`.
 from __future__ import annotations
 
 import math
+import re
 import struct
 from collections.abc import Callable, Sequence
 from typing import Protocol
@@ -23,6 +24,8 @@ from modelworks.serve.wire import Part
 TASKS = frozenset({GENERATION, EMBEDDING, RERANK})
 ANSWER = 512  # tokens reserved for an answer whose request bounds it by nothing
 _BYTES = 4  # of a text, for one token: what is not known before the model has read it
+_SEEN = 1024  # tokens of an image, as little known
+_IMAGE = re.compile(rb'"url"\s*:\s*"data:image/[^"]*')
 
 Deliver = Callable[["Part | ModelworksError"], None]
 
@@ -37,7 +40,13 @@ class Limiter(Protocol):
 
 def estimate(inputs: Sequence[Tensor]) -> int:
     """How many tokens these may be."""
-    return sum(len(tensor.data) // _BYTES for tensor in inputs)
+    return sum(map(_tokens, inputs))
+
+
+def _tokens(tensor: Tensor) -> int:
+    size = len(tensor.data)
+    images = [found.end() - found.start() for found in _IMAGE.finditer(tensor.data)] if tensor.name == "messages" else []
+    return (size - sum(images)) // _BYTES + _SEEN * len(images)
 
 
 class Reservation:

@@ -65,6 +65,7 @@ class Route:
     detours: tuple[Detour, ...] = ()
     adapters: Mapping[str, str] = field(default_factory=dict)  # name -> the LoRA adapter's version
     cache: tuple[float, int] | None = None  # whole answers are kept: seconds, bytes
+    images: bool = False  # messages may hold images
     platform: str = "onnxruntime_onnx"  # engine and format, as the Open Inference Protocol names them
     failed: str = ""  # why there is no replica and none is to be expected: calls are refused at once
 

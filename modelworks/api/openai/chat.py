@@ -27,7 +27,7 @@ from modelworks.api.openai.tools import Reader, ToolCall, read_tools
 from modelworks.api.routes import Routes, Use, Who
 from modelworks.api.services import Services
 from modelworks.core.errors import InvalidInput
-from modelworks.core.generation import MAX_LOGPROBS, check_messages, check_schema, read_sampling
+from modelworks.core.generation import MAX_LOGPROBS, check_messages, check_schema, has_images, read_sampling
 from modelworks.core.tensors import Tensor, pack_bytes
 from modelworks.core.types import Caller
 
@@ -83,10 +83,11 @@ def read_chat(data: bytes) -> Asked:
         params["tools"] = tools.shown
     read_sampling(params)
     stream, with_usage, running = read_stream(body)
-    messages = Tensor("messages", "BYTES", [1], pack_bytes([encode(check_messages(body.get("messages")))]))
+    checked = check_messages(body.get("messages"))
+    messages = Tensor("messages", "BYTES", [1], pack_bytes([encode(checked)]))
     forced = bool(tools.names and tools.schema is not None)
     n = read_number(body, "n", 1, MAX_CHOICES, 1)
-    return Asked(model, [messages], params, n, stream, with_usage, running, tools.names, forced)
+    return Asked(model, [messages], params, n, stream, with_usage, running, tools.names, forced, has_images(checked))
 
 
 class Chat(Exchange):

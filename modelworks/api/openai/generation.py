@@ -19,6 +19,7 @@ from modelworks.api.errors import render
 from modelworks.api.openai.stream import Generated, ready
 from modelworks.api.services import Services
 from modelworks.core.errors import InvalidInput, ModelworksError, NotFound, Unavailable
+from modelworks.core.generation import unsupported
 from modelworks.core.tasks import GENERATION
 from modelworks.core.telemetry import logger
 from modelworks.core.tensors import Tensor
@@ -52,6 +53,7 @@ class Asked(msgspec.Struct):
     running: bool = False  # and so far, in each
     tools: list[str] = []  # names that may be called
     forced: bool = False  # the answer is calls of them and nothing else
+    images: bool = False  # among the messages
 
 
 class Exchange:
@@ -64,6 +66,8 @@ class Exchange:
         self.caller = caller
         self.asked = asked
         self.route, self.adapter = text_route(services, caller, asked.model)
+        if asked.images and not self.route.images and not self.route.detours:
+            raise unsupported("images", "messages")  # with detours, another deployment may see them
         self.news = asyncio.Event()
         self.choices = [Generated(index, self.news) for index in range(len(asked.prompts) * asked.n)]
         self.pending: list[Pending | Errand] = []

@@ -27,7 +27,7 @@ from modelworks.api.openai.tools import Reader, read_tools
 from modelworks.api.routes import After, IdPath, Limit, Routes, Use, Who, answer, listing
 from modelworks.api.services import Services
 from modelworks.core.errors import InvalidInput, ModelworksError
-from modelworks.core.generation import MAX_LOGPROBS, check_messages, check_schema, read_sampling
+from modelworks.core.generation import MAX_LOGPROBS, check_messages, check_schema, has_images, read_sampling
 from modelworks.core.tensors import Tensor, pack_bytes
 from modelworks.core.types import Caller, StoredResponse, new_id
 
@@ -175,9 +175,10 @@ def read_asked(body: dict[str, Any], model: str, items: list[dict[str, Any]]) ->
     read_sampling(params)
     stream, *_ = read_stream({"stream": body.get("stream")})
     messages = to_messages(items, body.get("instructions"))
-    prompt = Tensor("messages", "BYTES", [1], pack_bytes([encode(check_messages(messages))]))
+    checked = check_messages(messages)
+    prompt = Tensor("messages", "BYTES", [1], pack_bytes([encode(checked)]))
     forced = bool(tools.names and tools.schema is not None)
-    return Asked(model, [prompt], params, 1, stream, True, False, tools.names, forced)
+    return Asked(model, [prompt], params, 1, stream, True, False, tools.names, forced, has_images(checked))
 
 
 class Answering(Exchange):

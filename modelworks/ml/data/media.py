@@ -93,13 +93,28 @@ def open_image(data: bytes) -> Image:
 
 def image_header(data: bytes) -> dict[str, Any]:
     """width, height, mode and format, told without decoding."""
-    from PIL import Image
-
+    try:
+        from PIL import Image
+    except ImportError:
+        raise MissingExtra("images need pillow; pip install 'modelworks[media]'") from None
+    Image.MAX_IMAGE_PIXELS = None  # who decodes holds the bound
     try:
         with Image.open(io.BytesIO(data), formats=IMAGES) as image:
             return {"width": image.width, "height": image.height, "mode": image.mode, "format": image.format}
     except Exception as error:
         raise Unreadable(f"is a broken image ({_brief(error)})") from None
+
+
+def plain_image(data: bytes, mode: Literal["L", "RGB"] = "RGB") -> Image:
+    """As open_image, in 8 bits a channel: grey ("L") or colour."""
+    from PIL import Image
+
+    image = open_image(data)
+    if image.mode.startswith(("I", "F")):  # 16 bits and floats: the greatest value is white
+        values = np.asarray(image, dtype=np.float64)
+        top = 65535.0 if image.mode.startswith("I") else max(1.0, float(values.max(initial=0)))
+        image = Image.fromarray((values.clip(0, top) * (255.0 / top)).round().astype(np.uint8))
+    return image.convert(mode)
 
 
 def image_array(data: bytes, size: tuple[int, int], channels: int, fit: str) -> np.ndarray:
@@ -109,12 +124,7 @@ def image_array(data: bytes, size: tuple[int, int], channels: int, fit: str) -> 
     """
     from PIL import Image, ImageOps
 
-    image = open_image(data)
-    if image.mode.startswith(("I", "F")):  # 16 bits and floats: the greatest value is white
-        values = np.asarray(image, dtype=np.float64)
-        top = 65535.0 if image.mode.startswith("I") else max(1.0, float(values.max(initial=0)))
-        image = Image.fromarray((values.clip(0, top) * (255.0 / top)).round().astype(np.uint8))
-    image = image.convert("L" if channels == 1 else "RGB")
+    image = plain_image(data, "L" if channels == 1 else "RGB")
     shape = (size[1], size[0])
     if image.size != shape:
         if fit == "crop":

@@ -22,9 +22,17 @@ def choose(engine: str, runtime: str, architecture: str, lineage: dict[str, Any]
     """The runtime for a package made for `runtime`. InvalidInput when the engine that is named cannot run it.
 
     `auto`: of GGUF OpenVINO where it is installed and reads the file at its quality, as it is faster with many streams;
-    with llama.cpp beside it for what it lacks. Of safetensors vLLM where it is installed and there is a GPU.
+    with llama.cpp beside it for what it lacks. Of safetensors vLLM where it is installed and there is a GPU, unless the
+    model sees images.
     """
     if runtime == TRANSFORMERS:
+        if lineage.get("images") is True:
+            if engine not in (AUTO, TRANSFORMERS):
+                raise InvalidInput(
+                    f"this model sees images, and {engine} takes text only here; leave engine out, and transformers runs it",
+                    param="engine",
+                )
+            return TRANSFORMERS
         if engine == VLLM:
             check_vllm()
             return VLLM

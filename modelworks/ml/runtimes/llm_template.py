@@ -23,9 +23,12 @@ CHATML = (
 
 
 class ChatTemplate:
-    """`source` is Jinja. InvalidInput when it does not compile. `render` may be called by several threads."""
+    """`source` is Jinja. InvalidInput when it does not compile. `render` may be called by several threads.
 
-    def __init__(self, source: str, *, bos: str = "", eos: str = "") -> None:
+    `mark`: of a vision model, the text that stands for an image where the template takes contents as texts only.
+    """
+
+    def __init__(self, source: str, *, bos: str = "", eos: str = "", mark: str = "") -> None:
         if len(source) > MAX_TEMPLATE:
             raise InvalidInput(
                 f"the chat template has {len(source)} characters; at most {MAX_TEMPLATE} are taken",
@@ -34,8 +37,12 @@ class ChatTemplate:
         self._first = {"template": source, "bos": bos, "eos": eos}
         self._lock = threading.Lock()
         self._child: subprocess.Popen[bytes] | None = None
+        self._mark = mark
+        self._parts = False  # contents are lists of parts to it
         with self._lock:
             self._start()
+        if mark:
+            self._parts = self._takes_parts()
 
     def render(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None = None) -> str:
         """The prompt for `messages`. InvalidInput when the template refuses them, or is stopped at its limits.
@@ -47,6 +54,8 @@ class ChatTemplate:
         messages = [_with_objects(message) for message in messages] if known else _calls_as_text(messages)
         if tools and "tools" not in source:
             messages, tools = _with_tools(messages, tools), None
+        if self._mark:
+            messages = [_with_parts(message) if self._parts else _with_marks(message, self._mark) for message in messages]
         with self._lock:
             if self._child is None or self._child.poll() is not None:
                 self._start()
@@ -55,6 +64,16 @@ class ChatTemplate:
     def close(self) -> None:
         with self._lock:
             self._stop()
+
+    def _takes_parts(self) -> bool:
+        """Whether a text in a part comes out as it is, and by the part's own words."""
+        part = {"type": "text", "text": "Hello"}
+        with self._lock:
+            try:
+                text = str(self._ask({"messages": [{"role": "user", "content": [part]}], "tools": None})["text"])
+            except InvalidInput:
+                return False
+        return "Hello" in text and "'type'" not in text and '"type"' not in text
 
     def _start(self) -> None:
         self._stop()
@@ -163,6 +182,20 @@ def _with_objects(message: dict[str, Any]) -> dict[str, Any]:
             arguments = call["function"]["arguments"]
         calls.append({**call, "function": {**call["function"], "arguments": arguments}})
     return {**message, "tool_calls": calls}
+
+
+def _with_parts(message: dict[str, Any]) -> dict[str, Any]:
+    """Contents as parts; the images themselves are not the template's."""
+    content = message["content"]
+    parts = content if isinstance(content, list) else [{"type": "text", "text": content}] if content else []
+    return {**message, "content": [{"type": "image"} if part["type"] == "image_url" else part for part in parts]}
+
+
+def _with_marks(message: dict[str, Any], mark: str) -> dict[str, Any]:
+    content = message["content"]
+    if not isinstance(content, list):
+        return message
+    return {**message, "content": "".join(mark if part["type"] == "image_url" else part["text"] for part in content)}
 
 
 def check_template(source: str, *, bos: str = "", eos: str = "") -> None:

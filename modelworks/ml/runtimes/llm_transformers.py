@@ -1,7 +1,8 @@
 """Text generation by transformers: the portable engine, for every decoder that it knows, from safetensors.
 
 Calls decode together: their keys and values lie in one cache, padded on the left; a call joins once its prompt is read.
-Prompts are read in pieces between the others' tokens, the shortest first. No code from a model's folder ever runs.
+Prompts are read in pieces between the others' tokens, the shortest first; one with images in one piece. No code from a
+model's folder ever runs.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from modelworks.core.generation import (
     Logprob,
     check_adapter,
     context_exceeded,
+    has_images,
     part,
     read_ask,
 )
@@ -31,6 +33,7 @@ from modelworks.core.telemetry import logger
 from modelworks.core.tensors import Tensor
 from modelworks.core.types import Signature
 from modelworks.ml.package import Package
+from modelworks.ml.runtimes.llm_eyes import Eyes
 from modelworks.ml.runtimes.llm_lora import Adapters
 from modelworks.ml.runtimes.llm_sampling import Chooser, Vocabulary, logprob
 from modelworks.ml.runtimes.llm_schema import compile_schema
@@ -60,6 +63,8 @@ class Row:
         self.ids = ids
         self.count = len(ids)
         self.read = 0
+        self.sights: dict[str, Any] = {}  # what the model takes of the images, until the prompt is read
+        self.shift = 0  # of the places of the tokens behind the images, where those have places of their own
         self.stream = stream
         self.text = Text(ask.sampling.stop, prefix)
         self.logprobs: list[Logprob] = []
@@ -120,19 +125,25 @@ class TransformersRuntime:
         try:
             for name in package.manifest.files:
                 (self._folder / name).symlink_to(package.path(name).resolve())
-            self._model = _model_of(self._folder, self._device)
+            sees = package.manifest.lineage.get("images") is True
+            self._model = _model_of(self._folder, self._device, sees=sees)
+            self._eyes = Eyes(self._folder) if sees else None
             self._adapters = Adapters(self._model, adapters or {})
             chat = json.loads((self._folder / CHAT_FILE).read_bytes())
             size = int(self._model.get_output_embeddings().weight.shape[0])
             self._vocabulary = Vocabulary(self._folder / TOKENIZER_FILE, chat["ends"], size)
-            self._template = ChatTemplate(chat["template"] or CHATML, bos=chat["bos"], eos=chat["eos"])
+            mark = self._eyes.mark if self._eyes else ""
+            self._template = ChatTemplate(chat["template"] or CHATML, bos=chat["bos"], eos=chat["eos"], mark=mark)
         except BaseException:
             shutil.rmtree(self._folder, ignore_errors=True)
             raise
         if not self._vocabulary.ends:
             self.lacks |= {"schema"}  # a grammar ends with an end token
+        if sees:
+            self.lacks -= {"images"}
         self._takes = _takes(self._model)
-        self._context = min(context or CONTEXT, int(chat.get("context_length") or CONTEXT))
+        trained = chat.get("context_length") or getattr(self._model.config.get_text_config(), "max_position_embeddings", None)
+        self._context = min(context or CONTEXT, int(trained or CONTEXT))
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="prompt")
         return TEXT_GENERATION
 
@@ -178,6 +189,22 @@ class TransformersRuntime:
     def __len__(self) -> int:
         return len(self._aboard)
 
+    def generated(self, messages: list[dict[str, Any]], count: int) -> list[int]:
+        """What transformers' own greedy `generate` answers to messages with images: up to `count` tokens, to an end at most.
+
+        For checks: while it runs, nothing else may.
+        """
+        import torch
+
+        assert self._eyes is not None
+        ids, sights = self._eyes.read(self._template.render(messages), messages)
+        given = {"input_ids": torch.tensor([ids]), "attention_mask": torch.ones(1, len(ids), dtype=torch.long)}
+        given = {name: it.to(self._device) for name, it in {**self._taken(sights), **given}.items() if hasattr(it, "to")}
+        ends = sorted(self._vocabulary.ends) or None
+        with _inference():
+            made = self._model.generate(**given, max_new_tokens=count, do_sample=False, eos_token_id=ends, pad_token_id=0)
+        return [int(id) for id in made[0, len(ids) :]]
+
     def close(self) -> None:
         self._pool.shutdown(wait=True)
         self._template.close()
@@ -201,10 +228,14 @@ class TransformersRuntime:
 
     def _row(self, call_id: Hashable, ask: Ask, grammar: str | None, stream: bool) -> Row:
         prefix = ""
+        sights: dict[str, Any] = {}
         if ask.messages is not None:
             text = self._template.render(ask.messages, ask.sampling.tools)
             prefix = reasoning_prefix(text)
-            ids = self._vocabulary.ids(text, special=False)
+            if self._eyes is not None and has_images(ask.messages):
+                ids, sights = self._eyes.read(text, ask.messages)
+            else:
+                ids = self._vocabulary.ids(text, special=False)
         elif ask.prompt is not None:
             ids = self._vocabulary.ids(ask.prompt, special=True)
         else:
@@ -218,6 +249,7 @@ class TransformersRuntime:
         if ask.sampling.echo:
             prefix = ask.prompt if ask.prompt is not None else self._vocabulary.text(ids)
         row = Row(call_id, ask, ids, prefix, stream)
+        row.sights = self._taken(sights)
         room = self._context - len(ids)
         asked = ask.sampling.max_tokens
         ask.sampling.max_tokens = room if asked is None else min(asked, room)
@@ -235,12 +267,15 @@ class TransformersRuntime:
         if not self._reading:
             return []
         row = min(self._reading, key=lambda row: row.count - row.read)
-        ids = row.ids[row.read : min(row.count, row.read + self._chunk)]
+        ids = row.ids[row.read : row.count if row.sights else min(row.count, row.read + self._chunk)]
         row.cache = row.cache or DynamicCache()
         measured = row.ask.sampling.echo and row.ask.sampling.logprobs is not None
         try:
             places = torch.arange(row.read, row.read + len(ids))[None]
-            logits = self._forward([row], torch.tensor([ids]), row.cache, places, None, keep=0 if measured else 1)[0]
+            if row.sights:
+                logits = self._look(row)
+            else:
+                logits = self._forward([row], torch.tensor([ids]), row.cache, places, None, keep=0 if measured else 1)[0]
             if measured:
                 self._measure(row, ids, logits)
         except Exception as error:  # a plug's edge: what the model throws belongs to the call
@@ -259,6 +294,31 @@ class TransformersRuntime:
             except Exception as error:  # there may be no memory for a larger batch
                 steps.append(_failed(row.id, error))
         return steps
+
+    def _look(self, row: Row) -> torch.Tensor:
+        """Read a whole prompt with its images; logits [1, vocabulary] of its last token."""
+        import torch
+
+        sights, row.sights = row.sights, {}
+        inner = self._model.base_model
+        turns = hasattr(inner, "rope_deltas")  # the model itself gives images places in space (Qwen2-VL, arXiv 2409.12191)
+        if turns:
+            inner.rope_deltas = None
+        places = None if turns else torch.arange(row.count)[None]
+        logits = self._forward([row], torch.tensor([row.ids]), row.cache, places, None, keep=1, more=sights)[0]
+        if turns and inner.rope_deltas is not None:
+            row.shift = int(inner.rope_deltas)
+        return logits[-1:]
+
+    def _taken(self, sights: dict[str, Any]) -> dict[str, Any]:
+        """What the model takes of what the processor made, floats as its weights are."""
+        import torch
+
+        return {
+            name: it.to(self._model.dtype) if isinstance(it, torch.Tensor) and it.is_floating_point() else it
+            for name, it in sights.items()
+            if name in self._takes
+        }
 
     def _measure(self, row: Row, ids: list[int], logits: torch.Tensor) -> None:
         count = row.ask.sampling.logprobs or 0
@@ -280,7 +340,7 @@ class TransformersRuntime:
         for at, row in enumerate(self._batch):
             mask[at, longest - row.read :] = 1
         ids = torch.tensor([[row.ids[row.read]] for row in self._batch])
-        places = torch.tensor([[row.read] for row in self._batch])
+        places = torch.tensor([[row.read + row.shift] for row in self._batch])
         alone = len(self._batch) == 1
         try:
             logits = self._forward(self._batch, ids, self._cache, places, None if alone else mask, keep=1)
@@ -332,15 +392,16 @@ class TransformersRuntime:
         rows: list[Row],
         ids: torch.Tensor,
         cache: Any,
-        places: torch.Tensor,
+        places: torch.Tensor | None,
         mask: torch.Tensor | None,
         *,
         keep: int,
+        more: Mapping[str, Any] | None = None,
     ) -> Any:
-        """Logits [rows, `keep` last tokens (0: all), vocabulary]; the cache grows."""
+        """Logits [rows, `keep` last tokens (0: all), vocabulary]; the cache grows. `more`: what there is of images."""
         self._adapters.choose([row.ask.sampling.adapter for row in rows])
-        given: dict[str, Any] = {"input_ids": ids, "past_key_values": cache, "use_cache": True}
-        if "position_ids" in self._takes:
+        given: dict[str, Any] = {**(more or {}), "input_ids": ids, "past_key_values": cache, "use_cache": True}
+        if places is not None and "position_ids" in self._takes:
             given["position_ids"] = places
         if mask is not None:
             given["attention_mask"] = mask
@@ -402,11 +463,12 @@ def _inference() -> contextlib.AbstractContextManager[Any]:
     return torch.inference_mode()
 
 
-def _model_of(folder: Path, device: str) -> Any:
-    from transformers import AutoModelForCausalLM
+def _model_of(folder: Path, device: str, *, sees: bool) -> Any:
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
+    kind: Any = AutoModelForImageTextToText if sees else AutoModelForCausalLM
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        model = kind.from_pretrained(
             folder,
             local_files_only=True,
             use_safetensors=True,
@@ -416,6 +478,8 @@ def _model_of(folder: Path, device: str) -> Any:
     except Exception as error:  # what the many architectures raise on a config that is not sound
         said = " ".join(str(error).split())[:300]
         raise InvalidInput(f"transformers cannot load this model: {said}", code="bad_model") from None
+    if model.config.is_encoder_decoder:
+        raise InvalidInput("this model has an encoder for its prompts; decoders only are served", code="unsupported_model")
     return model.eval().to(device)
 
 
@@ -429,7 +493,9 @@ def _dtype(config: dict[str, Any], device: str) -> Any:
     """As the weights are kept; on the CPU half precision of 5 exponent bits is computed in 32 bits."""
     import torch
 
-    kept = str(config.get("dtype") or config.get("torch_dtype") or "float32").removeprefix("torch.")
+    inner = config.get("text_config") or {}
+    found = [one.get(name) for one in (config, inner) for name in ("dtype", "torch_dtype")]
+    kept = str(next((one for one in found if one), "float32")).removeprefix("torch.")
     if kept == "bfloat16" or (kept == "float16" and device == "cuda"):
         return getattr(torch, kept)
     return torch.float32
