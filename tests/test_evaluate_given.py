@@ -128,8 +128,10 @@ def test_forecasts_are_measured_by_the_history_before_them(tmp_path: Path) -> No
     assert means(found)["mase"] == pytest.approx(1.0 / 2.0)  # a season before it was 2 less
     assert found.details["test_rows"] == [16]
     assert found.details["forecast"] == {"season": 4, "series": 2, "coverage": 0.5}
+    assert means(found)["coverage"] == 0.5
     bare = scored(tmp_path, [row for row in rows if row["f"] is not None], **given)
     assert bare.metrics["mase"]["mean"] is None
+    assert "coverage" not in bare.metrics
     assert any("mase needs the history" in note for note in bare.details["notes"])
 
 

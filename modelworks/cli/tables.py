@@ -30,7 +30,7 @@ def metrics_table(session: Session, metrics: dict[str, Any]) -> None:
 
 
 def details_tables(session: Session, details: dict[str, Any]) -> None:
-    """The confusion matrix, the classes, what was wrong in texts, or the quantiles of the residuals."""
+    """The confusion matrix, the classes, what was wrong in texts, a forecast's intervals, the quantiles of the residuals."""
     confusion = details.get("confusion_matrix")
     if isinstance(confusion, dict) and len(confusion["classes"]) <= _CLASSES:
         classes = [plain(name) for name in confusion["classes"]]
@@ -39,6 +39,11 @@ def details_tables(session: Session, details: dict[str, Any]) -> None:
     _per_class(session, details.get("per_class") or {})
     for what, found in (details.get("errors") or {}).items():
         session.table((what, *found), [("count", *map(number, found.values()))])
+    forecast = details.get("forecast") or {}
+    if "level" in forecast:
+        names = ("level", "coverage", "interval_width")
+        head = ("intervals", *(name.replace("_", " ") for name in names))
+        session.table(head, [("split-conformal", *(number(forecast.get(name)) for name in names))])
     residuals = details.get("residual_quantiles")
     if isinstance(residuals, dict):
         session.table(

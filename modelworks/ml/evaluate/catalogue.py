@@ -102,6 +102,7 @@ METRICS: dict[str, Metric] = {
             "season is given, else of the step before",
         ),
         Metric("smape", _SERIES, False, 0, 2, "mean of the absolute error's share of the mean of truth and forecast"),
+        Metric("coverage", _SERIES, True, 0, 1, "share of what came that lay between low and high: the level, where they are right"),
         Metric("average_precision", _ANOMALIES, True, 0, 1, "area under the precision-recall curve of the score"),
         Metric("reconstruction_error", _ANOMALIES, False, 0, math.inf, "mean anomaly score: how far rows are from what is usual"),
         Metric("flagged", _ANOMALIES, False, 0, 1, "share of rows that are flagged as anomalies"),
@@ -171,6 +172,8 @@ def offered(given: GivenPredictions) -> list[str]:
     if base_of(given.task) == CLUSTERING:
         out += () if given.features else ("silhouette",)
         out += () if given.reference else ("adjusted_rand", "normalized_mutual_info", "homogeneity", "completeness")
+    if given.low is None:
+        out += ("coverage",)
     return [name for name in metrics_of(given.task) if name not in out]
 
 

@@ -19,6 +19,7 @@ from modelworks.ml.evaluate.catalogue import check_metrics, gate_results, offere
 from modelworks.ml.evaluate.compare import compare
 from modelworks.ml.evaluate.evaluate import Evaluated
 from modelworks.ml.evaluate.folds import kept, summarise
+from modelworks.ml.evaluate.metrics import inside
 from modelworks.ml.evaluate.predictions import Predictions
 from modelworks.ml.evaluate.slices import measure
 
@@ -306,8 +307,10 @@ def _of_numbers(given: GivenPredictions, table: pa.Table, rows: np.ndarray) -> R
     details: dict[str, Any] = {"forecast": {"season": given.season, "series": len(np.unique(_series(given, table)))}}
     if given.low and given.high:
         beside |= {"low": low[order], "high": high[order]}
-        details["forecast"]["coverage"] = float(np.mean((true >= low) & (true <= high)))
-    return Read(Predictions(rows[order], true[order], said[order], beside), None, details, notes)
+    found = Predictions(rows[order], true[order], said[order], beside)
+    if "low" in beside:
+        details["forecast"]["coverage"] = float(np.mean(inside(found)))
+    return Read(found, None, details, notes)
 
 
 def _scales(given: GivenPredictions, table: pa.Table, rows: np.ndarray) -> tuple[np.ndarray, list[str], np.ndarray]:

@@ -74,6 +74,16 @@ def _smape(p: Predictions) -> float:
     return float(np.mean(_shares(p)))
 
 
+def _coverage(p: Predictions) -> float | None:
+    return float(np.mean(inside(p))) if "low" in p.beside else None
+
+
+def inside(p: Predictions) -> np.ndarray:
+    """[n] bool: whether the truth lay within the interval, its ends included."""
+    found: np.ndarray = (p.true >= p.beside["low"]) & (p.true <= p.beside["high"])
+    return found
+
+
 def _shares(p: Predictions) -> np.ndarray:
     """The error of each row as a share of the mean of truth and forecast; 0 where both are 0."""
     return 2 * _ratio(np.abs(p.true - p.output), np.abs(p.true) + np.abs(p.output))
@@ -126,6 +136,7 @@ _CLASSIFICATION = {
 _NUMBERS = {
     "mase": _mase,
     "smape": _smape,
+    "coverage": _coverage,
     "mse": _of_values("mean_squared_error"),
     "rmse": _of_values("root_mean_squared_error"),
     "mae": _of_values("mean_absolute_error"),
@@ -191,21 +202,23 @@ class WeightedScorer:
     def _prepare_values(self, p: Predictions) -> None:
         self._true = p.true
         error = p.true - p.output
-        scale = p.beside.get("scale", np.full(len(error), math.nan))
+        unknown = np.full(len(error), math.nan)
+        scale = p.beside.get("scale", unknown)
         self._errors = np.column_stack(
             [
                 error**2, np.abs(error), np.abs(error) / np.maximum(np.abs(p.true), np.finfo(np.float64).eps),
-                np.abs(error) / scale, _shares(p),
+                np.abs(error) / scale, _shares(p), inside(p) if "low" in p.beside else unknown,
             ]
         )  # fmt: skip
 
     def _values(self, w: np.ndarray) -> dict[str, float]:
         total = w.sum()
-        mse, mae, mape, mase, smape = w @ self._errors / total
+        mse, mae, mape, mase, smape, coverage = w @ self._errors / total
         spread = w @ (self._true - w @ self._true / total) ** 2 / total
         return {
             "mase": mase,
             "smape": smape,
+            "coverage": coverage,
             "mse": mse,
             "rmse": math.sqrt(mse),
             "mae": mae,

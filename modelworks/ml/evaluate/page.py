@@ -151,12 +151,14 @@ def _threshold(details: dict[str, Any]) -> str:
 
 def _found(details: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
     """(title, figures by name) of what a report says in a line."""
+    forecast = details.get("forecast") or {}
     counted = {name: details[name] for name in ("feedback", "rows", "users", "items", "top_k") if "feedback" in details}
     return [
         ("Residuals (true - predicted), by share of the rows below", details.get("residual_quantiles") or {}),
         ("Anomaly scores, by share of the rows below", details.get("score_quantiles") or {}),
         ("Labels", details.get("labelled") or {}),
-        ("Forecast", details.get("forecast") or {}),
+        ("Forecast", {name: value for name, value in forecast.items() if not isinstance(value, list)}),
+        ("Coverage of the intervals, by steps ahead", dict(enumerate(forecast.get("coverage_by_step") or (), start=1))),
         ("Recommendations", counted),
         *((f"Of the {what}", errors) for what, errors in (details.get("errors") or {}).items()),
         ("Clusters, by their rows", clusters if isinstance(clusters := details.get("clusters"), dict) else {}),

@@ -96,11 +96,15 @@ def _grows(values: np.ndarray, season: int) -> bool:
 
 @dataclass(frozen=True)
 class Ridge:
-    """`weights` [window, horizon] and `bias` [horizon]; `alpha` was best when each window in turn is left out."""
+    """`weights` [window, horizon] and `bias` [horizon]; `alpha` was best when each window in turn is left out.
+
+    `errors` [n, horizon]: of each window when it is left out.
+    """
 
     weights: np.ndarray
     bias: np.ndarray
     alpha: float
+    errors: np.ndarray
 
     def __call__(self, seen: np.ndarray) -> np.ndarray:
         found: np.ndarray = seen @ self.weights + self.bias
@@ -114,15 +118,16 @@ def ridge(seen: np.ndarray, came: np.ndarray) -> Ridge:
     u, s, vt = np.linalg.svd(x, full_matrices=False)
     turned = u.T @ y
     scale = max(float((s**2).mean()), 1e-12)
-    best, error = float(_ALPHAS[-1]) * scale, np.inf
+    best, error, errors = float(_ALPHAS[-1]) * scale, np.inf, y
     for alpha in _ALPHAS * scale:
         kept = s**2 / (s**2 + alpha)
         left = np.maximum(1 - (u**2) @ kept - 1 / len(x), 1e-6)
-        found = float((((y - u @ (kept[:, None] * turned)) / left[:, None]) ** 2).mean())
+        off = (y - u @ (kept[:, None] * turned)) / left[:, None]
+        found = float((off**2).mean())
         if found < error:
-            best, error = float(alpha), found
+            best, error, errors = float(alpha), found, off
     weights = vt.T @ ((s / (s**2 + best))[:, None] * turned)
-    return Ridge(weights, ends - means @ weights, best)
+    return Ridge(weights, ends - means @ weights, best, errors)
 
 
 def naive_error(values: np.ndarray, season: int) -> float:

@@ -1,15 +1,14 @@
 """The forecaster: a linear forecast in closed form, and a small net that corrects it where that has been shown to help.
 
-The last windows are held out first: they tell after how many epochs the correction is best (0: it is left out) and how
-far forecasts are off, which makes the intervals. Then both learn from all windows, for as many epochs.
+The last windows are held out first: they tell after how many epochs the correction is best (0: it is left out). Then both
+learn from all windows, for as many epochs. How far forecasts from rolling origins are off makes the intervals
+(forecast/intervals.py).
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from functools import cached_property
-from statistics import NormalDist
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -19,6 +18,7 @@ from modelworks.core.specs import Stopping
 from modelworks.core.tasks import FORECAST
 from modelworks.ml import graph as onnx_graph
 from modelworks.ml.base import JobContext
+from modelworks.ml.forecast.intervals import Calibration, calibrate, needed, rolling
 from modelworks.ml.forecast.windows import Frame, Ridge, ridge
 from modelworks.ml.nets.params import ForecasterParams
 
@@ -51,24 +51,26 @@ class Forecaster:
         scale = float(seen.std()) or 1.0
         seen, came = seen / scale, came / scale
         held = _held(len(seen), frame.horizon, stopping)
-        epochs, errors = 0, came - ridge(seen, came)(seen)
-        if held:
-            early = len(seen) - held - frame.horizon + 1  # no window to learn from reaches into what is held out
-            line = ridge(seen[:early], came[:early])
-            errors = came[-held:] - line(seen[-held:])
-            if params.hidden:
-                rest, last = (seen[:early], came[:early]), (seen[-held:], came[-held:])
-                net, epochs = _correct(line, rest, params, ctx, stopping, last)
-                if epochs:
-                    errors = last[1] - _said(net, last[0])
         line = ridge(seen, came)
+        epochs, errors = 0, rolling(frame, seen, came, _FEW)
+        if held and params.hidden:
+            early = len(seen) - held - frame.horizon + 1  # no window to learn from reaches into what is held out
+            rest, last = (seen[:early], came[:early]), (seen[-held:], came[-held:])
+            net, epochs = _correct(ridge(*rest), rest, params, ctx, stopping, last)
+            if epochs:
+                errors = np.concatenate([errors[:-held], last[1] - _said(net, last[0])])
+        measured = calibrate(errors if len(errors) else line.errors, params.level, "rolling" if len(errors) else "leave-one-out")
+        if measured.reached < params.level:
+            ctx.event(
+                "warning",
+                f"{measured.origins} forecasts to learn the intervals from can vouch for a level of {measured.reached:.3g}, not "
+                f"{params.level:g}, which takes {needed(params.level)}; give more data, or lower level, horizon or window",
+            )
         whole = (seen, came)
         limit = Stopping(max_epochs=epochs) if epochs else None
         net = _correct(line, whole, params, ctx, limit, None)[0] if limit else _network(line, params)
-        spread = np.maximum.accumulate(np.sqrt((errors**2).mean(axis=0)))
-        half = NormalDist().inv_cdf(0.5 + params.level / 2) * spread * math.sqrt(1 + 1 / max(len(errors) // frame.horizon, 1))
         tail = frame.wide(values)[-frame.window :]
-        made = SeriesModel(_write(frame, net, scale, half, tail), frame, epochs, ctx.threads)
+        made = SeriesModel(_write(frame, net, scale, measured.half, tail), frame, epochs, measured, ctx.threads)
         _check(made, frame, net, scale, values)
         return made
 
@@ -80,6 +82,7 @@ class SeriesModel:
     model: onnx.ModelProto
     frame: Frame
     epochs: int
+    calibration: Calibration
     threads: int = 1
 
     def __call__(self, windows: np.ndarray) -> dict[str, np.ndarray]:

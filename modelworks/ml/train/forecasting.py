@@ -17,7 +17,7 @@ from modelworks.core.types import Column, Signature, TensorSpec
 from modelworks.ml.base import JobContext
 from modelworks.ml.evaluate.catalogue import check_metrics
 from modelworks.ml.evaluate.intervals import over_folds, over_rows
-from modelworks.ml.evaluate.metrics import score
+from modelworks.ml.evaluate.metrics import inside, score
 from modelworks.ml.evaluate.predictions import Predictions
 from modelworks.ml.evaluate.splits import Plan, plan
 from modelworks.ml.forecast.series import Series, read_series
@@ -118,7 +118,8 @@ class Forecast(Course):
     def details(
         self, parts: Sequence[tuple[np.ndarray, np.ndarray]], found: Sequence[Predictions], wanted: Sequence[str]
     ) -> dict[str, Any]:
-        """`baselines` (seasonal naive and linear) on the same steps, and how often the truth lay within the intervals."""
+        """`baselines` (seasonal naive and linear) on the same steps, how often the truth lay within the intervals (also by
+        steps ahead), and how wide they are."""
         params = self.params
         said: dict[str, list[Predictions]] = {"seasonal-naive" if params.season else "naive": [], "linear": []}
         frame = None
@@ -127,10 +128,15 @@ class Forecast(Course):
             for name, model in zip(said, baselines(frame, self.target[train]), strict=True):
                 said[name].append(roll(model, frame, self.target, train, test))
         whole = Predictions.join(found)
-        inside = (whole.true >= whole.beside["low"]) & (whole.true <= whole.beside["high"])
-        about = {"level": params.level, "coverage": float(inside.mean()), "origins": "rolling"}
+        within = inside(whole)
+        about = {
+            "level": params.level, "coverage": float(within.mean()), "origins": "rolling",
+            "interval_width": float((whole.beside["high"] - whole.beside["low"]).mean()),
+        }  # fmt: skip
         if frame is not None:
+            ahead = np.concatenate([np.arange(len(part.rows)) % frame.horizon for part in found])
             about |= {"season": frame.season, "horizon": frame.horizon, "window": frame.window}
+            about["coverage_by_step"] = [float(within[ahead == step].mean()) for step in range(ahead.max() + 1)]
         lines = {name: _line(side, wanted, self.spec.seed) for name, side in said.items() if side}
         return {"baselines": lines, "forecast": about}
 
@@ -145,6 +151,7 @@ class Forecast(Course):
         about = {
             "season": frame.season, "horizon": frame.horizon, "window": frame.window, "step": self.run.step,
             "last": self.run.last, "naive_error": naive_error(values, frame.season),
+            "intervals": {"method": "split-conformal", "level": self.params.level, **model.model.calibration.described()},
         }  # fmt: skip
         shape = [-1, frame.horizon]
         signature = Signature(
@@ -182,7 +189,7 @@ def roll(model: Any, frame: Frame, values: np.ndarray, train: np.ndarray, test: 
     said = model(histories(frame, whole, starts))
     flat = {name: found.astype(np.float64).ravel()[: len(test)] for name, found in said.items()}
     scale = np.full(len(test), naive_error(past, frame.season))
-    beside = {"low": flat["low"], "high": flat["high"]} | ({"scale": scale} if (scale > 0).all() else {})
+    beside = {name: flat[name] for name in ("low", "high") if name in flat} | ({"scale": scale} if (scale > 0).all() else {})
     return Predictions(test, values[test], flat["forecast"], beside)
 
 
@@ -192,8 +199,7 @@ def baselines(frame: Frame, past: np.ndarray) -> tuple[Any, Any]:
     line = ridge(seen, came)
 
     def said(values: np.ndarray) -> dict[str, np.ndarray]:
-        values = np.exp(values) if frame.log else values
-        return {"forecast": values, "low": values, "high": values}
+        return {"forecast": np.exp(values) if frame.log else values}
 
     def repeated(windows: np.ndarray) -> dict[str, np.ndarray]:
         return said(naive(frame, frame.wide(windows)))
