@@ -88,7 +88,7 @@ def test_no_origin_knows_what_it_forecasts() -> None:
     frame, random = Frame(1, 4, 6, False), np.random.default_rng(0)
     values = random.normal(size=90)
     seen, came = frame.cut(values)
-    found = rolling(frame, seen, came, 20)
+    (found,) = rolling(frame, [(seen, came)], 20)
     begin = len(seen) - len(found)
     assert begin == len(seen) // 2
     line = ridge(*frame.cut(values[: begin + frame.window]))  # all that was known at the first origin

@@ -44,6 +44,10 @@ def details_tables(session: Session, details: dict[str, Any]) -> None:
         names = ("level", "coverage", "interval_width")
         head = ("intervals", *(name.replace("_", " ") for name in names))
         session.table(head, [("split-conformal", *(number(forecast.get(name)) for name in names))])
+    if found := details.get("per_series"):
+        session.table(tuple(found[0]), ((plain(one["series"]), *map(number, list(one.values())[1:])) for one in found[:_SHOWN]))
+        if len(found) > _SHOWN:
+            session.say(f"and {len(found) - _SHOWN} series more; --json shows all")
     residuals = details.get("residual_quantiles")
     if isinstance(residuals, dict):
         session.table(

@@ -31,6 +31,7 @@ def train(
     task: Annotated[
         str | None, typer.Option(help="By default told from algorithm, target and features; text-generation must be named.")
     ] = None,
+    series: Annotated[str | None, typer.Option(help="Of a forecast of many series: the column that tells them apart.")] = None,
     user: Annotated[str | None, typer.Option(help="Of a recommender: the column that says who.")] = None,
     item: Annotated[str | None, typer.Option(help="Of a recommender: the column that says what.")] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", help="A hyperparameter: --set C=0.5. Repeatable.")] = None,
@@ -95,6 +96,7 @@ def train(
         "time": time if alone else None,
         "algorithm": algorithm,
         "task": task,
+        "series": series,
         "user": user,
         "item": item,
         "hyperparameters": values.settings(set_),

@@ -346,6 +346,7 @@ class TrainingSpec(Spec):
         None, max_length=1000,
         description="of a forecast: the column that the series runs along; of a recommender: when each row happened",
     )  # fmt: skip
+    series: str | None = Field(None, max_length=1000, description="of a forecast of many series: the column that tells them apart")
     user: str | None = Field(None, max_length=1000, description="of a recommender: the column that says who")
     item: str | None = Field(None, max_length=1000, description="of a recommender: the column that says what")
     hyperparameters: dict[str, Any] = Field({}, description="of the algorithm; those not given have its defaults")

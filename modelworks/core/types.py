@@ -307,6 +307,7 @@ class TensorSpec(BaseModel):
     column: ColumnType | None = Field(None, description="for a table's column, its type")
     nullable: bool = Field(False, description="whether a missing value is accepted")
     optional: bool = Field(False, description="whether a call may leave this input out; rows of named features do")
+    known: list[str] | list[int] | None = Field(None, description="the only values that it may have; null: any")
 
 
 class Signature(BaseModel):

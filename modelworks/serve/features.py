@@ -19,6 +19,7 @@ from modelworks.core.features import (
     MEDIA,
     check_missing,
     format_time,
+    gone_on,
     history,
     is_series,
     kind_of,
@@ -117,8 +118,9 @@ def _encode(plan: list[Field], rows: Any) -> list[Tensor]:
         _refuse_rows(rows)
     count = len(rows)
     width = len(plan)
-    if width == 1 and plan[0].series:
-        rows = [{plan[0].name: None} if row == {} else row for row in rows]
+    for field in plan:
+        if field.series:
+            rows = gone_on(rows, [one.name for one in plan], field.name)
     for row in rows:
         if type(row) is not dict or len(row) != width:
             _refuse(plan, rows)

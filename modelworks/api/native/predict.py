@@ -107,10 +107,10 @@ class PredictBody(msgspec.Struct, forbid_unknown_fields=True):
 async def predict(request: Request, services: Use, caller: Who, name: NamePath) -> Response:
     """Answer `inputs`, one or many at once. A missing, unknown or mistyped feature is 400 and named in `param`.
 
-    A forecaster takes `{"history": [...]}` with the newest value last, or `{}` to go on from the end of its training, and
-    answers `forecast`, `low` and `high`. A model of images or sounds also takes one row as a form: each file in a part
-    that is named as its feature. A language model takes one row with `messages`, `prompt` or `tokens`, and `parameters`; it
-    answers `text`, `finish_reason` and `usage`.
+    A forecaster takes `{"history": [...]}` with the newest value last, or `{}` to go on from the end of its training, of many
+    series with the name of one beside it (`series`), and answers `forecast`, `low` and `high`. A model of images or sounds also
+    takes one row as a form: each file in a part that is named as its feature. A language model takes one row with `messages`,
+    `prompt` or `tokens`, and `parameters`; it answers `text`, `finish_reason` and `usage`.
     """
     media = request.headers.get("content-type", "")
     data = await request.body()

@@ -19,6 +19,7 @@ from modelworks.core.features import (
     MEDIA,
     check_missing,
     format_time,
+    gone_on,
     history,
     is_series,
     kind_of,
@@ -142,13 +143,14 @@ def rows_to_batch(rows: Sequence[dict[str, Any]], inputs: Sequence[TensorSpec], 
     """
     inputs = [spec for spec in inputs if not spec.optional]
     names = {spec.name for spec in inputs}
+    for spec in inputs:
+        if is_series(spec, task):
+            rows = gone_on(list(rows), list(names), spec.name)
     for index, row in enumerate(rows):
         if not isinstance(row, dict):
             refuse_row(index, row)
-        if row.keys() != names and not (len(inputs) == 1 and not row and is_series(inputs[0], task)):
+        if row.keys() != names:
             refuse_names(index, row, [spec.name for spec in inputs])
-    if len(inputs) == 1 and is_series(inputs[0], task):
-        rows = [{inputs[0].name: None, **row} for row in rows]
     found: Batch = {}
     for spec in inputs:
         values = [row[spec.name] for row in rows]

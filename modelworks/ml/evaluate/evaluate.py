@@ -212,7 +212,7 @@ def _pose(spec: EvaluationSpec, package: Package, table: pa.Table, columns: Sequ
     typed = [
         column.model_copy(update={"type": known.get(column.name, column.type)})
         for column in columns
-        if column.name in {*(recorded.features or known), recorded.target, recorded.time}
+        if column.name in {*(recorded.features or known), recorded.target, recorded.time, recorded.series}
     ]
     problem = pose(coerce(table, typed), typed, recorded)
     if problem.classes != manifest.classes and not isinstance(problem, Course):

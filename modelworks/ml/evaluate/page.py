@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from html import escape
 from typing import Any
 
+_SERIES = 100  # shown
 _STYLE = """
 :root{color-scheme:light dark}
 body{font:15px/1.5 system-ui,sans-serif;max-width:72rem;margin:2rem auto;padding:0 1rem;color:#111;background:#fff}
@@ -46,6 +47,7 @@ def page(report: dict[str, Any], drawn: Sequence[tuple[str, str, bytes]]) -> str
         _figures(drawn),
         _classes(details.get("per_class") or {}),
         _threshold(details),
+        _per_series(details.get("per_series") or []),
         _slices(details.get("slices") or []),
         *(_line(title, found) for title, found in _found(details)),
     ]
@@ -169,6 +171,14 @@ def _found(details: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
 
 def _line(title: str, found: dict[str, Any]) -> str:
     return f"<h2>{_e(title)}</h2>" + _table(list(found), [[_n(value) for value in found.values()]]) if found else ""
+
+
+def _per_series(found: list[dict[str, Any]]) -> str:
+    if not found:
+        return ""
+    rows = [[_n(value) for value in one.values()] for one in found[:_SERIES]]
+    more = f"<p>The worst {_SERIES} of {len(found)}.</p>" if len(found) > _SERIES else ""
+    return "<h2>Series by series</h2>" + more + _table(list(found[0]), rows)
 
 
 def _slices(slices: list[dict[str, Any]]) -> str:

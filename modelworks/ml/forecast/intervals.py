@@ -9,6 +9,7 @@ series are so only as far as its past is like what follows, which is why the cov
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -17,6 +18,7 @@ import numpy as np
 from modelworks.ml.forecast.windows import Frame, ridge
 
 _PARTS = 5
+Cut = tuple[np.ndarray, np.ndarray]  # what was seen [n, window], and what came [n, horizon]
 
 
 @dataclass(frozen=True)
@@ -37,20 +39,31 @@ class Calibration:
         return {name: value for name, value in asdict(self).items() if name not in ("half", "level")}
 
 
-def rolling(frame: Frame, seen: np.ndarray, came: np.ndarray, least: int) -> np.ndarray:
-    """The errors [m, horizon] of the later half of the windows, a fifth of it at a time, each by a line through all before.
+def rolling(frame: Frame, cuts: Sequence[Cut], least: int) -> list[np.ndarray]:
+    """Of each series the errors [m, horizon] of the later half of its windows, a fifth of it at a time, each by a line
+    through all before, of all series.
 
-    `least`: windows that a line is drawn through. No window before reaches into what is forecast; m is 0 where there
-    are too few of them.
+    `cuts`: the windows of each series, scaled. `least`: windows that a line is drawn through at least. No window before
+    reaches into what is forecast; m is 0 where there are too few of them.
     """
-    begin = max(len(seen) // 2, least + frame.horizon - 1)
-    size = max(frame.horizon, -(-(len(seen) - begin) // _PARTS))
-    found = [
-        came[start : start + size] - ridge(seen[:early], came[:early])(seen[start : start + size])
-        for start in range(begin, len(seen), size)
-        for early in (start - frame.horizon + 1,)
-    ]
-    return np.concatenate([came[:0], *found])
+    total, reach = sum(len(seen) for seen, _ in cuts), frame.horizon - 1
+    begins = [max(len(seen) // 2, reach + -(-least * len(seen) // total)) for seen, _ in cuts]
+    sizes = [max(frame.horizon, -(-(len(seen) - begin) // _PARTS)) for (seen, _), begin in zip(cuts, begins, strict=True)]
+    found: list[list[np.ndarray]] = [[came[:0]] for _, came in cuts]
+    for part in range(_PARTS):
+        starts = [min(begin + part * size, len(seen)) for (seen, _), begin, size in zip(cuts, begins, sizes, strict=True)]
+        if all(start == len(seen) for (seen, _), start in zip(cuts, starts, strict=True)):
+            break
+        early = [max(0, start - reach) for start in starts]
+        line = ridge(*together([(seen[:end], came[:end]) for (seen, came), end in zip(cuts, early, strict=True)]))
+        for (seen, came), start, size, mine in zip(cuts, starts, sizes, found, strict=True):
+            mine.append(came[start : start + size] - line(seen[start : start + size]))
+    return [np.concatenate(mine) for mine in found]
+
+
+def together(cuts: Sequence[Cut]) -> Cut:
+    """The windows of several series as those of one."""
+    return np.concatenate([seen for seen, _ in cuts]), np.concatenate([came for _, came in cuts])
 
 
 def needed(level: float) -> int:

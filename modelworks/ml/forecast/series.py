@@ -1,4 +1,4 @@
-"""A table posed as a series: one value a step, in order of time. What is not one (gaps, repeats, irregular steps) is refused."""
+"""A table posed as one series or many: one value a step, in order of time. Gaps, repeats and irregular steps are refused."""
 
 from __future__ import annotations
 
@@ -20,35 +20,56 @@ if TYPE_CHECKING:
 
     from modelworks.ml.data.stored import StoredTable
 
+MOST = 10_000  # series of one model: their names and ends are in its package
+
 
 @dataclass(frozen=True)
 class Series:
-    """`along` [n]: each row's time as a number.  `order`: the rows, oldest first.  `values` [n]: by row, not by time.
+    """`along` [n]: each row's time as a number.  `order`: the rows, series after series, each oldest first.
 
-    `step`: in words.  `last`: the last time, as it is written.  `resampled`: the rows are not the dataset's.
+    `values` [n], `which` [n] (the number of the row's series): by row, not by time.  `step`: in words, the same of all.
+    `last`: each series' last time, as it is written.  `names`: of the series, in order; none where there is but one.
+    `resampled`: the rows are not the dataset's.
     """
 
     time: str
     along: np.ndarray
     order: np.ndarray
     values: np.ndarray
+    which: np.ndarray
     step: str
-    last: str
+    last: list[str]
+    names: list[Any]
     resampled: bool = False
+
+    def each(self, rows: np.ndarray) -> list[np.ndarray]:
+        """`rows`, apart by series, in the order in which they come; of a series without any, none."""
+        which = self.which[rows]
+        ends = np.cumsum(np.bincount(which, minlength=len(self.last)))
+        return np.split(rows[np.argsort(which, kind="stable")], ends[:-1])
+
+    def called(self, number: int) -> str:
+        """The series in words, to begin a sentence with."""
+        return f"the series {str(self.names[number])[:80]!r}" if self.names else "the series"
 
 
 def read_series(
-    table: pa.Table | StoredTable, time: Column, target: Column, transforms: Sequence[TransformSpec] | None
+    table: pa.Table | StoredTable,
+    time: Column,
+    target: Column,
+    transforms: Sequence[TransformSpec] | None,
+    series: Column | None = None,
 ) -> Series:
-    """InvalidInput says what is in the way, and what to do."""
+    """`series`: the column that tells them apart. InvalidInput says what is in the way, and what to do."""
     import pyarrow as pa
 
     if not table.num_rows:
         raise InvalidInput("the dataset has no rows", param="dataset")
     moments, values = table.column(time.name), table.column(target.name)
+    labels = None if series is None else table.column(series.name)
     resampled = bool(transforms)
     if transforms:
-        moments, values = _resampled(moments, values, time, target, transforms[0])
+        moments, values, labels = _resampled(moments, values, labels, time, target, series, transforms[0])
     kind = moments.type
     _refuse_gaps(moments, time.name, "time", "drop those rows from the data")
     _refuse_gaps(values, target.name, "target", 'fill them, or add the transform {"op": "resample", "every": "1 day"}')
@@ -61,10 +82,44 @@ def read_series(
         raise InvalidInput(
             f"the target {target.name!r} has infinite values; correct those rows", code="bad_target", param="target"
         )
-    order = np.argsort(along, kind="stable")
-    step = _step(along[order], time.name, pa.types.is_timestamp(kind))
-    last = str(moments[int(order[-1])].as_py())
-    return Series(time.name, along, order, found, step, last, resampled)
+    names, which = _told_apart(labels, series, len(found))
+    order = np.lexsort((np.arange(len(along)), along, which))
+    ends = np.flatnonzero(np.diff(which[order], append=-1))
+    runs = np.split(along[order], ends[:-1] + 1)
+    step, first = "one step", 0
+    for number, run in enumerate(runs):
+        where = f" of the series {str(names[number])[:80]!r}" if names else ""
+        mine = _step(run, time.name, where, pa.types.is_timestamp(kind))
+        if len(run) < 2:  # too short, which is told where it is learnt from
+            continue
+        if step == "one step":
+            step, first = mine, number
+        if mine != step:
+            raise InvalidInput(
+                f"the steps of {time.name!r} are {step} in the series {str(names[first])[:80]!r} and {mine} in "
+                f'{str(names[number])[:80]!r}; all have one: add the transform {{"op": "resample", "every": "1 day"}}',
+                code="irregular_steps",
+                param="time",
+            )
+    last = [str(moments[int(row)].as_py()) for row in order[ends]]
+    return Series(time.name, along, order, found, which, step, last, names, resampled)
+
+
+def _told_apart(labels: Any, series: Column | None, rows: int) -> tuple[list[Any], np.ndarray]:
+    """(the names of the series, in order; the number of each row's)"""
+    if series is None:
+        return [], np.zeros(rows, dtype=np.int64)
+    _refuse_gaps(labels, series.name, "series", "say in each row which series it belongs to, or drop those rows")
+    said = labels.to_pylist()
+    names = sorted(set(said))
+    if len(names) > MOST:
+        raise InvalidInput(
+            f"the column {series.name!r} tells {len(names)} series apart, and a model learns from at most {MOST}; keep fewer",
+            code="too_many_series",
+            param="series",
+        )
+    places = {name: number for number, name in enumerate(names)}
+    return names, np.fromiter((places[one] for one in said), dtype=np.int64, count=rows)
 
 
 def _refuse_gaps(values: pa.ChunkedArray, name: str, param: str, advice: str) -> None:
@@ -77,12 +132,13 @@ def _refuse_gaps(values: pa.ChunkedArray, name: str, param: str, advice: str) ->
         )
 
 
-def _step(along: np.ndarray, name: str, calendar: bool) -> str:
-    """The step between rows, in words. InvalidInput when the times repeat or the steps differ."""
+def _step(along: np.ndarray, name: str, where: str, calendar: bool) -> str:
+    """The step between rows, in words. InvalidInput when the times repeat or the steps differ. `where`: of which series."""
     steps = np.diff(along)
     if len(steps) and not steps.min() > 0:
+        advice = "" if where else "if the table holds several series, name the column that tells them apart in series; or "
         raise InvalidInput(
-            f"the time {name!r} repeats: a forecast is of one series, with one row a step; keep the rows of one series, or "
+            f"the time {name!r}{where} repeats: a series has one row a step; {advice}"
             'add the transform {"op": "resample", "every": "1 day", "how": "sum"}',
             code="repeated_time",
             param="time",
@@ -98,7 +154,7 @@ def _step(along: np.ndarray, name: str, calendar: bool) -> str:
     usual = found[counts.argmax()]
     if np.abs(found - usual).max() > 1e-6 * abs(usual):
         raise InvalidInput(
-            f"the steps of {name!r} are irregular: {len(steps) - counts.max()} of {len(steps)} differ from the usual one; add "
+            f"the steps of {name!r}{where} are irregular: {len(steps) - counts.max()} of {len(steps)} differ from the usual one; add "
             'the transform {"op": "resample", "every": "1 day"} (or another step), or resample the dataset',
             code="irregular_steps",
             param="time",
@@ -113,17 +169,20 @@ def _step(along: np.ndarray, name: str, calendar: bool) -> str:
 
 
 def _resampled(
-    moments: pa.ChunkedArray, values: pa.ChunkedArray, time: Column, target: Column, transform: TransformSpec
-) -> tuple[Any, Any]:
+    moments: Any, values: Any, labels: Any, time: Column, target: Column, series: Column | None, transform: TransformSpec
+) -> tuple[Any, Any, Any]:
     import pyarrow as pa
     from pyarrow import parquet
 
     from modelworks.ml.data.series import apply
 
-    edit = DatasetEdit(op="resample", time=time.name, **transform.params)
+    edit = DatasetEdit(op="resample", time=time.name, group=series.name if series else None, **transform.params)
+    columns, data = [time, target], {time.name: moments, target.name: values}
+    if series is not None:
+        columns, data = [*columns, series], data | {series.name: labels}
     with tempfile.TemporaryDirectory() as folder:
         before, after = Path(folder) / "before.parquet", Path(folder) / "after.parquet"
-        parquet.write_table(pa.table({time.name: moments, target.name: values}), before)
-        apply(before, [time, target], edit, "transforms[0]", after)
+        parquet.write_table(pa.table(data), before)
+        apply(before, columns, edit, "transforms[0]", after)
         table = parquet.read_table(after)
-    return table.column(time.name), table.column(target.name)
+    return table.column(time.name), table.column(target.name), table.column(series.name) if series else None

@@ -1,11 +1,12 @@
 """A series as windows to learn from, and what can be said without learning: the last season again, a ridge regression.
 
 Everything happens in the units of a window: its values (or their logarithms) less their level, the mean of its last
-season, divided by one scale for all windows; what is learned is how the next `horizon` steps differ from the last season.
+season, divided by one scale for all windows of a series; what is learned is how the next `horizon` steps differ from the last season.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,33 +29,38 @@ class Frame:
     log: bool
 
     @classmethod
-    def of(cls, params: Any, values: np.ndarray) -> Frame:
-        """What `params` (ForecasterParams) and the series decide. InvalidInput when the series is too short for it."""
+    def of(cls, params: Any, runs: Sequence[np.ndarray], called: Callable[[int], str] = lambda _: "the series") -> Frame:
+        """What `params` (ForecasterParams) and the series `runs` decide. InvalidInput when one is too short, by what it is `called`."""
         season = params.season or 1
         horizon = horizon_of({"season": params.season, "horizon": params.horizon})
-        window = params.window or (2 * season if season > 1 else max(_TYPICAL, min(2 * horizon, len(values) // 3)))
+        window = params.window or (2 * season if season > 1 else max(_TYPICAL, min(2 * horizon, min(map(len, runs)) // 3)))
         if window < season:
             raise InvalidInput(
                 f"the window of {window} steps must hold a season of {season}; raise it",
                 code="bad_hyperparameter",
                 param="hyperparameters.window",
             )
-        need = window + horizon + _LEAST - 1
-        if len(values) < need:
-            raise InvalidInput(
-                f"{len(values)} steps are too few to learn from: a window of {window} and a horizon of {horizon} take at "
-                f"least {need}; give more data, or lower season, window or horizon",
-                code="too_few_rows",
-                param="hyperparameters.horizon",
-            )
-        log = params.log
-        if log and (values <= 0).any():
-            raise InvalidInput(
-                "log needs a series above 0 everywhere; leave it out, or set it to false",
-                code="bad_hyperparameter",
-                param="hyperparameters.log",
-            )
-        return cls(season, horizon, window, _grows(values, season) if log is None else log)
+        need = window + horizon + (_LEAST - 1 if len(runs) == 1 else 0)
+        windows = sum(max(0, len(values) - window - horizon + 1) for values in runs)
+        for number, values in enumerate(runs):
+            if len(values) < need or windows < _LEAST:
+                raise InvalidInput(
+                    f"{called(number)} has {len(values)} steps to learn from, which are too few: a window of {window} and a horizon "
+                    f"of {horizon} take at least {max(need, window + horizon - 1 + -(-_LEAST // len(runs)))}; give more data"
+                    f"{', leave that series out' if len(runs) > 1 else ''}, or lower season, window or horizon",
+                    code="too_few_rows",
+                    param="hyperparameters.horizon",
+                )
+            if params.log and (values <= 0).any():
+                raise InvalidInput(
+                    f"log needs {called(number)} to be above 0 everywhere; leave log out, or set it to false",
+                    code="bad_hyperparameter",
+                    param="hyperparameters.log",
+                )
+        if params.log is not None:
+            return cls(season, horizon, window, params.log)
+        grows = all((values > 0).all() for values in runs) and 2 * sum(_grows(values, season) for values in runs) > len(runs)
+        return cls(season, horizon, window, grows)
 
     def wide(self, values: np.ndarray) -> np.ndarray:
         """The series in the units that differences are taken in."""

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Callable
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from modelworks.core.errors import InvalidInput, ModelworksError
+from modelworks.core.errors import SHOWN, InvalidInput, ModelworksError
 from modelworks.core.types import Signature, TensorSpec
 from modelworks.ml import graph
 from modelworks.ml.data.transforms.host import compile_host, rows_at_once
@@ -38,6 +40,7 @@ class OnnxRuntime:
         self._host: Callable[[Batch], Batch] | None = None
         self._rows: int | None = None
         self._names: list[str] = []  # of the outputs
+        self._known: dict[str, dict[Any, None]] = {}  # by input, the only values that it may have
         # where all inputs can go to the session as they come: their names there, their types, whether they are columns
         self._plain: dict[str, tuple[str, np.dtype[Any], bool]] = {}
         self._refusals: tuple[type[Exception], ...] = ()
@@ -59,6 +62,7 @@ class OnnxRuntime:
         except (*self._refusals, *self._failures, state.InvalidProtobuf, state.InvalidGraph, state.NoSuchFile) as error:
             raise InvalidInput(f"onnxruntime cannot load the model: {_brief(error)}", code="bad_model") from error
         self._signature = manifest.signature
+        self._known = {spec.name: dict.fromkeys(spec.known) for spec in manifest.signature.inputs if spec.known is not None}
         try:
             self._host = compile_host(manifest.host_transforms) if manifest.host_transforms else None
             self._rows = rows_at_once(manifest.host_transforms)
@@ -77,6 +81,8 @@ class OnnxRuntime:
         if unknown := next((name for name in inputs if all(spec.name != name for spec in signature.inputs)), None):
             raise InvalidInput(f"the model has no input {unknown[:80]!r}", code="unknown_feature", param=unknown[:80])
         arrays = {spec.name: _array(spec, inputs) for spec in signature.inputs}
+        for name, known in self._known.items():
+            _check_known(name, arrays[name], known)
         tabular = bool(signature.inputs and signature.inputs[0].column)
         return self._answer(self._names, self._columns(arrays) if tabular else arrays)
 
@@ -156,7 +162,7 @@ class OnnxRuntime:
         ports = {graph.column_of(port.name): port for port in self._inputs}
         found = {}
         for spec in signature.inputs:
-            if spec.datatype in ("BYTES", "BF16") or self._host is not None:
+            if spec.datatype in ("BYTES", "BF16") or spec.known is not None or self._host is not None:
                 return {}
             name, dtype = spec.name, np.dtype(_DTYPES[spec.datatype])
             if spec.column:
@@ -214,6 +220,19 @@ def _numbers(spec: TensorSpec, array: np.ndarray) -> np.ndarray:
             f"the input {spec.name!r} must be {spec.datatype}, not {array.dtype}", code="bad_datatype", param=spec.name
         )
     return array.astype(wanted)
+
+
+def _check_known(name: str, array: np.ndarray, known: dict[Any, None]) -> None:
+    strange = next((value for value in array.ravel().tolist() if value not in known), None)
+    if strange is not None:
+        near = difflib.get_close_matches(str(strange)[:SHOWN], [str(value) for value in islice(known, 1000)], 1, 0.6)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        listed = ", ".join(str(value)[:80] for value in islice(known, 20)) + (", ..." if len(known) > 20 else "")
+        raise InvalidInput(
+            f"the model does not know the {name} {str(strange)[:80]!r}; {hint}it knows {listed}",
+            code="unknown_value",
+            param=name,
+        )
 
 
 def _texts(spec: TensorSpec, array: np.ndarray) -> np.ndarray:

@@ -24,7 +24,10 @@ def check_training(spec: TrainingSpec, columns: Sequence[Column]) -> TrainingSpe
     InvalidInput names the field to change.
     """
     spec = _with_task(spec, columns)
-    if (course := course_of(spec.algorithm, spec.task)) is not None:
+    course = course_of(spec.algorithm, spec.task)
+    if spec.series is not None and (course is None or course.kind != FORECAST):
+        raise InvalidInput(f"{spec.algorithm} does not forecast; leave series out", param="series")
+    if course is not None:
         checked: TrainingSpec = course.check(spec, columns)
         return checked
     if not spec.target:
