@@ -177,7 +177,8 @@ def test_train_sends_its_flags_and_follows_the_job(cli: Any, fake: FakeServer, t
 
 def test_advice_is_shown_and_nothing_else_asked_for(cli: Any, fake: FakeServer) -> None:
     advice = {
-        "seconds": 61.5, "fits": 6, "fit_seconds": 10.25, "memory_mb": 2048.0, "free_mb": 1024.0, "will_fit": False,
+        "seconds": 65.0, "fits": 6, "fit_seconds": 10.25, "evaluation_seconds": 2.0, "packaging_seconds": 1.5,
+        "memory_mb": 2048.0, "free_mb": 1024.0, "will_fit": False,
         "streamed": False, "rows": 150000, "measured_rows": 20000, "warnings": ["this will hardly fit"], "epochs": 30,
         "batch_size": 64, "micro_batch": 64, "step_ms": 2.5, "parameters": 1234,
     }  # fmt: skip
@@ -186,7 +187,7 @@ def test_advice_is_shown_and_nothing_else_asked_for(cli: Any, fake: FakeServer) 
     done = cli("train", "iris", "--dataset", "iris", "--target", "species", "--algorithm", "mlp", "--advise")
     assert done.exit_code == 0, done.stderr
     assert fake.asked[0].json["advise"] is True
-    assert "61.5 s for 6 fits" in done.stdout
+    assert "65 s for 6 fits, 10.25 s each, and 3.5 s to evaluate and package" in " ".join(done.stdout.split())
     assert "2,048 MiB, of 1,024 MiB" in done.stdout
     assert done.stderr == "warning: this will hardly fit\n"
     assert len(fake.requests("GET", "/api/v1/models/iris/versions/1")) == 0

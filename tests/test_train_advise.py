@@ -14,6 +14,7 @@ from modelworks.core.specs import TrainingSpec
 from modelworks.ml.data.stored import StoredTable
 from modelworks.ml.train import advise as advising
 from modelworks.ml.train.memory import estimate
+from modelworks.ml.train.problem import pose
 from tests import learning
 from tests.test_forecast import passengers
 from tests.test_train_streaming import write
@@ -45,7 +46,11 @@ def test_every_kind_of_algorithm_tells_what_it_takes(algorithm: str, tmp_path: P
     data, more = CASES[algorithm]
     found = advised(data, tmp_path, algorithm=algorithm, **more)
     assert found["fits"] == (7 if "validation" in more else 2)
-    assert 0 < found["fit_seconds"] <= found["seconds"] <= found["fits"] * found["fit_seconds"]
+    fits = found["seconds"] - found["evaluation_seconds"] - found["packaging_seconds"]
+    assert 0 < found["fit_seconds"] <= fits + 0.01 <= found["fits"] * found["fit_seconds"] + 0.02
+    course = algorithm in ("autoencoder", "forecaster")
+    assert (found["evaluation_seconds"] > 0) == (not course)
+    assert (found["packaging_seconds"] > 0) == (not course and algorithm != "mlp")
     assert 50 < found["memory_mb"] < found["free_mb"]
     assert found["will_fit"]
     assert found["measured_rows"] == found["rows"] == data[0].num_rows
@@ -97,6 +102,32 @@ def test_what_cannot_be_learned_is_refused_as_in_training(tmp_path: Path) -> Non
     same = table.set_column(4, "target", pa.array(["one"] * 150))
     with pytest.raises(InvalidInput, match="only one class"):
         advised((same, columns), tmp_path, algorithm="logistic-regression")
+
+
+def test_the_time_to_evaluate_follows_the_rows_that_are_tested(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Counted by what is drawn: seconds would tell of the machine."""
+    clock = [0.0]
+    monkeypatch.setattr(advising.time, "monotonic", lambda: clock[0])
+
+    def scored(task: str, folds: Any, wanted: Any, classes: Any, seed: int, resamples: int) -> None:
+        rows = sum(len(one.rows) for one in folds)
+        clock[0] += rows * (resamples if len(folds) == 1 else 1) * 1e-6
+
+    monkeypatch.setattr(advising, "summarise", scored)
+    columns = write(tmp_path / "big.parquet", 20_000, 4)
+    table = pq.read_table(tmp_path / "big.parquet")
+
+    def seconds(rows: int, **more: Any) -> float:
+        spec = {"model": "m", "dataset": "d:1", "target": "kind", "algorithm": "logistic-regression", **more}
+        problem = pose(table, columns, TrainingSpec.model_validate(spec))
+        return advising.scoring_seconds(problem, rows)
+
+    assert seconds(20_000) == pytest.approx(4.0)  # 4,000 rows drawn 1,000 times
+    assert seconds(300_000) == pytest.approx(60.0)
+    assert seconds(3_000_000) == pytest.approx(600_000 * 333e-6), "more rows are drawn less often"
+    assert seconds(300_000, validation={"kfold": 3}) == pytest.approx(0.3)
+    assert seconds(300_000, validation={"kfold": 3, "repeats": 2}) == pytest.approx(0.6)
+    assert seconds(300_000, validation={"test": "other"}) == 0
 
 
 def test_a_search_counts_its_trials(tmp_path: Path) -> None:

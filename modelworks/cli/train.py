@@ -150,9 +150,11 @@ def show_advice(session: Session, found: Mapping[str, Any]) -> None:
         session.emit(dict(found))
         return
     step = f"{found['step_ms']:.3g} ms a step of {found['batch_size']} rows, {found['epochs']} epochs" if "step_ms" in found else ""
+    rest = found["evaluation_seconds"] + found["packaging_seconds"]
+    fits = f"{counted(found['fits'], 'fit')}, {number(found['fit_seconds'])} s each"
     session.facts(
         [
-            ("time", f"{number(found['seconds'])} s for {counted(found['fits'], 'fit')}, {number(found['fit_seconds'])} s each"),
+            ("time", f"{number(found['seconds'])} s for {fits}, and {number(rest)} s to evaluate and package"),
             *([("steps", step), ("parameters", number(found["parameters"]))] if step else []),
             ("memory", f"{found['memory_mb']:,.0f} MiB, of {found['free_mb']:,.0f} MiB that may be used"),
             ("fits", "yes" if found["will_fit"] else "no"),

@@ -18,7 +18,7 @@ from modelworks.core.tasks import CLASSIFICATION
 from modelworks.ml.base import JobContext
 from modelworks.ml.evaluate import metrics as m
 from modelworks.ml.evaluate.calibration import calibration, thresholds
-from modelworks.ml.evaluate.intervals import LEVEL, over_folds, over_rows
+from modelworks.ml.evaluate.intervals import LEVEL, RESAMPLES, over_folds, over_rows
 from modelworks.ml.evaluate.predictions import Predictions
 from modelworks.ml.evaluate.splits import Plan
 from modelworks.ml.train.course import Course
@@ -100,16 +100,21 @@ def _predict(problem: Problem, train: np.ndarray, test: np.ndarray, ctx: Span) -
 
 
 def summarise(
-    task: str, parts: Sequence[Predictions], wanted: Sequence[str], classes: list[Any] | None, seed: int
+    task: str,
+    parts: Sequence[Predictions],
+    wanted: Sequence[str],
+    classes: list[Any] | None,
+    seed: int,
+    resamples: int = RESAMPLES,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """(metrics, details) of a report: means with intervals, and confusion matrix or residual quantiles over all parts."""
     scores = [m.score(task, part, wanted) for part in parts]
     if len(parts) == 1:
-        found, resamples = over_rows(task, parts[0], scores[0], seed)
+        found, drawn = over_rows(task, parts[0], scores[0], seed, resamples)
         interval: dict[str, Any] = {
             "method": "bootstrap over rows, percentiles",
             "level": LEVEL,
-            "resamples": resamples,
+            "resamples": drawn,
             "seed": seed,
         }
     else:

@@ -38,11 +38,11 @@ def over_folds(metric: str, folds: Sequence[float | None]) -> dict[str, Any]:
 
 
 def over_rows(
-    task: str, predictions: Predictions, point: dict[str, float | None], seed: int
+    task: str, predictions: Predictions, point: dict[str, float | None], seed: int, resamples: int = RESAMPLES
 ) -> tuple[dict[str, Any], int]:
     """For a single split: each metric's value with its bootstrap percentile interval, and the number of resamples."""
     scorer = WeightedScorer(task, predictions, list(point))
-    samples = bootstrap([predictions.rows], lambda weights: [scorer(weights)], seed)[:, 0, :]
+    samples = bootstrap([predictions.rows], lambda weights: [scorer(weights)], seed, resamples)[:, 0, :]
     found = {}
     for index, (name, value) in enumerate(point.items()):
         drawn = samples[:, index]
@@ -55,21 +55,26 @@ def over_rows(
     return found, len(samples)
 
 
-def bootstrap(sides: Sequence[np.ndarray], draw: Draw, seed: int) -> np.ndarray:
-    """`draw(weights, ...)` for each resample, as one array; `sides`: the rows of each side's entries, one `weights` each.
+def bootstrap(sides: Sequence[np.ndarray], draw: Draw, seed: int, most: int = RESAMPLES) -> np.ndarray:
+    """`draw(weights, ...)` for each resample (`most` of them), as one array; `sides`: the rows of each side's entries, one `weights` each.
 
     A row is drawn with all its entries (predicted more than once, or several boxes), on all sides alike.
     """
     unique = np.unique(np.concatenate(sides))
     places = [np.searchsorted(unique, rows) for rows in sides]
     count = len(unique)
-    resamples = int(min(RESAMPLES, max(100, _BUDGET // max(1, *map(len, sides)))))
+    resamples = min(most, resamples_of(max(map(len, sides))))
     random = np.random.default_rng(seed)
     samples = []
     for _ in range(resamples):
         weights = np.bincount(random.integers(0, count, count), minlength=count).astype(np.float64)
         samples.append(draw(*(weights[mine] for mine in places)))
     return np.array(samples, dtype=np.float64)
+
+
+def resamples_of(entries: int) -> int:
+    """How many are drawn of so many entries."""
+    return int(min(RESAMPLES, max(100, _BUDGET // max(1, entries))))
 
 
 def percentiles(drawn: np.ndarray) -> tuple[float, float]:

@@ -174,7 +174,9 @@ class WeightedScorer:
         squares = ((p.output - truth) ** 2).sum(axis=1)
         self._squares = squares / 2 if self._count == 2 else squares
         ranked = [] if "roc_auc" not in self._wanted else [1] if self._count == 2 else range(self._count)
-        self._places = places(p)
+        ranks = places(p)
+        # as numbers: an array of booleans would be converted at each call
+        self._top = {name: (ranks < k).astype(np.float64) for k in TOP if (name := f"top_{k}_accuracy") in self._wanted}
         self._ranks = [Ranking.of(p.output[:, k], p.true == k) for k in ranked]
 
     def _classes(self, w: np.ndarray) -> dict[str, float]:
@@ -196,7 +198,7 @@ class WeightedScorer:
             "roc_auc": float(np.mean([rank.auc(w) for rank in self._ranks])) if self._ranks else math.nan,
             "log_loss": w @ self._losses / total,
             "brier": w @ self._squares / total,
-            **{f"top_{k}_accuracy": w @ (self._places < k) / total for k in TOP},
+            **{name: w @ hit / total for name, hit in self._top.items()},
         }
 
     def _prepare_values(self, p: Predictions) -> None:

@@ -10,7 +10,8 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Ranking:
-    """`order` [n]: the rows from the lowest score up. `starts`: the first places of equal scores. `positive` [n], by place."""
+    """`order` [n]: the rows from the lowest score up. `starts`: the first places of equal scores. `positive` [n]: 1.0 or 0.0,
+    by place."""
 
     order: np.ndarray
     starts: np.ndarray
@@ -21,7 +22,7 @@ class Ranking:
         order = np.argsort(score, kind="stable")
         ordered = score[order]
         starts = np.flatnonzero(np.r_[True, ordered[1:] != ordered[:-1]][: len(order)])
-        return cls(order, starts, positive[order])
+        return cls(order, starts, positive[order].astype(np.float64))
 
     def auc(self, w: np.ndarray) -> float:
         """Of the ROC curve; `w` [n]: the weight of each row. NaN with one kind of rows alone."""
@@ -41,4 +42,8 @@ class Ranking:
     def _weights(self, w: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(of the positive rows, of the others) at each different score."""
         ordered = w[self.order]
-        return np.add.reduceat(ordered * self.positive, self.starts), np.add.reduceat(ordered * ~self.positive, self.starts)
+        up = ordered * self.positive
+        down = ordered - up
+        if len(self.starts) == len(ordered):  # no two rows have the same score
+            return up, down
+        return np.add.reduceat(up, self.starts), np.add.reduceat(down, self.starts)

@@ -18,7 +18,7 @@ from modelworks.ml.evaluate.predictions import Predictions
 from modelworks.ml.evaluate.slices import measure
 from modelworks.ml.evaluate.splits import Plan, describe_method
 from modelworks.ml.package import Manifest
-from modelworks.ml.train.advise import fits_of
+from modelworks.ml.train.advise import fits_of, scoring_seconds
 from modelworks.ml.train.course import Course
 from modelworks.ml.train.fit import Span, fit
 from modelworks.ml.train.packaging import lineage_of, package
@@ -65,7 +65,7 @@ def train(
     """
     ctx.progress(0.0, "checking")
     problem = pose(table, columns, spec)
-    listening = _Listening(ctx, fits_of(problem))
+    listening = _Listening(ctx, problem)
     spec = problem.spec
     wanted = check_metrics(problem.task, spec.metrics, spec.gates, classes=len(problem.classes or ()) or None)
     method = spec.validation or (problem.default if isinstance(problem, Course) else DEFAULT_METHOD)
@@ -172,18 +172,23 @@ def check_gates(gates: Sequence[Gate], report: dict[str, Any]) -> None:
 
 
 class _Listening(Relay):
-    """The job's context, remembering the warnings that pass through. `shares`: of its fits, for what all of them take."""
+    """The job's context, remembering the warnings that pass through; what one fit will take becomes what all of the job will."""
 
-    def __init__(self, ctx: JobContext, shares: Sequence[float]) -> None:
+    def __init__(self, ctx: JobContext, problem: Problem) -> None:
         super().__init__(ctx)
         self.warnings: dict[str, None] = {}
-        self._shares = shares
+        self._problem = problem
+        self._shares = fits_of(problem)
+        self._scoring: float | None = None
 
     def advise(self, found: dict[str, Any]) -> None:
         one = found["seconds"]
         found = {name: value for name, value in found.items() if name != "more"}
-        whole = round(one / self._shares[0] * sum(self._shares), 3)
-        super().advise({**found, "seconds": whole, "fit_seconds": one, "fits": len(self._shares)})
+        if self._scoring is None:
+            self._scoring = round(scoring_seconds(self._problem, len(self._problem.rows)), 3)
+        whole = round(one / self._shares[0] * sum(self._shares) + self._scoring, 3)
+        more = {"seconds": whole, "fit_seconds": one, "fits": len(self._shares), "evaluation_seconds": self._scoring}
+        super().advise({**found, **more})
 
     def event(self, kind: str, message: str, **data: Any) -> None:
         if kind == "warning":
