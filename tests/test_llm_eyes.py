@@ -22,7 +22,7 @@ from modelworks.ml.package import Manifest
 from modelworks.ml.runtimes.choice import choose
 from modelworks.ml.runtimes.llm_transformers import TransformersRuntime
 from tests.server import RunningServer
-from tests.tiny_llama import make_llama, packaged, prompt, run
+from tests.tiny_llama import loaded, make_llama, packaged, prompt, run
 from tests.tiny_llava import TOKENS, make_llava, picture, seen
 
 NEEDED = ("torch", "transformers", "jinja2", "PIL")
@@ -45,6 +45,12 @@ def imported(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Ma
 
 
 @pytest.fixture(scope="module")
+def engine(imported: tuple[Manifest, dict[str, Path]]) -> Iterator[TransformersRuntime]:
+    with loaded(imported) as runtime:
+        yield runtime
+
+
+@pytest.fixture(scope="module")
 def server(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
     """With the vision model as `eyes` and a model of text as `blind`."""
     running = RunningServer(tmp_path_factory.mktemp("home"), workers=2)
@@ -60,14 +66,6 @@ def server(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[R
         yield running
     finally:
         running.stop()
-
-
-@pytest.fixture(scope="module")
-def engine(imported: tuple[Manifest, dict[str, Path]]) -> Iterator[TransformersRuntime]:
-    runtime = TransformersRuntime()
-    runtime.load(packaged(imported), 1, slots=8)
-    yield runtime
-    runtime.close()
 
 
 def messages(value: list[dict[str, Any]]) -> Tensor:

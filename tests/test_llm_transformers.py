@@ -21,7 +21,7 @@ from modelworks.ml.package import Manifest
 from modelworks.ml.runtimes.choice import choose
 from modelworks.ml.runtimes.llm_sampling import Chooser, _nucleus
 from modelworks.ml.runtimes.llm_transformers import CHUNK, TransformersRuntime
-from tests.tiny_llama import WORDS, make_llama, packaged, prompt, run, tokens
+from tests.tiny_llama import WORDS, loaded, make_llama, packaged, prompt, run, tokens
 
 NEEDED = ("torch", "transformers", "llguidance", "jinja2")
 MISSING = [name for name in NEEDED if importlib.util.find_spec(name) is None]
@@ -41,10 +41,8 @@ def imported(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Ma
 
 @pytest.fixture(scope="module")
 def engine(imported: tuple[Manifest, dict[str, Path]]) -> Iterator[TransformersRuntime]:
-    runtime = TransformersRuntime()
-    runtime.load(packaged(imported), 1, slots=8)
-    yield runtime
-    runtime.close()
+    with loaded(imported) as runtime:
+        yield runtime
 
 
 @pytest.fixture(scope="module")

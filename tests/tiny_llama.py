@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from modelworks.core.tensors import Tensor, pack_bytes, unpack_bytes
 from modelworks.ml.package import Manifest, Package
+from modelworks.ml.runtimes.llm_transformers import TransformersRuntime
 
 TEMPLATE = "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}{% endfor %}<|assistant|>"
 WORDS = ["the capital of France is Paris", "a ship and its crew at sea, far away", '{"city": "Paris", "big": true}', "你好 😀"]
@@ -17,19 +20,34 @@ WORDS = ["the capital of France is Paris", "a ship and its crew at sea, far away
 def make_llama(folder: Path) -> Any:
     """Write a Llama of two layers with a byte-level tokenizer of 400 tokens to `folder`, as a hub has it; returns the model."""
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import LlamaForCausalLM
 
     tokenizer = make_tokenizer(folder)
     torch.manual_seed(5)
-    config = LlamaConfig(
+    model = LlamaForCausalLM(config_of(tokenizer)).eval()
+    model.save_pretrained(folder)
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<end>", "chat_template": TEMPLATE}))
+    return model
+
+
+def config_of(tokenizer: Any) -> Any:
+    """A Llama of two layers with this tokenizer."""
+    from transformers import LlamaConfig
+
+    return LlamaConfig(
         vocab_size=tokenizer.get_vocab_size(), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=1024, bos_token_id=None, eos_token_id=0,
         initializer_range=0.3,
     )  # fmt: skip
-    model = LlamaForCausalLM(config).eval()
-    model.save_pretrained(folder)
-    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<end>", "chat_template": TEMPLATE}))
-    return model
+
+
+@contextmanager
+def loaded(imported: tuple[Manifest, dict[str, Path]]) -> Iterator[TransformersRuntime]:
+    """The engine with this model in it."""
+    runtime = TransformersRuntime()
+    runtime.load(packaged(imported), 1, slots=8)
+    yield runtime
+    runtime.close()
 
 
 def packaged(imported: tuple[Manifest, dict[str, Path]]) -> Package:

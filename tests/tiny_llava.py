@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from tests.tiny_llama import make_tokenizer
+from tests.tiny_llama import config_of, make_tokenizer
 
 SIDE, PATCH = 16, 4  # pixels
 TOKENS = (SIDE // PATCH) ** 2  # of an image
@@ -22,15 +22,11 @@ TEMPLATE = (
 def make_llava(folder: Path) -> Any:
     """Write a Llava of two layers for each of its halves, with its processor, to `folder`; returns the model."""
     import torch
-    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+    from transformers import CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration
 
     tokenizer = make_tokenizer(folder, "<image>")
     torch.manual_seed(6)
-    language = LlamaConfig(
-        vocab_size=tokenizer.get_vocab_size(), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=1024, bos_token_id=None, eos_token_id=0,
-        initializer_range=0.3,
-    )  # fmt: skip
+    language = config_of(tokenizer)
     vision = CLIPVisionConfig(
         hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, image_size=SIDE, patch_size=PATCH,
         initializer_range=0.3,

@@ -197,6 +197,8 @@ def test_the_same_names_are_different_things(estate: Estate) -> None:
         assert (model.json()["project_id"], model.json()["version"]) == (estate.other, 1)
         assert ours.get("/api/v1/models/iris/versions/1").json()["digest"] != model.json()["digest"]
         assert theirs.get("/v2/models/iris").status_code == 404, "a model of one's own is no deployment of others"
+        assert theirs.delete("/api/v1/models/iris").status_code == 200
+        assert ours.get("/api/v1/models/iris/versions/1").status_code == 200, "what they delete is theirs"
 
 
 def test_every_kept_thing_has_a_project(estate: Estate) -> None:

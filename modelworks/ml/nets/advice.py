@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from modelworks.core.telemetry import resident
 from modelworks.ml.machine import Peak, available
+from modelworks.ml.nets.share import Share, starved
 
 if TYPE_CHECKING:
     from modelworks.ml.nets.loop import Loop
@@ -44,8 +45,6 @@ def measure(loop: Loop) -> dict[str, Any]:
     as the loop will find as well.
     """
     import torch
-
-    from modelworks.ml.nets.share import starved
 
     random = torch.get_rng_state()
     before = resident()
@@ -88,40 +87,30 @@ def _steps(loop: Loop, micro: int) -> tuple[float, int]:
 
     from modelworks.ml.nets import optimise
 
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    net = copy.deepcopy(loop.net).to(device)
-    optimiser = optimise.optimiser_of(net, loop.params, 0.0)
-    precision = getattr(torch, loop.params.precision)
-    mixed = torch.autocast(device.type, dtype=precision, enabled=precision != torch.float32)
+    share = Share(copy.deepcopy(loop.net), loop.objective, loop.params)
+    optimiser = optimise.optimiser_of(share.net, loop.params, 0.0)
+    on_gpu = share.device.type == "cuda"
     times: list[float] = []
     peak, began = resident(), time.monotonic()
-    if device.type == "cuda":
+    if on_gpu:
         torch.cuda.reset_peak_memory_stats()
-    net.train()
+    share.net.train()
     for features, target in loop.examples.batches(loop.size, seed=(loop.ctx.seed, 0, 0)):
         if len(target) < 2 and times:
             break
         watch, start = Peak(), time.perf_counter()
         try:
-            for first in range(0, len(target), micro):
-                part = slice(first, first + micro)
-                if len(target[part]) < 2 and first:
-                    continue  # as the loop: a batch of one row has no spread to normalise by
-                x = torch.from_numpy(features[part].copy()).to(device)
-                y = loop.objective.prepare(target[part].copy()).to(device)
-                with mixed:
-                    loss = loop.objective.losses(net(x), y).sum() / len(target)
-                loss.backward()
+            share.add(features, target, len(target), micro, scale=1.0)
             optimiser.step()
             optimiser.zero_grad()
-            if device.type == "cuda":
+            if on_gpu:
                 torch.cuda.synchronize()
         finally:
             peak = max(peak, watch.stop())
         times.append(time.perf_counter() - start)
         if len(times) >= _STEPS or time.monotonic() - began > _SECONDS:
             break
-    if device.type == "cuda":
+    if on_gpu:
         peak = torch.cuda.max_memory_allocated()
     return statistics.median(times[1:] or times), peak  # the first has much to set up
 
