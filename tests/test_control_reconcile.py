@@ -6,8 +6,8 @@ import pytest
 
 from modelworks.control.deployments import Deployments
 from modelworks.control.reconcile import Reconciler
+from modelworks.core.deployment import DeploymentSpec
 from modelworks.core.errors import InvalidInput, NotFound
-from modelworks.core.specs import DeploymentSpec
 from modelworks.core.types import Caller, Deployment, Job, ModelVersion, Principal, Project, Replica, Signature
 from modelworks.engines.base import Handle, Observed
 from modelworks.serve.figures import Load

@@ -2,7 +2,7 @@
 
 from modelworks.control import scaling
 from modelworks.control.scaling import Failures
-from modelworks.core.specs import Replicas
+from modelworks.core.deployment import Replicas
 from modelworks.core.types import Deployment, Replica, Signature
 
 

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
+from modelworks.core.deployment import DeploymentSpec
 from modelworks.core.errors import InvalidInput, ModelworksError
-from modelworks.core.specs import DeploymentSpec
 from tests.server import RunningServer, until
 from tests.test_docs_commands import blocks
 from tests.tiny_lora import noise, save_gguf

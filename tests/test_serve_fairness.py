@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 import pytest
 
 from modelworks.control.routing import limits_of, platform_of
+from modelworks.core.deployment import DeploymentSpec
 from modelworks.core.errors import InvalidInput
-from modelworks.core.specs import DeploymentSpec
 from modelworks.core.tensors import Tensor
 from modelworks.core.types import Call, Deployment, ModelVersion, Principal, Signature
 from modelworks.serve.breaker import THRESHOLD, Breaker

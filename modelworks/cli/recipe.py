@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Any, Protocol
 from modelworks.cli.data import SERVER_SOURCES
 from modelworks.cli.exits import Failed
 from modelworks.client import error_of_job, parse
+from modelworks.core.deployment import DeploymentSpec
 from modelworks.core.errors import InvalidInput, NotFound
-from modelworks.core.specs import DeploymentSpec, Recipe, TrainingSpec
+from modelworks.core.recipe import Recipe
+from modelworks.core.specs import TrainingSpec
 from modelworks.core.tasks import GENERATION
 
 if TYPE_CHECKING:

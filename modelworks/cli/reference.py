@@ -104,7 +104,9 @@ def _default(option: Any) -> str:
 
 def recipes() -> str:
     """docs/recipes.md"""
-    from modelworks.core.specs import DeploymentSpec, Recipe, TrainingSpec
+    from modelworks.core.deployment import DeploymentSpec
+    from modelworks.core.recipe import Recipe
+    from modelworks.core.specs import TrainingSpec
     from modelworks.ml.data.transforms.catalogue import describe
 
     training = TrainingSpec.model_json_schema()

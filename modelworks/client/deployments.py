@@ -12,9 +12,9 @@ from modelworks.client.lists import page, path
 from modelworks.client.modes import Mode, Resource, call
 from modelworks.client.transport import AWAY, Request
 from modelworks.client.types import Prediction, build
+from modelworks.core.deployment import DeploymentSpec
 from modelworks.core.errors import DeadlineExceeded, ModelworksError, NotFound, Unavailable
 from modelworks.core.generation import SECONDS
-from modelworks.core.specs import DeploymentSpec
 from modelworks.core.types import Deployment, DeploymentRevision, Page, Replica
 
 _ANSWERED = SECONDS + 30  # beyond the deadline of any prediction: the server is the one to say that it passed

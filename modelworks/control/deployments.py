@@ -11,8 +11,9 @@ from typing import Any
 from modelworks.control.idempotency import create_once
 from modelworks.control.references import resolve_model
 from modelworks.control.requests import without_paths
+from modelworks.core.deployment import DeploymentSpec
 from modelworks.core.errors import InvalidInput, NotFound
-from modelworks.core.specs import NAME_PATTERN, DeploymentSpec
+from modelworks.core.specs import NAME_PATTERN
 from modelworks.core.tasks import ADAPTER, GENERATION
 from modelworks.core.types import Caller, Deployment, DeploymentRevision, ModelVersion, Page, Replica
 from modelworks.ml.runtimes.choice import LLAMA, TRANSFORMERS, VLLM, check_adapter, choose

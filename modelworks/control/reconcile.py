@@ -16,8 +16,8 @@ from pathlib import Path
 from modelworks.control import scaling
 from modelworks.control.references import resolve_model
 from modelworks.core import telemetry
+from modelworks.core.deployment import DeploymentSpec
 from modelworks.core.errors import Conflict, NotFound
-from modelworks.core.specs import DeploymentSpec
 from modelworks.core.tasks import GENERATION
 from modelworks.core.types import Deployment, DeploymentRevision, Job, ModelVersion, Replica
 from modelworks.engines.base import Engine, Handle, Observed, ReplicaSpec

@@ -11,8 +11,8 @@ from dataclasses import replace
 from modelworks.control import scaling
 from modelworks.control.deployments import FORMATS
 from modelworks.core import telemetry
+from modelworks.core.deployment import DeploymentSpec
 from modelworks.core.errors import CatalogUnavailable, InvalidInput
-from modelworks.core.specs import DeploymentSpec
 from modelworks.core.tasks import GENERATION
 from modelworks.core.types import Deployment, DeploymentRevision, ModelVersion, Replica
 from modelworks.ml.runtimes.choice import BOTH, LLAMA, OPENVINO, TRANSFORMERS, VLLM, choose

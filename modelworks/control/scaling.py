@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from modelworks.core.specs import DeploymentSpec, Replicas
+from modelworks.core.deployment import DeploymentSpec, Replicas
 from modelworks.core.types import Deployment, Replica
 
 _GIVING_UP = 5  # crashes in a row after which a deployment that serves nothing is called failed

@@ -14,8 +14,9 @@ from modelworks.api.grpc.messages import fill, message, plain
 from modelworks.api.grpc.uploads import upload
 from modelworks.api.native.jobs import find_job
 from modelworks.api.texts import parameters, text_input, text_output
+from modelworks.core.deployment import DeploymentSpec
 from modelworks.core.errors import InvalidInput
-from modelworks.core.specs import NAME_PATTERN, DeploymentSpec, EvaluationSpec, TrainingSpec
+from modelworks.core.specs import NAME_PATTERN, EvaluationSpec, TrainingSpec
 from modelworks.core.tasks import GENERATION
 from modelworks.core.types import FINAL_JOB_STATES, Call, EventKind
 from modelworks.serve.features import MAX_ROWS, decode_outputs, encode_rows

@@ -7,7 +7,8 @@ from starlette.responses import PlainTextResponse, Response
 
 from modelworks.api import schemas
 from modelworks.api.routes import After, Limit, NamePath, Routes, Use, Who, accepted, answer, listing
-from modelworks.core.specs import DeploymentSpec, Spec
+from modelworks.core.deployment import DeploymentSpec
+from modelworks.core.specs import Spec
 
 routes = Routes("Deployments")
 
