@@ -10,9 +10,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from modelworks.core.errors import InvalidInput, MissingExtra
+from modelworks.core.errors import InvalidInput
 from modelworks.core.generation import TEXT_GENERATION
 from modelworks.core.tensors import Tensor, pack_bytes, unpack_bytes
+from modelworks.ml.data.media import pillow
 from modelworks.ml.data.tokens import load
 from modelworks.ml.folder import CONFIG, check_safetensors, config_of, licence_of, read_json, weights_of
 from modelworks.ml.package import Manifest, Package, PackageFile
@@ -199,12 +200,8 @@ def _run(runtime: TransformersRuntime, prompts: list[Tensor]) -> list[list[int]]
 
 def _shown() -> list[dict[str, Any]]:
     """A message with an image of many colours."""
-    try:
-        from PIL import Image
-    except ImportError:
-        raise MissingExtra("images need pillow; pip install 'modelworks[media]'") from None
     file = io.BytesIO()
-    Image.linear_gradient("L").rotate(30).convert("RGB").save(file, "PNG")
+    pillow().linear_gradient("L").rotate(30).convert("RGB").save(file, "PNG")
     url = f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
     parts = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": "What is this?"}]
     return [{"role": "user", "content": parts}]

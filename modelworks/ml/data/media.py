@@ -67,15 +67,23 @@ def raw(data: bytes) -> bytes:
 # images
 
 
-def open_image(data: bytes) -> Image:
-    """The decoded image, upright. Unreadable for what is none, is broken, or has too many pixels."""
+def pillow() -> Any:
+    """The module PIL.Image. MissingExtra where it is not installed."""
     try:
-        from PIL import Image, ImageOps
+        from PIL import Image
     except ImportError:
         raise MissingExtra("images need pillow; pip install 'modelworks[media]'") from None
+    Image.MAX_IMAGE_PIXELS = None  # the bound is MAX_PIXELS, held by the header before anything is decoded
+    return Image
+
+
+def open_image(data: bytes) -> Image:
+    """The decoded image, upright. Unreadable for what is none, is broken, or has too many pixels."""
+    Image = pillow()
+    from PIL import ImageOps
+
     if len(data) > MAX_FILE:
         raise Unreadable(f"has {len(data)} bytes, more than {MAX_FILE}")
-    Image.MAX_IMAGE_PIXELS = None  # the bound is held here, by the header, before anything is decoded
     try:
         image = Image.open(io.BytesIO(data), formats=IMAGES)
         width, height = image.size
@@ -93,11 +101,7 @@ def open_image(data: bytes) -> Image:
 
 def image_header(data: bytes) -> dict[str, Any]:
     """width, height, mode and format, told without decoding."""
-    try:
-        from PIL import Image
-    except ImportError:
-        raise MissingExtra("images need pillow; pip install 'modelworks[media]'") from None
-    Image.MAX_IMAGE_PIXELS = None  # who decodes holds the bound
+    Image = pillow()
     try:
         with Image.open(io.BytesIO(data), formats=IMAGES) as image:
             return {"width": image.width, "height": image.height, "mode": image.mode, "format": image.format}
