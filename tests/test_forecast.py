@@ -225,6 +225,14 @@ def test_an_irregular_series_is_refused_until_it_is_resampled(workdir: Path) -> 
         assert (refused.value.param, ctx.reports) == ("slices", [])
 
 
+def test_a_month_that_is_missing_is_told_of_months(workdir: Path) -> None:
+    """Not of days, of which months have different numbers."""
+    months = [datetime(2016 + at // 12, at % 12 + 1, 1) for at in range(60) if at != 41]
+    table = pa.table({"month": pa.array(months, pa.timestamp("us")), "passengers": [10.0 + at % 12 for at in range(59)]})
+    with pytest.raises(InvalidInput, match=r'1 of 58 are not 1 month; add the transform .*"every": "1 month"'):
+        learn((table, [COLUMNS[0], Column(name="passengers", type="number")]), workdir, hyperparameters={"season": 12})
+
+
 @pytest.mark.parametrize(
     ("more", "param"),
     [

@@ -106,9 +106,10 @@ def test_what_is_known_of_a_series_is_enough_to_go_on_from_its_end(trained: Trai
     with pytest.raises(InvalidInput, match=r"does not know the series 'roma'; did you mean 'rome'\? it knows oslo, rome") as refused:
         answers(trained, [{"series": "oslo"}, {"series": "roma"}], workdir)
     assert (refused.value.code, refused.value.param) == ("unknown_value", "series")
-    with pytest.raises(InvalidInput) as refused:
-        answers(trained, [{"history": runs["oslo"].tolist()}], workdir)
-    assert (refused.value.code, refused.value.param) == ("missing_feature", "series")
+    for nameless in ({"history": runs["oslo"].tolist()}, {}, {"region": "oslo"}):
+        with pytest.raises(InvalidInput, match="lacks the feature 'series'") as refused:
+            answers(trained, [nameless], workdir)
+        assert (refused.value.code, refused.value.param) == ("missing_feature", "series")
 
 
 def test_series_may_be_numbered_and_of_unequal_length(workdir: Path) -> None:

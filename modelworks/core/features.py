@@ -53,10 +53,9 @@ def history(value: Any, row: int, spec: TensorSpec) -> list[Any]:
     return value[-steps:]
 
 
-def gone_on(rows: list[Any], names: list[str], series: str) -> list[Any]:
+def gone_on(rows: list[Any], series: str) -> list[Any]:
     """Rows of a forecast without its history, the input `series`, with none: they go on from the end of the training."""
-    rest = {name for name in names if name != series}
-    return [{**row, series: None} if type(row) is dict and row.keys() == rest else row for row in rows]
+    return [{**row, series: None} if type(row) is dict and series not in row else row for row in rows]
 
 
 def shape_of(value: Any, depth: int) -> tuple[int, ...] | None:

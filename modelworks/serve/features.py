@@ -120,7 +120,7 @@ def _encode(plan: list[Field], rows: Any) -> list[Tensor]:
     width = len(plan)
     for field in plan:
         if field.series:
-            rows = gone_on(rows, [one.name for one in plan], field.name)
+            rows = gone_on(rows, field.name)
     for row in rows:
         if type(row) is not dict or len(row) != width:
             _refuse(plan, rows)

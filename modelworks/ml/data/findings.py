@@ -168,7 +168,7 @@ def time_steps(data: Data, name: str) -> dict[str, Any] | None:
     usual, usual_count, total = found[0]
     result = {
         "regular": len(found) == 1,
-        "usual": _duration(usual),
+        "usual": duration(usual),
         "usual_count": int(usual_count),
         "count": int(total),
     }
@@ -180,7 +180,8 @@ def time_steps(data: Data, name: str) -> dict[str, Any] | None:
     return result
 
 
-def _duration(micros: int) -> str:
+def duration(micros: int) -> str:
+    """In the largest unit of which it is a whole number."""
     for unit, size in (("day", DAY), ("hour", 3_600_000_000), ("minute", 60_000_000), ("second", 1_000_000)):
         if micros >= size and micros % size == 0:
             return f"{micros // size} {unit}" + ("s" if micros != size else "")

@@ -145,7 +145,7 @@ def rows_to_batch(rows: Sequence[dict[str, Any]], inputs: Sequence[TensorSpec], 
     names = {spec.name for spec in inputs}
     for spec in inputs:
         if is_series(spec, task):
-            rows = gone_on(list(rows), list(names), spec.name)
+            rows = gone_on(list(rows), spec.name)
     for index, row in enumerate(rows):
         if not isinstance(row, dict):
             refuse_row(index, row)

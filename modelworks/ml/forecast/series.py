@@ -13,7 +13,7 @@ import numpy as np
 from modelworks.core.errors import InvalidInput
 from modelworks.core.specs import DatasetEdit, TransformSpec
 from modelworks.core.types import Column
-from modelworks.ml.data.findings import CALENDAR, DAY
+from modelworks.ml.data.findings import CALENDAR, DAY, duration
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -145,27 +145,28 @@ def _step(along: np.ndarray, name: str, where: str, calendar: bool) -> str:
         )
     if not len(steps):
         return "one step"
-    found, counts = np.unique(steps, return_counts=True)
-    if calendar and (found % DAY == 0).all():
-        days = {int(one) // DAY for one in found}
-        for words, lengths in CALENDAR.items():
-            if days <= lengths:
-                return words
-    usual = found[counts.argmax()]
-    if np.abs(found - usual).max() > 1e-6 * abs(usual):
+    usual, fits = _usual(steps, calendar)
+    if not fits.all():
+        every = usual if calendar else "1 day"
         raise InvalidInput(
-            f"the steps of {name!r}{where} are irregular: {len(steps) - counts.max()} of {len(steps)} differ from the usual one; add "
-            'the transform {"op": "resample", "every": "1 day"} (or another step), or resample the dataset',
+            f"the steps of {name!r}{where} are irregular: {np.sum(~fits)} of {len(steps)} are not {usual}; add the transform "
+            f'{{"op": "resample", "every": "{every}"}} (or another step), or resample the dataset',
             code="irregular_steps",
             param="time",
         )
-    if not calendar:
-        return f"{usual:g}"
-    micros = int(usual)
-    for unit, size in (("day", DAY), ("hour", 3_600_000_000), ("minute", 60_000_000), ("second", 1_000_000)):
-        if micros % size == 0:
-            return f"{micros // size} {unit}" + ("s" if micros != size else "")
-    return f"{micros / 1e6:g} seconds"
+    return usual
+
+
+def _usual(steps: np.ndarray, calendar: bool) -> tuple[str, np.ndarray]:
+    """(the step that most have, in words; which of `steps` are such)"""
+    if calendar:
+        for words, lengths in CALENDAR.items():
+            fits = np.isin(steps, [days * DAY for days in lengths])
+            if 2 * fits.sum() > len(steps):
+                return words, fits
+    found, counts = np.unique(steps, return_counts=True)
+    usual = found[counts.argmax()]
+    return duration(int(usual)) if calendar else f"{usual:g}", np.abs(steps - usual) <= 1e-6 * abs(usual)
 
 
 def _resampled(
