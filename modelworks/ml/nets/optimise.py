@@ -20,14 +20,16 @@ def optimiser_of(net: torch.nn.Module, params: NetParams, rate: float) -> torch.
     from torch import optim
 
     learned = [weight for weight in net.parameters() if weight.requires_grad]
-    groups: list[dict[str, Any]] = [
-        {"params": [weight for weight in learned if weight.ndim > 1], "weight_decay": params.l2},
-        {"params": [weight for weight in learned if weight.ndim <= 1], "weight_decay": 0.0},
-    ]
+    groups: list[dict[str, Any]] = [{"params": learned}]  # each group costs time in each step
+    if params.l2:
+        groups = [
+            {"params": [weight for weight in learned if weight.ndim > 1], "weight_decay": params.l2},
+            {"params": [weight for weight in learned if weight.ndim <= 1]},
+        ]
     groups = [group for group in groups if group["params"]]
     if params.optimiser in ("adam", "adamw"):
         kind = optim.Adam if params.optimiser == "adam" else optim.AdamW
-        return kind(groups, lr=rate)
+        return kind(groups, lr=rate, weight_decay=0.0)
     momentum = params.momentum if params.optimiser in _MOMENTUM else 0.0
     return optim.SGD(groups, lr=rate, momentum=momentum, nesterov=params.optimiser == "nesterov" and momentum > 0)
 

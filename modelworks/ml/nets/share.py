@@ -56,7 +56,7 @@ class Share:
         """Add the gradients of these rows, `micro` of them at a time, of a step that has `rows` in all.
 
         (the sum of their losses, how many rows it is of). On a GPU the sum stays there until somebody asks. `scale`: what
-        losses are multiplied with before the way back; None: what the accelerator does by itself.
+        losses are multiplied with before the way back; None: as the accelerator does by itself.
         """
         total: Any = 0.0
         seen, on_cpu = 0, self.device.type == "cpu"
@@ -70,10 +70,12 @@ class Share:
             if self.l1:
                 weights = sum(weight.abs().sum() for weight in self.weights if weight.ndim > 1)
                 whole = loss + self.l1 * weights * (len(y) / rows)
-            if scale is None:
+            if scale is not None:
+                whole = whole * scale
+            if self.scales and scale is None:
                 self.accelerator.backward(whole)
-            else:
-                (whole * scale).backward()
+            else:  # where there is nothing to scale, the accelerator only costs time
+                whole.backward()
             total += (float(loss.detach()) if on_cpu else loss.detach().double()) * rows
             seen += len(y)
         return total, seen

@@ -73,7 +73,7 @@ class Team:
     def deal(self, features: np.ndarray, target: np.ndarray, rows: int, micro: int) -> tuple[np.ndarray, np.ndarray]:
         """The peers have their rows of this batch, and work; what is returned is for this process."""
         scaler = self._share.accelerator.scaler
-        scale = scaler.get_scale() if scaler is not None else 1.0
+        scale = scaler.get_scale() if scaler is not None else None
         cuts = [len(target) * number // self._count for number in range(self._count + 1)]
         for number, (_, peer) in enumerate(self._peers, 1):
             part = slice(cuts[number], cuts[number + 1])
