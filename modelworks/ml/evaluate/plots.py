@@ -220,11 +220,17 @@ def _residuals(axes: Axes, true: np.ndarray, said: np.ndarray) -> None:
 
 
 def _forecast(axes: Axes, found: Predictions) -> None:
-    steps = np.arange(len(found.true))
-    axes.fill_between(steps, found.beside["low"], found.beside["high"], color=_BLUE, alpha=0.15, lw=0)
-    axes.plot(steps, found.true, color="black", lw=1.2, label="truth")
-    axes.plot(steps, found.output, color=_BLUE, lw=1.5, label="forecast")
-    axes.set(xlabel="tested steps, in order", ylabel="value")
+    count = len(found.true)
+    ends = np.flatnonzero(np.diff(found.beside.get("series", np.zeros(count)))) + 1
+
+    def apart(values: np.ndarray) -> np.ndarray:  # no line joins two series
+        return np.insert(values.astype(np.float64), ends, np.nan)
+
+    steps = apart(np.arange(count))
+    axes.fill_between(steps, apart(found.beside["low"]), apart(found.beside["high"]), color=_BLUE, alpha=0.15, lw=0)
+    axes.plot(steps, apart(found.true), color="black", lw=1.2, label="truth")
+    axes.plot(steps, apart(found.output), color=_BLUE, lw=1.5, label="forecast")
+    axes.set(xlabel="tested steps, in order" if not len(ends) else "tested steps, series after series", ylabel="value")
     axes.legend(fontsize=8)
 
 

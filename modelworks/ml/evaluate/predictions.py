@@ -14,8 +14,9 @@ class Predictions:
 
     `rows` [n]: the rows' numbers in the table, from 0. `true` [n]: class indices int64, or values float64.
     `output`: probabilities [n, classes] or values [n], float64.
-    `beside`: by name [n] float64: of forecasts `scale` (the naive error in training), `low` and `high`; `threshold`: from
-    which probability of the second class on the label says it; `label`: the class index, where it was given.
+    `beside`: by name [n] float64: of forecasts `scale` (the naive error in training), `low`, `high` and, of many, `series` (its
+    number); `threshold`: from which probability of the second class on the label says it; `label`: the class index, where it
+    was given.
     What `output` holds for other tasks, and how many entries a row has there, is said where its measures are.
     """
 

@@ -246,11 +246,15 @@ def roll(model: Any, frame: Frame, values: np.ndarray, train: np.ndarray, test: 
 
 
 def joined(parts: Sequence[Predictions]) -> Predictions:
-    """Of several series as one; without the scales, where one does not change and so has none."""
-    if all("scale" in part.beside for part in parts):
-        return Predictions.join(parts)
-    rest = [replace(part, beside={name: one for name, one in part.beside.items() if name != "scale"}) for part in parts]
-    return Predictions.join(rest)
+    """Of several series as one, with their numbers; without the scales, where one does not change and so has none."""
+    if len(parts) == 1:
+        return parts[0]
+    out = () if all("scale" in part.beside for part in parts) else ("scale",)
+    told = []
+    for number, part in enumerate(parts):
+        kept = {name: values for name, values in part.beside.items() if name not in out}
+        told.append(replace(part, beside={**kept, "series": np.full(len(part.rows), float(number))}))
+    return Predictions.join(told)
 
 
 def baselines(frame: Frame, past: np.ndarray) -> tuple[Any, Any]:
